@@ -1,0 +1,166 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+The process: rectified flow in pixel space, and the law that connects its resolutions.
+
+Notation: a clean picture `x0` of shape `(B, C, H, W)` in `[-1, 1]`; the noise level `sigma` in `(0, 1]`, a tensor of
+shape `(B,)`; noise `e ~ N(0, I)`; the noisy state `x = (1 - sigma) x0 + sigma e`; the flow velocity `u = e - x0`.
+`P` is `factor x factor` average pooling, `U` nearest-neighbour upsampling by `factor`; `P U = I`.
+
+Averaging `factor ** 2` independent noises divides their standard deviation by `factor`. So a pooled state is, up to a
+scale `n`, a state of the same process at the low resolution, at the lower noise level `sigma_in`:
+
+    P x / n(sigma) = (1 - sigma_in) P x0 + sigma_in e_in,        e_in ~ N(0, I)
+    n(sigma) = (1 - sigma) + sigma / factor,      sigma_in = (sigma / factor) / n(sigma)
+
+The map from `sigma_in` back to `sigma` is the timestep shift of `FlowMatchEulerDiscreteScheduler(shift=factor)`, and a
+move of `-2 log(factor)` in log-SNR (Hoogeboom et al., simple diffusion, 2023, section 3.1).
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+# The noise level below which the division by sigma in the velocity stops growing.
+SIGMA_MIN = 0.05
+
+
+def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Reshapes noise levels `(B,)` so that they multiply states `(B, C, H, W)`."""
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise levels across resolutions
+
+
+def shift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
+    """The noise level at `factor` times the resolution that hides the picture as much as `sigma` does here."""
+    return factor * sigma / (1 + (factor - 1) * sigma)
+
+
+def unshift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
+    """The inverse of [`shift_sigma`]: the noise level of the state pooled by `factor`."""
+    return sigma / (factor - (factor - 1) * sigma)
+
+
+def sample_sigma(
+    batch_size: int,
+    shift: float = 1.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """
+    Draws training noise levels: logit-normal at the base level (Esser et al., 2024), then shifted to the resolution.
+
+    Args:
+        batch_size (`int`): How many to draw.
+        shift (`float`): The resolution divided by the base resolution; what the scheduler's config holds as `shift`.
+        logit_mean (`float`), logit_std (`float`): The normal distribution of `logit(sigma)` at the base level.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)` in (0, 1), float32.
+    """
+    normal = torch.randn(batch_size, generator=generator, device=device)
+    return shift_sigma(torch.sigmoid(logit_mean + logit_std * normal), shift)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# States across resolutions
+
+
+def pool(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """`P`: `(B, C, H, W)` to `(B, C, H / factor, W / factor)` by averaging. `H` and `W` are multiples of `factor`."""
+    if x.shape[-2] % factor or x.shape[-1] % factor:
+        raise ValueError(f"`x` is {x.shape[-2]} x {x.shape[-1]}, which `factor={factor}` does not divide.")
+    return F.avg_pool2d(x, factor)
+
+
+def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """`U`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)` by repeating each pixel."""
+    return F.interpolate(x, scale_factor=float(factor), mode="nearest")
+
+
+def high_band(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """`H = I - U P`: what pooling by `factor` loses."""
+    return x - upsample(pool(x, factor), factor)
+
+
+def state_scale(sigma: torch.Tensor, factor: int) -> torch.Tensor:
+    """`n(sigma)`: what a pooled state is divided by to be a state of the low-resolution process."""
+    return (1 - sigma) + sigma / factor
+
+
+def descend(x: torch.Tensor, sigma: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The low-resolution state inside a high-resolution one.
+
+    Args:
+        x (`torch.Tensor` of shape `(B, C, H, W)`): The state.
+        sigma (`torch.Tensor` of shape `(B,)`): Its noise level.
+        factor (`int`): How many times smaller the low resolution is.
+
+    Returns:
+        The state `(B, C, H / factor, W / factor)` and its noise level `(B,)`.
+    """
+    return pool(x, factor) / expand(state_scale(sigma, factor), x), unshift_sigma(sigma, factor)
+
+
+def ascend(
+    x_in: torch.Tensor, sigma_in: torch.Tensor, factor: int, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A high-resolution state around a low-resolution one: `x = n U x_in + sigma H e`. [`descend`] undoes it exactly.
+
+    The high band of the picture itself, `(1 - sigma) H x0`, is missing, so the higher `sigma`, the better it fits.
+
+    Args:
+        x_in (`torch.Tensor` of shape `(B, C, H, W)`): The low-resolution state.
+        sigma_in (`torch.Tensor` of shape `(B,)`): Its noise level.
+        factor (`int`): How many times larger the high resolution is.
+        noise (`torch.Tensor` of shape `(B, C, H * factor, W * factor)`): Standard normal.
+
+    Returns:
+        The state `(B, C, H * factor, W * factor)` and its noise level `(B,)`.
+    """
+    sigma = shift_sigma(sigma_in, factor)
+    low = expand(state_scale(sigma, factor), x_in) * upsample(x_in, factor)
+    return low + expand(sigma, noise) * high_band(noise, factor), sigma
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clean pictures and velocities
+
+
+def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The state `x = (1 - sigma) x0 + sigma e`, all `(B, C, H, W)`, with `sigma` `(B,)`."""
+    sigma = expand(sigma, x0)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def velocity_from_clean(
+    x: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor, sigma_min: float = SIGMA_MIN
+) -> torch.Tensor:
+    """`u = (x - x0) / max(sigma, sigma_min)`: the velocity at the state `x` that points away from the picture `x0`."""
+    return (x - x0) / expand(sigma, x).clamp(min=sigma_min)
+
+
+def clean_from_velocity(
+    x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_min: float = SIGMA_MIN
+) -> torch.Tensor:
+    """The inverse of [`velocity_from_clean`]: `x0 = x - max(sigma, sigma_min) u`."""
+    return x - expand(sigma, x).clamp(min=sigma_min) * velocity

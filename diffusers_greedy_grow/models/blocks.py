@@ -1,0 +1,316 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The layers that the core and the growth stages are built from."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+
+@dataclass
+class GreedyGrowOutput(UNet2DConditionOutput):
+    """
+    What both models return.
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, C, H, W)`):
+            The flow velocity `u = e - x0` at the given state.
+        pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`):
+            The clean picture that the network predicts; `sample` is computed from it.
+        features (`torch.Tensor` of shape `(B, D, h, w)`):
+            The last features before the exit, which a growth stage around this model starts from.
+    """
+
+    pred_original_sample: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class GreedyGrowAttnProcessor:
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "GreedyGrowAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.is_cross_attention:
+            query = attn.to_q(hidden_states)
+            if attn.fused_projections:
+                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            else:
+                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        elif attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim)))
+        key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
+        value = value.unflatten(-1, (-1, attn.head_dim))
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        # Autocast runs the norms in float32 and the projections in low precision: attention wants one dtype.
+        hidden_states = dispatch_attention_fn(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = hidden_states.flatten(2, 3)
+        return attn.to_out[0](hidden_states)
+
+
+class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
+    """
+    Multi-head attention with normalised queries and keys (Dehghani et al., 2023): self-attention over picture tokens
+    `(B, N, query_dim)`, or, with `cross_attention_dim`, from picture tokens to text tokens
+    `(B, L, cross_attention_dim)`.
+    """
+
+    _default_processor_cls = GreedyGrowAttnProcessor
+    _available_processors = [GreedyGrowAttnProcessor]
+
+    def __init__(self, query_dim: int, heads: int, cross_attention_dim: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = query_dim // heads
+        self.use_bias = False
+        self.is_cross_attention = cross_attention_dim is not None
+        key_dim = cross_attention_dim if cross_attention_dim is not None else query_dim
+
+        self.to_q = nn.Linear(query_dim, query_dim, bias=False)
+        self.to_k = nn.Linear(key_dim, query_dim, bias=False)
+        self.to_v = nn.Linear(key_dim, query_dim, bias=False)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
+        self.set_processor(GreedyGrowAttnProcessor())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+
+
+def get_image_rotary_emb(
+    head_dim: int, height: int, width: int, device: torch.device, theta: float = 100.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    2-D rotary positions of a `height x width` grid: one half of each head turns with the row, the other with the
+    column. `theta` is small because grids are: at 10000 half of the frequencies would not turn within 16 tokens.
+
+    Returns:
+        Cosines and sines, each `(height * width, head_dim)`.
+    """
+    rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
+    columns = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
+    row_cos, row_sin = get_1d_rotary_pos_embed(head_dim // 2, rows, theta=theta, use_real=True)
+    column_cos, column_sin = get_1d_rotary_pos_embed(head_dim // 2, columns, theta=theta, use_real=True)
+    return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
+
+
+class GreedyGrowTransformerBlock(nn.Module):
+    """
+    Self-attention, cross-attention to the text, MLP; the first and the last modulated by the timestep through a
+    projection that all blocks share, plus a table of the block's own (adaLN-single, Chen et al., 2023).
+    """
+
+    def __init__(self, dim: int, num_attention_heads: int, mlp_ratio: float, cross_attention_dim: int | None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn1 = GreedyGrowAttention(dim, num_attention_heads)
+        if cross_attention_dim is not None:
+            self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+            self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim)
+        else:
+            self.norm2, self.attn2 = None, None
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        cross_attention_kwargs: dict | None,
+    ) -> torch.Tensor:
+        # `modulation` (B, 6, dim) and the table may be kept in float32 around low-precision layers.
+        modulation = (self.scale_shift_table + modulation).to(hidden_states.dtype)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
+        attention_kwargs = cross_attention_kwargs or {}
+
+        norm_hidden_states = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
+        attn_output = self.attn1(norm_hidden_states, image_rotary_emb=image_rotary_emb, **attention_kwargs)
+        hidden_states = hidden_states + gate_attn * attn_output
+
+        if self.attn2 is not None:
+            attn_output = self.attn2(
+                self.norm2(hidden_states),
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **attention_kwargs,
+            )
+            hidden_states = hidden_states + attn_output
+
+        norm_hidden_states = self.norm3(hidden_states) * (1 + scale_ff) + shift_ff
+        return hidden_states + gate_ff * self.ff(norm_hidden_states)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Growth stages
+
+
+def residual_block(in_channels: int, out_channels: int, temb_channels: int) -> ResnetBlock2D:
+    """diffusers' residual block, with scale-and-shift timestep conditioning, for any number of channels."""
+    return ResnetBlock2D(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        temb_channels=temb_channels,
+        groups=math.gcd(32, in_channels),
+        groups_out=math.gcd(32, out_channels),
+        time_embedding_norm="scale_shift",
+    )
+
+
+class GrowthEncoder(nn.Module):
+    """
+    From a state `(B, C, H, W)` down to features on the inner model's grid: a patch convolution, then for each entry of
+    `block_out_channels` residual blocks and a halving.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        temb_channels: int,
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=patch_size, stride=patch_size)
+        self.down_blocks = nn.ModuleList()
+        channels = block_out_channels[0]
+        for out_channels in block_out_channels:
+            resnets = [residual_block(channels, out_channels, temb_channels)]
+            resnets += [residual_block(out_channels, out_channels, temb_channels) for _ in range(layers_per_block - 1)]
+            downsampler = nn.Conv2d(out_channels, out_channels, kernel_size=3, stride=2, padding=1)
+            self.down_blocks.append(nn.ModuleDict({"resnets": nn.ModuleList(resnets), "downsampler": downsampler}))
+            channels = out_channels
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, sample: torch.Tensor, temb: torch.Tensor, additional_features: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns the features `(B, block_out_channels[-1], h, w)` and, outermost first, the skip connections."""
+        hidden_states = self.conv_in(sample)
+        if additional_features is not None:
+            hidden_states = hidden_states + additional_features
+
+        skips = []
+        for block in self.down_blocks:
+            for resnet in block["resnets"]:
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    hidden_states = self._gradient_checkpointing_func(resnet, hidden_states, temb)
+                else:
+                    hidden_states = resnet(hidden_states, temb)
+            skips.append(hidden_states)
+            hidden_states = block["downsampler"](hidden_states)
+        return hidden_states, skips
+
+
+class GrowthDecoder(nn.Module):
+    """
+    From the inner model's last features up to the detail `(B, C, H, W)`: the mirror image of [`GrowthEncoder`], with
+    its skip connections. The last convolution starts at zero, so a new stage adds nothing.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        patch_size: int,
+        inner_channels: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        temb_channels: int,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        channels = block_out_channels[-1]
+        self.norm_inner = nn.GroupNorm(math.gcd(32, inner_channels), inner_channels, eps=1e-6)
+        self.conv_inner = nn.Conv2d(inner_channels + channels, channels, kernel_size=1)
+        self.up_blocks = nn.ModuleList()
+        for block_channels in reversed(block_out_channels):
+            resnets = [residual_block(channels + block_channels, block_channels, temb_channels)]
+            resnets += [
+                residual_block(block_channels, block_channels, temb_channels) for _ in range(layers_per_block - 1)
+            ]
+            self.up_blocks.append(nn.ModuleDict({"resnets": nn.ModuleList(resnets)}))
+            channels = block_channels
+        self.conv_norm_out = nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, kernel_size=3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        inner_features: torch.Tensor,
+        hidden_states: torch.Tensor,
+        skips: list[torch.Tensor],
+        temb: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the detail `(B, C, H, W)` and the last features `(B, block_out_channels[0], h, w)`."""
+        hidden_states = torch.cat([self.norm_inner(inner_features), hidden_states], dim=1)
+        hidden_states = self.conv_inner(hidden_states)
+
+        for block, skip in zip(self.up_blocks, reversed(skips)):
+            hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+            hidden_states = torch.cat([hidden_states, skip], dim=1)
+            for resnet in block["resnets"]:
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    hidden_states = self._gradient_checkpointing_func(resnet, hidden_states, temb)
+                else:
+                    hidden_states = resnet(hidden_states, temb)
+
+        detail = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+        return F.pixel_shuffle(detail, self.patch_size), hidden_states

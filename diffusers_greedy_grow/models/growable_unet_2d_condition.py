@@ -1,0 +1,480 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The grown model: a pretrained core with one or more growth stages around it."""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from diffusers.utils import apply_lora_scale
+
+from ..flow import descend, upsample, velocity_from_clean
+from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder
+from .shallow_unet_2d import ShallowUNet2DModel, check_text
+
+
+class GrowthStage(nn.Module):
+    """
+    What one growth adds around an inner model: an encoder, a decoder, and the way from the encoder into the inner
+    model. With `init="preserve"` that way starts at zero; with `init="random"` it is the inner model's only input.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        inner_in_channels: int,
+        inner_out_channels: int,
+        init: str,
+    ):
+        super().__init__()
+        temb_channels = 4 * block_out_channels[0]
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(256, temb_channels)
+        self.encoder = GrowthEncoder(in_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
+        self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_in_channels, kernel_size=1)
+        if init == "preserve":
+            nn.init.zeros_(self.conv_to_inner.weight)
+            nn.init.zeros_(self.conv_to_inner.bias)
+        self.decoder = GrowthDecoder(
+            out_channels, patch_size, inner_out_channels, block_out_channels, layers_per_block, temb_channels
+        )
+
+
+class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    r"""
+    A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
+    section 4). Made by [`~GrowableUNet2DConditionModel.from_core`]; the constructor is what loading uses.
+
+    With `init="preserve"` one stage around an inner model computes, with the pooling `P`, the upsampling `U` and the
+    scale `n` of [`flow`](flow.py),
+
+        x_in   = P x / n(sigma)                     # a state of the inner model's own process, at sigma_in
+        x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean picture
+        x0_hat = U x0_in + detail(x, features, sigma)
+
+    where `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, to the bit of
+    rounding. With `init="random"`, the paper's recipe, the first stage has no such side path: its encoder feeds the
+    core's transformer, its decoder alone draws the picture, and entry, exit and residual blocks of the core are gone.
+
+    Parameters:
+        sample_size (`int`, defaults to 256):
+            The resolution of the outermost stage.
+        inner_sample_sizes (`tuple[int, ...]`, defaults to `(64,)`):
+            The resolutions inside, the core's first, one for each stage.
+        block_out_channels (`tuple[tuple[int, ...], ...]`, defaults to `((128, 256),)`):
+            For each stage, the innermost first, its channels: one entry per halving between the stage's own grid and
+            the inner model's feature grid, outermost first.
+        layers_per_block (`tuple[int, ...]`, defaults to `(1,)`):
+            For each stage, how many residual blocks each of its blocks has.
+        init (`str`, defaults to `"preserve"`):
+            `"preserve"` or `"random"`: how the first stage was grown. Later stages always preserve.
+        in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio,
+        cross_attention_dim:
+            The core's; see [`ShallowUNet2DModel`].
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["GreedyGrowTransformerBlock", "ResnetBlock2D", "GrowthEncoder", "GrowthDecoder"]
+    _repeated_blocks = ["GreedyGrowTransformerBlock", "ResnetBlock2D"]
+    _keep_in_fp32_modules = ["time_embedding", "time_modulation", "scale_shift_table"]
+    _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out", "time_embedding", "time_modulation"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 256,
+        inner_sample_sizes: tuple[int, ...] = (64,),
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[tuple[int, ...], ...] = ((128, 256),),
+        layers_per_block: tuple[int, ...] = (1,),
+        init: str = "preserve",
+        patch_size: int = 4,
+        hidden_size: int = 768,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        cross_attention_dim: int | None = 768,
+    ):
+        super().__init__()
+        if not len(inner_sample_sizes) == len(block_out_channels) == len(layers_per_block):
+            raise ValueError(
+                "`inner_sample_sizes`, `block_out_channels` and `layers_per_block` need one entry per growth stage, but "
+                f"have {len(inner_sample_sizes)}, {len(block_out_channels)} and {len(layers_per_block)}."
+            )
+        if init not in ("preserve", "random"):
+            raise ValueError(f'`init={init!r}` is unknown: pass "preserve" or "random".')
+
+        self.core = ShallowUNet2DModel(
+            sample_size=inner_sample_sizes[0],
+            in_channels=in_channels,
+            out_channels=out_channels,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            mlp_ratio=mlp_ratio,
+            cross_attention_dim=cross_attention_dim,
+        )
+        if init == "random":
+            self.core.remove_shallow_parts()
+
+        self.stages = nn.ModuleList()
+        sample_sizes = (*inner_sample_sizes, sample_size)
+        inner_patch_size, inner_in_channels, inner_out_channels = patch_size, hidden_size, hidden_size
+        for i, channels in enumerate(block_out_channels):
+            stage_patch_size = get_stage_patch_size(
+                sample_sizes[i], sample_sizes[i + 1], inner_patch_size, channels, layers_per_block[i]
+            )
+            self.stages.append(
+                GrowthStage(
+                    in_channels=in_channels,
+                    out_channels=out_channels,
+                    patch_size=stage_patch_size,
+                    block_out_channels=channels,
+                    layers_per_block=layers_per_block[i],
+                    inner_in_channels=inner_in_channels,
+                    inner_out_channels=inner_out_channels,
+                    init=init if i == 0 else "preserve",
+                )
+            )
+            inner_patch_size, inner_in_channels, inner_out_channels = stage_patch_size, channels[0], channels[0]
+
+        self.core_frozen = False
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Growing
+
+    @classmethod
+    def from_core(
+        cls,
+        core: "ShallowUNet2DModel | GrowableUNet2DConditionModel | str | Path",
+        sample_size: int,
+        block_out_channels: tuple[int, ...] = (128, 256),
+        layers_per_block: int = 1,
+        init: str = "preserve",
+        **kwargs,
+    ) -> "GrowableUNet2DConditionModel":
+        r"""
+        Grows a model: a new stage of `sample_size` around a copy of `core`.
+
+        Args:
+            core ([`ShallowUNet2DModel`], [`GrowableUNet2DConditionModel`], `str` or `Path`):
+                The pretrained model, or a local folder or Hub repository that holds it (alone or as the `unet` of a
+                pipeline). A grown model grows again.
+            sample_size (`int`):
+                The new resolution, a multiple of the core's.
+            block_out_channels (`tuple[int, ...]`, defaults to `(128, 256)`):
+                Channels of the new stage, outermost first, one entry per halving between its own grid and the core's
+                features. Its entry patch follows:
+                `patch = sample_size / (inner_grid * 2 ** len(block_out_channels))`, an integer >= 1, so more entries
+                mean a finer patch.
+            layers_per_block (`int`, defaults to 1):
+                Residual blocks per entry.
+            init (`str`, defaults to `"preserve"`):
+                `"preserve"` keeps the core's function: right after growing the result answers as the core does.
+                `"random"` is the paper's recipe: only the core's transformer is kept, encoder and decoder are random.
+            kwargs:
+                Passed to `from_pretrained` of the core if `core` is a path or repository: `subfolder`, `revision`,
+                `variant`, `token`, `cache_dir`, `local_files_only`, `force_download`, `torch_dtype`, ...
+
+        Returns:
+            [`GrowableUNet2DConditionModel`] in the dtype and on the device of the core.
+
+        Raises:
+            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core.
+            `OSError`: if there is no complete, undamaged core at `core`.
+        """
+        if isinstance(core, (str, Path)):
+            core = load_core(core, **kwargs)
+        elif kwargs:
+            raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded model.")
+        if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)):
+            raise ValueError(
+                "`core` has to be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
+                f"but is a {type(core).__name__}."
+            )
+
+        stages: dict = {"inner_sample_sizes": (), "block_out_channels": (), "layers_per_block": (), "init": init}
+        if isinstance(core, GrowableUNet2DConditionModel):
+            if init != "preserve":
+                raise ValueError(
+                    f"`init={init!r}` keeps a transformer and throws away what is around it, but the encoder and decoder "
+                    'of a grown core are part of what was trained: pass `init="preserve"`, or grow `core.core` anew.'
+                )
+            stages = {name: core.config[name] for name in stages}
+
+        # 1. The configuration of the grown model: the core's, with one more stage
+        grown = cls(
+            sample_size=sample_size,
+            inner_sample_sizes=(*stages["inner_sample_sizes"], core.config.sample_size),
+            block_out_channels=(*stages["block_out_channels"], tuple(block_out_channels)),
+            layers_per_block=(*stages["layers_per_block"], layers_per_block),
+            init=stages["init"],
+            **{name: core.config[name] for name in CORE_CONFIG_NAMES},
+        )
+
+        # 2. Its weights: every parameter inside the new stage comes from the core, none may be missing or left over
+        grown = grown.to(device=core.device)
+        if grown.dtype != core.dtype:
+            grown = grown.to(dtype=core.dtype)
+        if isinstance(core, GrowableUNet2DConditionModel):
+            grown.core.load_state_dict(core.core.state_dict())
+            for grown_stage, core_stage in zip(grown.stages, core.stages):
+                grown_stage.load_state_dict(core_stage.state_dict())
+        else:
+            kept = set(grown.core.state_dict())
+            grown.core.load_state_dict({name: value for name, value in core.state_dict().items() if name in kept})
+        return grown
+
+    @property
+    def sample_sizes(self) -> tuple[int, ...]:
+        """The resolutions this model holds, the core's first: `(64, 256, ...)`."""
+        return (*self.config.inner_sample_sizes, self.config.sample_size)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Phases
+
+    def freeze_core(self) -> None:
+        """
+        Begins the detail phase: only the outermost stage trains. With `init="preserve"` everything inside runs without
+        gradient from here on, and the way from the new encoder into the inner model is off and not computed; with
+        `init="random"` gradients cross the frozen core.
+
+        Raises:
+            `ValueError`: if that way was trained before, since to switch it off would change the model's answers.
+        """
+        outermost = self.stages[-1]
+        if self._preserves(-1) and bool(outermost.conv_to_inner.weight.any() or outermost.conv_to_inner.bias.any()):
+            raise ValueError(
+                "The core cannot be frozen any more: after a joint phase the outermost stage feeds it, and freezing "
+                "would cut that off. Go on training jointly, or grow again and freeze then."
+            )
+        self.requires_grad_(False)
+        outermost.requires_grad_(True)
+        if self._preserves(-1):
+            outermost.conv_to_inner.requires_grad_(False)
+        self.core_frozen = True
+
+    def unfreeze_core(self) -> None:
+        """Begins the joint phase: everything trains."""
+        self.requires_grad_(True)
+        self.core_frozen = False
+
+    def parameter_groups(self, lr: float, core_lr_scale: float = 1.0) -> list[dict]:
+        """
+        Groups for a torch optimizer, of the parameters that train: `"stage"`, the outermost stage, at `lr`, and
+        `"core"`, everything inside it, at `lr * core_lr_scale`; no `"core"` while it is frozen.
+        """
+        stage = [parameter for parameter in self.stages[-1].parameters() if parameter.requires_grad]
+        stage_ids = {id(parameter) for parameter in stage}
+        core = [p for p in self.parameters() if p.requires_grad and id(p) not in stage_ids]
+        groups = [{"name": "stage", "params": stage, "lr": lr}]
+        if core:
+            groups.append({"name": "core", "params": core, "lr": lr * core_lr_scale})
+        return groups
+
+    def _preserves(self, stage_index: int) -> bool:
+        """Whether a stage has the side path of `init="preserve"`; all but the first always do."""
+        return self.config.init == "preserve" or stage_index % len(self.stages) > 0
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The model
+
+    @apply_lora_scale("cross_attention_kwargs")
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ) -> GreedyGrowOutput | tuple[torch.Tensor]:
+        r"""
+        Args:
+            sample (`torch.Tensor` of shape `(B, in_channels, H, W)`):
+                The state `x = (1 - sigma) x0 + sigma e` at the outermost resolution. `H` and `W` have to be multiples
+                of `sample_size / inner grid`, the side of what one cell of the core's grid covers.
+            timestep (`torch.Tensor` of shape `(B,)` or `()`, or a number):
+                `1000 * sigma`, in (0, 1000].
+            encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
+                Text embeddings. Required by a conditional model.
+            encoder_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
+                True for the text tokens to attend to; all of them by default.
+            cross_attention_kwargs (`dict`, *optional*):
+                `scale` scales the LoRA layers; the rest goes to the attention processors.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
+
+        Returns:
+            [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
+        """
+        check_text(self.config.cross_attention_dim, encoder_hidden_states)
+        batch_size, _, height, width = sample.shape
+        cell = self.config.patch_size * self.config.sample_size // self.config.inner_sample_sizes[0]
+        if height % cell or width % cell:
+            raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {cell}.")
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
+        sigma = timestep / 1000
+
+        grad_enabled = torch.is_grad_enabled()
+        # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
+        inner_grad_enabled = grad_enabled and not (self.core_frozen and self._preserves(-1))
+
+        # 1. Encoders, from the outermost stage to the innermost, each on the state of its own level
+        state, state_sigma, additional_features = sample, sigma, None
+        encoded = []
+        for i in reversed(range(len(self.stages))):
+            stage, outermost = self.stages[i], i == len(self.stages) - 1
+            factor = self.sample_sizes[i + 1] // self.sample_sizes[i]
+            with torch.set_grad_enabled(grad_enabled if outermost else inner_grad_enabled):
+                time_dtype = get_parameter_dtype(stage.time_embedding)
+                temb = stage.time_embedding(stage.time_proj(1000 * state_sigma).to(time_dtype)).to(self.dtype)
+                hidden_states, skips = stage.encoder(state.to(self.dtype), temb, additional_features)
+                encoded.append((stage, factor, hidden_states, skips, temb))
+                if self._preserves(i) and outermost and self.core_frozen:
+                    additional_features = None
+                else:
+                    additional_features = stage.conv_to_inner(hidden_states)
+            state, state_sigma = descend(state, state_sigma, factor)
+
+        # 2. The core
+        with torch.set_grad_enabled(inner_grad_enabled):
+            inner = self.core(
+                state,
+                1000 * state_sigma,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                cross_attention_kwargs=cross_attention_kwargs,
+                additional_features=additional_features,
+            )
+            pred_original_sample, features = inner.pred_original_sample, inner.features
+
+        # 3. Decoders, from the innermost stage to the outermost, each adding its detail to the picture so far
+        for i, (stage, factor, hidden_states, skips, temb) in enumerate(reversed(encoded)):
+            with torch.set_grad_enabled(grad_enabled if i == len(encoded) - 1 else inner_grad_enabled):
+                detail, features = stage.decoder(features, hidden_states, skips, temb)
+                detail = detail.to(sample.dtype)
+                if self._preserves(i):
+                    detail = upsample(pred_original_sample, factor) + detail
+                pred_original_sample = detail
+
+        velocity = velocity_from_clean(sample, pred_original_sample, sigma).to(sample.dtype)
+        if not return_dict:
+            return (velocity,)
+        return GreedyGrowOutput(sample=velocity, pred_original_sample=pred_original_sample, features=features)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What has to fit, and what has to be there
+
+CORE_CONFIG_NAMES = (
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "cross_attention_dim",
+)
+
+
+def get_stage_patch_size(
+    inner_sample_size: int,
+    sample_size: int,
+    inner_patch_size: int,
+    block_out_channels: tuple[int, ...],
+    layers_per_block: int,
+) -> int:
+    """
+    The entry patch of a stage, `sample_size / (inner_grid * 2 ** len(block_out_channels))`; raises a `ValueError` that
+    names what does not fit and what would.
+    """
+    if sample_size <= inner_sample_size or sample_size % inner_sample_size:
+        raise ValueError(
+            f"`sample_size={sample_size}` has to be a larger multiple of the core's {inner_sample_size}: "
+            f"{inner_sample_size * max(2, round(sample_size / inner_sample_size))}, for example."
+        )
+    if layers_per_block < 1:
+        raise ValueError(f"`layers_per_block={layers_per_block}` has to be at least 1.")
+    cell = sample_size // inner_sample_size * inner_patch_size
+    most = 0
+    while cell % 2 ** (most + 1) == 0:
+        most += 1
+    if most == 0:
+        raise ValueError(
+            f"`sample_size={sample_size}` does not fit: a cell of the inner grid covers {cell} pixels per side, which "
+            f"cannot be halved; {2 * inner_sample_size} would do."
+        )
+    if not 1 <= len(block_out_channels) <= most or min(block_out_channels) < 1:
+        raise ValueError(
+            f"`block_out_channels={tuple(block_out_channels)}` has to have between 1 and {most} positive entries here: "
+            f"a cell of the inner grid covers {cell} pixels per side, and each entry halves it once."
+        )
+    return cell // 2 ** len(block_out_channels)
+
+
+def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
+    """
+    Loads either model from a folder or Hub repository, alone or as the `unet` of a pipeline, and accepts nothing less
+    than all of its weights. `kwargs` go to `from_pretrained`.
+
+    Raises:
+        `OSError`: if nothing is there, or a file is damaged.
+        `ValueError`: if it is another kind of model, or weights are missing, left over, or of another shape.
+    """
+    config_kwargs = {k: v for k, v in kwargs.items() if k not in ("torch_dtype", "dtype", "variant", "device_map")}
+    try:
+        config = ModelMixin.load_config(path, **config_kwargs)
+    except OSError:
+        if "subfolder" in kwargs:
+            raise
+        try:
+            config = ModelMixin.load_config(path, **config_kwargs, subfolder="unet")
+        except OSError as error:
+            raise OSError(
+                f"`core={str(path)!r}` is no model: neither it nor its subfolder `unet` holds a readable `config.json`. "
+                "Pass the folder or repository of a trained core, or of a pipeline around one."
+            ) from error
+        kwargs["subfolder"] = "unet"
+
+    classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
+    if config.get("_class_name") not in classes:
+        raise ValueError(
+            f"`core={str(path)!r}` holds a {config.get('_class_name')}; only {' and '.join(classes)} can be grown."
+        )
+    try:
+        model, info = classes[config["_class_name"]].from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(
+            f"`core={str(path)!r}` cannot be loaded: {error} Its weights are missing, damaged or do not belong to its "
+            "config.json: download or save it again."
+        ) from error
+    # diffusers fills in what a checkpoint lacks with random numbers and a warning; a core has to be complete.
+    problems = {name: names for name, names in info.items() if names}
+    if problems:
+        raise ValueError(f"`core={str(path)!r}` does not hold the weights that its config.json describes: {problems}.")
+    return model

@@ -1,0 +1,233 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The core: a Shallow-UViT, trained alone at low resolution and kept when the model grows."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from diffusers.utils import apply_lora_scale
+
+from ..flow import velocity_from_clean
+from .blocks import GreedyGrowOutput, GreedyGrowTransformerBlock, get_image_rotary_emb, residual_block
+
+
+class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    r"""
+    Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the picture to the grid of the
+    transformer at once, and a single residual block on either side stands in for encoder and decoder. What it learns
+    is alignment: what is in the picture, and where.
+
+    It predicts the clean picture and returns the flow velocity `u = e - x0`, so that every flow-matching scheduler of
+    diffusers works with it.
+
+    Parameters:
+        sample_size (`int`, defaults to 64):
+            Height and width in pixels of the pictures it is trained on, a multiple of `patch_size`. Other sizes and
+            shapes work where `patch_size` divides them.
+        in_channels (`int`, defaults to 3), out_channels (`int`, defaults to 3):
+            Channels of the state and of the prediction.
+        patch_size (`int`, defaults to 4):
+            Pixels per side of one cell of the grid.
+        hidden_size (`int`, defaults to 768):
+            Channels on the grid.
+        num_layers (`int`, defaults to 12):
+            How many transformer layers.
+        num_attention_heads (`int`, defaults to 12):
+            Heads per attention; `hidden_size / num_attention_heads` has to be a multiple of 4 (two rotary axes).
+        mlp_ratio (`float`, defaults to 4.0):
+            Width of the MLPs, as a multiple of `hidden_size`.
+        cross_attention_dim (`int`, *optional*, defaults to 768):
+            Channels of the text embeddings. `None` for an unconditional model.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["GreedyGrowTransformerBlock", "ResnetBlock2D"]
+    _repeated_blocks = ["GreedyGrowTransformerBlock"]
+    _keep_in_fp32_modules = ["time_embedding", "time_modulation", "scale_shift_table"]
+    _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out", "time_embedding", "time_modulation"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        patch_size: int = 4,
+        hidden_size: int = 768,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        cross_attention_dim: int | None = 768,
+    ):
+        super().__init__()
+        if sample_size % patch_size:
+            raise ValueError(
+                f"`sample_size={sample_size}` is not a multiple of `patch_size={patch_size}`; "
+                f"{-(-sample_size // patch_size) * patch_size} would be."
+            )
+        if hidden_size % (4 * num_attention_heads):
+            raise ValueError(
+                f"`hidden_size={hidden_size}` has to be a multiple of `4 * num_attention_heads` "
+                f"({4 * num_attention_heads}): each head holds two rotary axes of even width."
+            )
+
+        # 1. Entry
+        self.conv_in = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(256, hidden_size)
+        self.time_modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.resnet_in = residual_block(hidden_size, hidden_size, hidden_size)
+
+        # 2. The core proper
+        self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6) if cross_attention_dim is not None else None
+        self.transformer_blocks = nn.ModuleList(
+            [
+                GreedyGrowTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim)
+                for _ in range(num_layers)
+            ]
+        )
+
+        # 3. Exit, silent at first
+        self.resnet_out = residual_block(hidden_size, hidden_size, hidden_size)
+        self.conv_norm_out = nn.GroupNorm(self.resnet_out.norm2.num_groups, hidden_size, eps=1e-6)
+        self.conv_out = nn.Conv2d(hidden_size, out_channels * patch_size**2, kernel_size=3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+        self.gradient_checkpointing = False
+
+    @property
+    def sample_sizes(self) -> tuple[int, ...]:
+        """The resolutions this model works at: its `sample_size` alone."""
+        return (self.config.sample_size,)
+
+    def remove_shallow_parts(self) -> None:
+        """Leaves the transformer only, as the paper does after pretraining; see `init="random"`."""
+        self.conv_in = self.resnet_in = self.resnet_out = self.conv_norm_out = self.conv_out = None
+
+    @apply_lora_scale("cross_attention_kwargs")
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+        additional_features: torch.Tensor | None = None,
+    ) -> GreedyGrowOutput | tuple[torch.Tensor]:
+        r"""
+        Args:
+            sample (`torch.Tensor` of shape `(B, in_channels, H, W)`):
+                The state `x = (1 - sigma) x0 + sigma e`. `patch_size` divides `H` and `W`.
+            timestep (`torch.Tensor` of shape `(B,)` or `()`, or a number):
+                `1000 * sigma`, in (0, 1000].
+            encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
+                Text embeddings. Required by a conditional model.
+            encoder_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
+                True for the text tokens to attend to; all of them by default.
+            cross_attention_kwargs (`dict`, *optional*):
+                `scale` scales the LoRA layers; the rest goes to the attention processors.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
+            additional_features (`torch.Tensor` of shape `(B, hidden_size, H / patch_size, W / patch_size)`, *optional*):
+                Added to the first features: what a growth stage around this model has to say to it.
+
+        Returns:
+            [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
+        """
+        check_text(self.config.cross_attention_dim, encoder_hidden_states)
+        patch_size = self.config.patch_size
+        batch_size, _, height, width = sample.shape
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {patch_size}.")
+        grid_height, grid_width = height // patch_size, width // patch_size
+
+        # 1. Timestep
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
+        temb = self.time_embedding(self.time_proj(timestep).to(get_parameter_dtype(self.time_embedding)))
+        modulation = self.time_modulation(F.silu(temb)).unflatten(-1, (6, -1))
+        temb = temb.to(self.dtype)
+
+        # 2. Entry: to the grid at once. Inside a model grown with `init="random"` the encoder has already done it.
+        if self.conv_in is not None:
+            hidden_states = self.conv_in(sample.to(self.dtype))
+            if additional_features is not None:
+                hidden_states = hidden_states + additional_features
+            hidden_states = self.resnet_in(hidden_states, temb)
+        else:
+            hidden_states = additional_features
+
+        # 3. Transformer, on tokens (B, N, hidden_size)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = self.norm_encoder(encoder_hidden_states.to(self.dtype))
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        image_rotary_emb = get_image_rotary_emb(head_dim, grid_height, grid_width, sample.device)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block,
+                    hidden_states,
+                    modulation,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    image_rotary_emb,
+                    cross_attention_kwargs,
+                )
+            else:
+                hidden_states = block(
+                    hidden_states,
+                    modulation,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    image_rotary_emb,
+                    cross_attention_kwargs,
+                )
+        features = hidden_states.transpose(1, 2).unflatten(-1, (grid_height, grid_width)).contiguous()
+
+        # 4. Exit: the clean picture, and the velocity towards it in the precision of the state
+        if self.conv_out is None:
+            return GreedyGrowOutput(features=features) if return_dict else (features,)
+        features = self.resnet_out(features, temb)
+        pred_original_sample = self.conv_out(F.silu(self.conv_norm_out(features)))
+        pred_original_sample = F.pixel_shuffle(pred_original_sample, patch_size).to(sample.dtype)
+        velocity = velocity_from_clean(sample, pred_original_sample, timestep / 1000).to(sample.dtype)
+
+        if not return_dict:
+            return (velocity,)
+        return GreedyGrowOutput(sample=velocity, pred_original_sample=pred_original_sample, features=features)
+
+
+def check_text(cross_attention_dim: int | None, encoder_hidden_states: torch.Tensor | None) -> None:
+    """Raises a `ValueError` if a conditional model gets no text, or text of another width, or the other way round."""
+    if cross_attention_dim is None:
+        if encoder_hidden_states is not None:
+            raise ValueError(
+                "`encoder_hidden_states` was given to an unconditional model (`cross_attention_dim=None`): leave it out."
+            )
+    elif encoder_hidden_states is None or encoder_hidden_states.shape[-1] != cross_attention_dim:
+        given = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape)
+        raise ValueError(
+            f"`encoder_hidden_states` has to be of shape (batch, tokens, {cross_attention_dim}) but is {given}."
+        )

@@ -1,0 +1,517 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Text to image, in pixel space, with a core or with a model grown from it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils import logging, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..flow import unshift_sigma
+from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
+
+
+logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from diffusers_greedy_grow import GreedyGrowPipeline
+
+        >>> pipe = GreedyGrowPipeline.from_pretrained("output/grown-64")
+        >>> image = pipe("a large red striped circle on a white background").images[0]
+        >>> image.save("circle.png")
+        ```
+"""
+
+
+class GreedyGrowPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for text-to-image generation in pixel space with a greedily grown model (Vasconcelos et al., 2024), or
+    with the core alone. There is no VAE: the denoised state is the picture.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods the
+    library implements for all the pipelines (such as downloading or saving, running on a particular device, etc.)
+
+    Args:
+        unet ([`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`]):
+            Predicts the flow velocity of the picture.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]):
+            Any flow-matching scheduler. Its config's `shift` is the resolution divided by the base resolution.
+        text_encoder ([`~transformers.PreTrainedModel`], *optional*):
+            Any encoder that returns `last_hidden_state`. Without one, pass `prompt_embeds`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of `text_encoder`.
+        max_sequence_length (`int`, defaults to 128):
+            How many text tokens of a prompt are read.
+
+    Raises:
+        `ValueError`: if the scheduler is no flow-matching scheduler, or the text encoder's width is not the model's
+        `cross_attention_dim`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        unet: ShallowUNet2DModel | GrowableUNet2DConditionModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_sequence_length: int = 128,
+    ):
+        super().__init__()
+        shift_name(scheduler)
+        if text_encoder is not None and unet is not None:
+            text_width, model_width = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+            if text_width != model_width:
+                raise ValueError(
+                    f"`text_encoder` returns {text_width} channels, but `unet` has `cross_attention_dim={model_width}`: "
+                    "pass the encoder that the model was trained with."
+                )
+        self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(max_sequence_length=max_sequence_length)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_core(
+        cls,
+        core: "GreedyGrowPipeline | str | Path",
+        sample_size: int,
+        block_out_channels: tuple[int, ...] = (128, 256),
+        layers_per_block: int = 1,
+        init: str = "preserve",
+        **kwargs,
+    ) -> "GreedyGrowPipeline":
+        r"""
+        Grows a whole pipeline: the model by [`GrowableUNet2DConditionModel.from_core`], the scheduler's shift by the
+        growth factor; tokenizer and text encoder are carried over. With `init="preserve"` the result samples at once:
+        soft pictures of the right things.
+
+        Args:
+            core ([`GreedyGrowPipeline`], `str` or `Path`):
+                The pipeline to grow, or a local folder or Hub repository that holds it.
+            sample_size, block_out_channels, layers_per_block, init:
+                See [`GrowableUNet2DConditionModel.from_core`].
+            kwargs:
+                Passed to [`~DiffusionPipeline.from_pretrained`] if `core` is a path or repository.
+
+        Returns:
+            [`GreedyGrowPipeline`]
+        """
+        if isinstance(core, (str, Path)):
+            core = cls.from_pretrained(core, **kwargs)
+        elif kwargs:
+            raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
+        unet = GrowableUNet2DConditionModel.from_core(
+            core.unet, sample_size, block_out_channels=block_out_channels, layers_per_block=layers_per_block, init=init
+        )
+        name = shift_name(core.scheduler)
+        shift = core.scheduler.config[name] * sample_size / core.unet.config.sample_size
+        scheduler = type(core.scheduler).from_config(core.scheduler.config, **{name: shift})
+        return cls(
+            unet=unet,
+            scheduler=scheduler,
+            text_encoder=core.text_encoder,
+            tokenizer=core.tokenizer,
+            max_sequence_length=core.config.max_sequence_length,
+        )
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0 and self.unet.config.cross_attention_dim is not None
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        device: torch.device | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] = "",
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        r"""
+        Encodes prompts, or takes what is already encoded, and repeats it for each picture.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                The prompts; needed if `prompt_embeds` is not given.
+            device (`torch.device`, *optional*):
+                Where to; the pipeline's execution device by default.
+            do_classifier_free_guidance (`bool`, defaults to `True`):
+                Whether to encode the negative prompts as well.
+            negative_prompt (`str` or `list[str]`, defaults to `""`):
+                One for all prompts, or one each.
+            num_images_per_prompt (`int`, defaults to 1):
+                How often to repeat each prompt.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*):
+                Encoded prompts.
+            prompt_attention_mask, negative_prompt_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
+                Their masks.
+
+        Returns:
+            `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`; the
+            last two `None` without guidance.
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            batch_size = len(prompts)
+            if do_classifier_free_guidance:
+                negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
+                prompts = prompts + list(negatives)
+            tokens = tokenize(self.tokenizer, prompts, self.config.max_sequence_length)
+            attention_mask = tokens["attention_mask"].to(device)
+            embeds = self.text_encoder(tokens["input_ids"].to(device), attention_mask=attention_mask).last_hidden_state
+            prompt_embeds, negative_prompt_embeds = embeds[:batch_size], embeds[batch_size:]
+            prompt_attention_mask = attention_mask[:batch_size].bool()
+            negative_prompt_attention_mask = attention_mask[batch_size:].bool()
+
+        encoded = [prompt_embeds, prompt_attention_mask, None, None]
+        if do_classifier_free_guidance:
+            encoded[2:] = negative_prompt_embeds, negative_prompt_attention_mask
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            for tensor in encoded
+        )
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def check_inputs(
+        self,
+        prompt,
+        negative_prompt,
+        height,
+        width,
+        num_inference_steps,
+        timesteps,
+        guidance_scale,
+        num_images_per_prompt,
+        generator,
+        latents,
+        prompt_embeds,
+        negative_prompt_embeds,
+        prompt_attention_mask,
+        negative_prompt_attention_mask,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ) -> None:
+        """Raises a `ValueError` that names the argument at fault; see `__call__`."""
+        config = self.unet.config
+        cell = config.patch_size * config.sample_size // self.unet.sample_sizes[0]
+        if height <= 0 or width <= 0 or height % cell or width % cell:
+            raise ValueError(f"`height={height}` and `width={width}` have to be positive multiples of {cell}.")
+        if timesteps is None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
+            raise ValueError(f"`num_inference_steps={num_inference_steps}` has to be a positive integer.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt={num_images_per_prompt}` has to be a positive integer.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'`output_type={output_type!r}` is unknown: pass "pil", "np", "pt" or "latent".')
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but holds "
+                f"{sorted(unknown)}."
+            )
+
+        # What to draw
+        if config.cross_attention_dim is None:
+            if prompt is not None or prompt_embeds is not None:
+                raise ValueError("`prompt` and `prompt_embeds` have to be None: the model is unconditional.")
+            batch_size = 1
+        elif (prompt is None) == (prompt_embeds is None):
+            raise ValueError("Pass either `prompt` or `prompt_embeds`, not both and not neither.")
+        elif prompt is not None:
+            if not isinstance(prompt, str) and not (
+                isinstance(prompt, list) and prompt and all(isinstance(text, str) for text in prompt)
+            ):
+                raise ValueError(f"`prompt` has to be a string or a list of strings but is {prompt!r}.")
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(
+                    "`prompt` needs a `text_encoder` and a `tokenizer`; without them pass `prompt_embeds`."
+                )
+            batch_size = 1 if isinstance(prompt, str) else len(prompt)
+            negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
+            if not isinstance(negatives, list) or len(negatives) != batch_size:
+                raise ValueError(
+                    f"`negative_prompt` has to be a string or a list of {batch_size} strings, one for each prompt, but "
+                    f"is {negative_prompt!r}."
+                )
+        else:
+            batch_size = prompt_embeds.shape[0]
+            if guidance_scale > 1 and negative_prompt_embeds is None:
+                raise ValueError("`prompt_embeds` with `guidance_scale > 1` needs `negative_prompt_embeds`.")
+            for name, tensor, shape in (
+                ("negative_prompt_embeds", negative_prompt_embeds, prompt_embeds.shape),
+                ("prompt_attention_mask", prompt_attention_mask, prompt_embeds.shape[:2]),
+                ("negative_prompt_attention_mask", negative_prompt_attention_mask, prompt_embeds.shape[:2]),
+            ):
+                if tensor is not None and tensor.shape != shape:
+                    raise ValueError(
+                        f"`{name}` has to be of shape {tuple(shape)} to go with `prompt_embeds` but is of shape "
+                        f"{tuple(tensor.shape)}."
+                    )
+            masks = (prompt_attention_mask, negative_prompt_attention_mask)
+            if guidance_scale > 1 and (masks[0] is None) != (masks[1] is None):
+                raise ValueError("Pass `prompt_attention_mask` and `negative_prompt_attention_mask` both or neither.")
+
+        # What to start from
+        batch_size *= num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} pictures are to be drawn.")
+        shape = (batch_size, config.in_channels, height, width)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"`latents` has to be of shape {shape} but is of shape {tuple(latents.shape)}.")
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        timesteps: list[float] | None = None,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Function invoked when calling the pipeline for generation.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What to draw. Leave out for `prompt_embeds`, and for an unconditional model.
+            negative_prompt (`str` or `list[str]`, defaults to `""`):
+                What to steer away from: one for all prompts, or one each. Without effect if `guidance_scale <= 1`.
+            height (`int`, *optional*), width (`int`, *optional*):
+                In pixels; the model's `sample_size` by default. Multiples of what one cell of the core's grid covers.
+            num_inference_steps (`int`, defaults to 28):
+                How many denoising steps.
+            timesteps (`list[float]`, *optional*):
+                The timesteps `1000 * sigma` at which the model is to be called, descending, in place of
+                `num_inference_steps`. The scheduler's shift is *not* applied to them again.
+            guidance_scale (`float`, defaults to 4.0):
+                Classifier-free guidance (Ho & Salimans, 2022): how far to go from the negative prompt's prediction
+                past the prompt's. Off if <= 1.
+            num_images_per_prompt (`int`, defaults to 1):
+                How many pictures of each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                For reproducible noise; a list has one for each picture, which then does not depend on the others.
+            latents (`torch.Tensor` of shape `(B, C, height, width)`, *optional*):
+                The noise to start from, standard normal.
+            prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*):
+                Text embeddings in place of `prompt`.
+            negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*):
+                Text embeddings in place of `negative_prompt`.
+            prompt_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
+                Which tokens of `prompt_embeds` count; all by default.
+            negative_prompt_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
+                Which tokens of `negative_prompt_embeds` count; all by default.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`: `PIL.Image.Image`s; `"np"`: an array `(B, H, W, C)` in [0, 1]; `"pt"`: a tensor `(B, C, H, W)`
+                in [0, 1]; `"latent"`: the same in [-1, 1], not clamped.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~pipelines.ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(self, step, timestep, callback_kwargs)`; what it returns under the
+                names in `callback_kwargs` replaces them.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Which tensors `callback_kwargs` holds, from `_callback_tensor_inputs`.
+
+        Examples:
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the pictures.
+
+        Raises:
+            `ValueError`: if an argument does not fit, before any work is done.
+        """
+        # 0. Default height and width
+        height = height or self.unet.config.sample_size
+        width = width or self.unet.config.sample_size
+
+        # 1. Check inputs
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            timesteps,
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        device = self._execution_device
+
+        # 2. Encode the prompt
+        if self.unet.config.cross_attention_dim is not None:
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+                self.encode_prompt(
+                    prompt,
+                    device,
+                    self.do_classifier_free_guidance,
+                    negative_prompt,
+                    num_images_per_prompt,
+                    prompt_embeds,
+                    negative_prompt_embeds,
+                    prompt_attention_mask,
+                    negative_prompt_attention_mask,
+                )
+            )
+            batch_size = prompt_embeds.shape[0]
+        else:
+            batch_size = num_images_per_prompt
+
+        # 3. Prepare timesteps
+        if timesteps is not None:
+            shift = self.scheduler.config[shift_name(self.scheduler)]
+            sigmas = [
+                float(unshift_sigma(torch.tensor(timestep / 1000, dtype=torch.float64), shift))
+                for timestep in timesteps
+            ]
+            timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, device=device, sigmas=sigmas)
+        else:
+            timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device)
+        self._num_timesteps = len(timesteps)
+
+        # 4. Prepare the noise. It is the picture that emerges, so it stays in float32 whatever the model runs in.
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        else:
+            latents = latents.to(device=device, dtype=torch.float32)
+
+        # 5. Denoising loop
+        num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.do_classifier_free_guidance:
+                    latent_model_input = torch.cat([latents, latents])
+                    encoder_hidden_states = torch.cat([prompt_embeds, negative_prompt_embeds])
+                    encoder_attention_mask = None
+                    if prompt_attention_mask is not None:
+                        encoder_attention_mask = torch.cat([prompt_attention_mask, negative_prompt_attention_mask])
+                else:
+                    latent_model_input = latents
+                    encoder_hidden_states, encoder_attention_mask = prompt_embeds, prompt_attention_mask
+
+                velocity = self.unet(
+                    latent_model_input,
+                    t.to(torch.float32).expand(latent_model_input.shape[0]),
+                    encoder_hidden_states=encoder_hidden_states,
+                    encoder_attention_mask=encoder_attention_mask,
+                    return_dict=False,
+                )[0]
+                if self.do_classifier_free_guidance:
+                    velocity, negative_velocity = velocity.chunk(2)
+                    velocity = negative_velocity + guidance_scale * (velocity - negative_velocity)
+
+                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    latents = callback_outputs.pop("latents", latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
+        # 6. The state is the picture
+        image = self.image_processor.postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (image,)
+        return ImagePipelineOutput(images=image)
+
+
+def shift_name(scheduler) -> str:
+    """
+    The config entry that holds a flow-matching scheduler's resolution shift: `shift`, or `flow_shift` for the
+    multistep solvers. Raises a `ValueError` for any other scheduler.
+    """
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            "`scheduler` has `use_dynamic_shifting=True`, but the shift of these models is fixed: set False."
+        )
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        return "flow_shift"
+    if type(scheduler).__name__.startswith("FlowMatch") and "shift" in config:
+        return "shift"
+    raise ValueError(
+        f"`scheduler` is a {type(scheduler).__name__} that does not do flow matching. Pass a "
+        "FlowMatchEulerDiscreteScheduler, say, or a multistep solver with `use_flow_sigmas=True` and "
+        '`prediction_type="flow_prediction"`.'
+    )
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both `(B, L)`, padded to the longest; warns about what it cuts off."""
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=max_sequence_length, return_tensors="pt")
+    if tokens["input_ids"].shape[1] == max_sequence_length:
+        cut = [text for text in prompts if len(tokenizer(text)["input_ids"]) > max_sequence_length]
+        if cut:
+            logger.warning(f"Only the first {max_sequence_length} tokens of these prompts are read: {cut}")
+    return tokens

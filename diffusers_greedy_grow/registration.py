@@ -1,0 +1,39 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Makes diffusers find our classes by name. There is no public way to do so; everything that touches its tables is here.
+
+After it, `model_index.json` names the package rather than an inner module, so that moving a file breaks no published
+repository, and `DiffusionPipeline`, `AutoModel` and `AutoPipelineForText2Image` load our folders.
+"""
+
+import diffusers
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+
+
+def register(package: str, models: tuple[type, ...], pipeline: type, pipeline_name: str) -> None:
+    """
+    Registers model classes and a text-to-image pipeline class. Doing so twice changes nothing.
+
+    Args:
+        package (`str`): The top-level package that exports the classes and diffusers' `ModelMixin`.
+        models (`tuple[type, ...]`): Model classes.
+        pipeline (`type`): The pipeline class.
+        pipeline_name (`str`): Its key in the auto pipeline's table, such as `"greedy-grow"`.
+    """
+    for registered in (*models, pipeline):
+        setattr(diffusers, registered.__name__, registered)
+    pipeline_loading_utils.LOADABLE_CLASSES.setdefault(package, {"ModelMixin": ["save_pretrained", "from_pretrained"]})
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING[pipeline_name] = pipeline
