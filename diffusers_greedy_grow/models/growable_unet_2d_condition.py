@@ -266,7 +266,9 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             `ValueError`: if that way was trained before, since to switch it off would change the model's answers.
         """
         outermost = self.stages[-1]
-        if self._preserves(-1) and bool(outermost.conv_to_inner.weight.any() or outermost.conv_to_inner.bias.any()):
+        conv = outermost.conv_to_inner
+        trained = not conv.weight.is_meta and bool(conv.weight.any() or conv.bias.any())
+        if self._preserves(-1) and trained:
             raise ValueError(
                 "The core cannot be frozen any more: after a joint phase the outermost stage feeds it, and freezing "
                 "would cut that off. Go on training jointly, or grow again and freeze then."
@@ -437,6 +439,39 @@ def get_stage_patch_size(
     return cell // 2 ** len(block_out_channels)
 
 
+def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[type, dict, str | None]:
+    """
+    Looks for either model in a folder or Hub repository, alone or as the `unet` of a pipeline.
+
+    Returns:
+        Its class, its configuration, and the subfolder it is in.
+
+    Raises:
+        `OSError`: if nothing is there.
+        `ValueError`: if it is another kind of model.
+    """
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("torch_dtype", "dtype", "variant", "device_map")}
+    try:
+        config = ModelMixin.load_config(path, subfolder=subfolder, **kwargs)
+    except OSError as error:
+        try:
+            if subfolder is not None:
+                raise
+            subfolder = "unet"
+            config = ModelMixin.load_config(path, subfolder=subfolder, **kwargs)
+        except OSError:
+            raise OSError(
+                f"`core={str(path)!r}` is no model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
+                "Pass the folder or repository of a trained core, or of a pipeline around one."
+            ) from error
+    classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
+    if config.get("_class_name") not in classes:
+        raise ValueError(
+            f"`core={str(path)!r}` holds a {config.get('_class_name')}; only {' and '.join(classes)} can be grown."
+        )
+    return classes[config["_class_name"]], config, subfolder
+
+
 def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
     """
     Loads either model from a folder or Hub repository, alone or as the `unet` of a pipeline, and accepts nothing less
@@ -446,28 +481,9 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
         `OSError`: if nothing is there, or a file is damaged.
         `ValueError`: if it is another kind of model, or weights are missing, left over, or of another shape.
     """
-    config_kwargs = {k: v for k, v in kwargs.items() if k not in ("torch_dtype", "dtype", "variant", "device_map")}
+    model_class, _, kwargs["subfolder"] = find_core(path, **kwargs)
     try:
-        config = ModelMixin.load_config(path, **config_kwargs)
-    except OSError:
-        if "subfolder" in kwargs:
-            raise
-        try:
-            config = ModelMixin.load_config(path, **config_kwargs, subfolder="unet")
-        except OSError as error:
-            raise OSError(
-                f"`core={str(path)!r}` is no model: neither it nor its subfolder `unet` holds a readable `config.json`. "
-                "Pass the folder or repository of a trained core, or of a pipeline around one."
-            ) from error
-        kwargs["subfolder"] = "unet"
-
-    classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
-    if config.get("_class_name") not in classes:
-        raise ValueError(
-            f"`core={str(path)!r}` holds a {config.get('_class_name')}; only {' and '.join(classes)} can be grown."
-        )
-    try:
-        model, info = classes[config["_class_name"]].from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, RuntimeError, ValueError) as error:
         raise OSError(
             f"`core={str(path)!r}` cannot be loaded: {error} Its weights are missing, damaged or do not belong to its "

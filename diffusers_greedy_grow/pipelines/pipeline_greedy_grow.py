@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import unshift_sigma
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from ..models.growable_unet_2d_condition import load_core
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -123,7 +124,8 @@ class GreedyGrowPipeline(DiffusionPipeline):
             [`GreedyGrowPipeline`]
         """
         if isinstance(core, (str, Path)):
-            core = cls.from_pretrained(core, **kwargs)
+            # The model is loaded apart because it has to be complete.
+            core = cls.from_pretrained(core, unet=load_core(core, subfolder="unet", **kwargs), **kwargs)
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
         unet = GrowableUNet2DConditionModel.from_core(

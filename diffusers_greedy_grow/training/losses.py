@@ -1,0 +1,97 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The training loss, and what to know about it beyond its mean."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..flow import SIGMA_MIN, add_noise, expand, pool
+
+
+# Edges of the noise-level bins that the loss is reported in. The first holds the levels at which grain would show.
+SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
+
+
+@dataclass
+class FlowLoss:
+    """
+    The loss of one batch.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): The mean, to train on.
+        low (`torch.Tensor` of shape `(B,)`), high (`torch.Tensor` of shape `(B,)`):
+            Each picture's loss in the low band (pooled) and in the high band (the rest); they add up to its loss.
+        sigma (`torch.Tensor` of shape `(B,)`): Each picture's noise level.
+    """
+
+    loss: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    sigma: torch.Tensor
+
+
+def flow_loss(
+    model: torch.nn.Module,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    band_factor: int,
+    **conditions: torch.Tensor,
+) -> FlowLoss:
+    r"""
+    Mean squared error of the predicted flow velocity, which is that of the clean picture over
+    `max(sigma, SIGMA_MIN) ** 2` (Li & He, JiT, 2025, section 4).
+
+    Args:
+        model: A [`ShallowUNet2DModel`], a [`GrowableUNet2DConditionModel`], or either prepared by accelerate.
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean pictures in [-1, 1].
+        noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal.
+        sigma (`torch.Tensor` of shape `(B,)`): Noise levels in (0, 1].
+        band_factor (`int`): The pooling that parts the low band from the high one: the growth factor.
+        conditions: `encoder_hidden_states` and `encoder_attention_mask`.
+    """
+    output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions)
+    error = (output.pred_original_sample - x0).float() / expand(sigma, x0).clamp(min=SIGMA_MIN)
+    total = error.square().mean(dim=(1, 2, 3))
+    # Nearest-neighbour upsampling keeps the mean square, and the two bands are orthogonal.
+    low = pool(error.detach(), band_factor).square().mean(dim=(1, 2, 3))
+    return FlowLoss(loss=total.mean(), low=low, high=total.detach() - low, sigma=sigma)
+
+
+class LossMeter:
+    """Means of the loss, of its bands and of its noise-level bins over many batches."""
+
+    def __init__(self):
+        self.batches: list[torch.Tensor] = []
+
+    def update(self, losses: torch.Tensor) -> None:
+        """Adds a batch: `(B, 3)` with columns low, high, sigma."""
+        self.batches.append(losses)
+
+    def compute(self) -> dict[str, float]:
+        """The means since the last call: `loss`, `loss_low`, `loss_high`, and `loss_sigma_<from>_<to>` where seen."""
+        low, high, sigma = torch.cat(self.batches).float().cpu().unbind(dim=1)
+        self.batches = []
+        means = {
+            "loss": (low + high).mean().item(),
+            "loss_low": low.mean().item(),
+            "loss_high": high.mean().item(),
+        }
+        for lower, upper in zip(SIGMA_BINS[:-1], SIGMA_BINS[1:]):
+            inside = (sigma > lower) & (sigma <= upper)
+            if inside.any():
+                means[f"loss_sigma_{lower}_{upper}"] = (low + high)[inside].mean().item()
+        return means

@@ -1,0 +1,91 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pictures of a run: samples with their captions, and loss curves."""
+
+import json
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+def draw_samples(
+    rows: dict[str, list[Image.Image]], captions: list[str], path: str | Path, picture_size: int = 128
+) -> None:
+    """
+    Writes a grid: one row of pictures for each entry of `rows`, whose name stands on the left, and the captions below.
+
+    Args:
+        rows (`dict[str, list[Image.Image]]`): For each row's name, one square picture per caption.
+        captions (`list[str]`): Printed under the columns.
+        path (`str` or `Path`): The PNG to write.
+        picture_size (`int`): Pixels per side that each picture is shown at, enlarged without smoothing.
+    """
+    font = ImageFont.load_default(size=11)
+    texts = ["\n".join(textwrap.wrap(caption, picture_size // 6)) for caption in captions]
+    lines = max(text.count("\n") + 1 for text in texts)
+    margin, gap = 96, 4
+    width = margin + len(captions) * (picture_size + gap)
+    height = len(rows) * (picture_size + gap) + lines * 14 + 2 * gap
+    grid = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (name, pictures) in enumerate(rows.items()):
+        top = row * (picture_size + gap)
+        draw.multiline_text((4, top + picture_size // 2 - 7), "\n".join(textwrap.wrap(name, 15)), "black", font)
+        for column, picture in enumerate(pictures):
+            picture = picture.convert("RGB").resize((picture_size, picture_size), Image.Resampling.NEAREST)
+            grid.paste(picture, (margin + column * (picture_size + gap), top))
+    for column, text in enumerate(texts):
+        draw.multiline_text((margin + column * (picture_size + gap), height - lines * 14 - gap), text, "black", font)
+    _write(grid, path)
+
+
+def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
+    """Writes the loss curves in `metrics.jsonl`: one panel per phase, by band, with the held-out loss as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    phases: dict[str, list[dict]] = {}
+    for line in Path(metrics_path).read_text().splitlines():
+        record = json.loads(line)
+        phases.setdefault(record["phase"], []).append(record)
+    if not phases:
+        return
+
+    figure, axes = plt.subplots(1, len(phases), figsize=(5 * len(phases), 4), squeeze=False)
+    for axis, (phase, records) in zip(axes[0], phases.items()):
+        for key, label in (("loss", "loss"), ("loss_low", "low band"), ("loss_high", "high band")):
+            points = [(record["step"], record[key]) for record in records if key in record]
+            held_out = [(record["step"], record[f"val_{key}"]) for record in records if f"val_{key}" in record]
+            if points:
+                (curve,) = axis.plot(*zip(*points), label=label, linewidth=1)
+                if held_out:
+                    axis.plot(*zip(*held_out), "o", color=curve.get_color(), markersize=4)
+        axis.set(title=phase, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(title="dots: held out, EMA", fontsize=8, title_fontsize=8)
+    figure.tight_layout()
+    temporary = Path(path).with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _write(image: Image.Image, path: str | Path) -> None:
+    temporary = Path(path).with_suffix(".tmp.png")
+    image.save(temporary)
+    temporary.replace(path)

@@ -1,0 +1,833 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Grows a text-to-image model in pixel space, from captioned pictures to a pipeline:
+
+    accelerate launch training_examples/grow.py                                       # captioned shapes, 16 -> 64 px
+    accelerate launch training_examples/grow.py --train_data_dir my_pictures --resolutions 32 128
+
+A run goes through phases (Vasconcelos et al., 2024, section 4): `core` trains a Shallow-UViT at the first resolution;
+then, for each further resolution, a stage is grown around it, trained alone (`detail`), and trained together with what
+is inside it (`joint`). After each phase `output_dir` holds one more complete pipeline.
+"""
+
+import json
+import logging
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, HfArgumentParser
+
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.flow import descend, sample_sigma
+from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
+from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import tokenize
+from diffusers_greedy_grow.training import (
+    CaptionedPictures,
+    EpochOrder,
+    LossMeter,
+    PhasePlan,
+    build_small_text_encoder,
+    carry_ema,
+    describe_parts,
+    draw_losses,
+    draw_samples,
+    find_checkpoint,
+    flow_loss,
+    format_plan,
+    load_captioned_data,
+    load_checkpoint,
+    named_shadows,
+    normalize,
+    plan_phase,
+    read_progress,
+    sample_generators,
+    save_checkpoint,
+    save_pipeline,
+    sorted_checkpoints,
+    train_small_tokenizer,
+)
+from diffusers_greedy_grow.training.shapes import write_shapes
+from diffusers_greedy_grow.training.shapes_scorer import CHANCE, score_images
+
+
+logger = get_logger(__name__)
+
+# What random numbers are for, beside the phases that train; the index of a phase is small.
+VALIDATION, SAMPLES = 1000, 1001
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+@dataclass
+class DataArguments:
+    """What to train on; by default captioned shapes, drawn for the purpose."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
+    train_data_dir: str | None = field(
+        default=None, metadata={"help": "A folder: imagefolder with metadata, or parquet files; or one parquet file."}
+    )
+    image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
+    caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
+    shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
+    shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
+    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Captions of the sample grid; held-out captions by default."}
+    )
+    num_validation_pictures: int = field(default=256, metadata={"help": "Held-out pictures the loss is measured on."})
+    num_scored_pictures: int = field(default=96, metadata={"help": "Captioned shapes: pictures drawn for the score."})
+
+
+@dataclass
+class ModelArguments:
+    """The core, and what grows around it."""
+
+    core: str | None = field(
+        default=None, metadata={"help": "A trained pipeline to grow, a folder or Hub id; skips the core phase."}
+    )
+    resolutions: list[int] = field(
+        default_factory=lambda: [16, 64], metadata={"help": "The core's, then each stage's, in pixels."}
+    )
+    init: str = field(default="preserve", metadata={"help": '"preserve", or the paper\'s "random".'})
+    patch_size: int = field(default=2, metadata={"help": "The core's."})
+    hidden_size: int = field(default=192, metadata={"help": "The core's."})
+    num_layers: int = field(default=6, metadata={"help": "The core's."})
+    num_attention_heads: int = field(default=6, metadata={"help": "The core's."})
+    mlp_ratio: float = field(default=4.0, metadata={"help": "The core's."})
+    block_out_channels: list[str] = field(
+        default_factory=lambda: ["48,96"],
+        metadata={
+            "help": 'Channels of each stage, outermost first, such as "64,128"; one entry for all, or one each.'
+        },
+    )
+    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per entry of block_out_channels."})
+    text_encoder: str = field(
+        default="small",
+        metadata={"help": 'A folder or Hub id, used frozen; or "small": one trained with the core, from scratch.'},
+    )
+    text_hidden_size: int = field(default=128, metadata={"help": "Of the small text encoder."})
+    text_num_layers: int = field(default=1, metadata={"help": "Of the small text encoder."})
+    max_sequence_length: int = field(default=64, metadata={"help": "How many text tokens are read."})
+
+
+@dataclass
+class TrainingArguments:
+    """How to train. Arguments that take several values have one for all resolutions, or one for each."""
+
+    output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": '"latest", or a checkpoint folder.'})
+    plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
+    core_steps: int = field(default=3000, metadata={"help": "Steps of the core phase."})
+    detail_steps: list[int] = field(default_factory=lambda: [1000], metadata={"help": "For each stage."})
+    joint_steps: list[int] = field(default_factory=lambda: [500], metadata={"help": "For each stage."})
+    train_batch_size: list[int] = field(
+        default_factory=lambda: [64, 32], metadata={"help": "Pictures per process and step, at each resolution."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
+    lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
+    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
+    adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit(sigma) at the core's resolution."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma)."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    mixed_precision: str | None = field(default=None, metadata={"help": '"no", "bf16" or "fp16".'})
+    seed: int = field(default=0, metadata={"help": "Of weights, data order, noise and caption dropout."})
+    num_inference_steps: int = field(default=28, metadata={"help": "Of the samples."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Of the samples."})
+    logging_steps: int = field(default=50, metadata={"help": "Steps between lines in metrics.jsonl."})
+    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    report_to: str | None = field(default=None, metadata={"help": "A tracker of accelerate, such as tensorboard."})
+
+
+@dataclass
+class Phase:
+    """One phase: `kind` is `"core"`, `"detail"` or `"joint"`; `stage` counts the growth stages from 1, the core is 0."""
+
+    index: int
+    name: str
+    kind: str
+    stage: int
+    resolution: int
+    steps: int
+    batch_size: int
+
+
+def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """Reads flags over the YAML file that `--config` names over the defaults, and checks what can be checked now."""
+    parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments), description=__doc__.splitlines()[1])
+    parser.add_argument("--config", help="A YAML file with any of these arguments; flags win.")
+    config = parser.parse_known_args(argv)[0].config
+    if config is not None:
+        values = yaml.safe_load(Path(config).read_text()) or {}
+        unknown = set(values) - {action.dest for action in parser._actions}
+        if unknown:
+            parser.error(f"{config} has unknown arguments: {sorted(unknown)}")
+        parser.set_defaults(**values)
+    data, model, training, _ = parser.parse_args_into_dataclasses(argv)
+
+    sizes = model.resolutions
+    for smaller, larger in zip(sizes, sizes[1:]):
+        if larger <= smaller or larger % smaller:
+            parser.error(f"--resolutions {sizes}: {larger} is no larger multiple of {smaller}.")
+    for owner, name, count in (
+        (model, "block_out_channels", len(sizes) - 1),
+        (training, "detail_steps", len(sizes) - 1),
+        (training, "joint_steps", len(sizes) - 1),
+        (training, "train_batch_size", len(sizes)),
+    ):
+        given = getattr(owner, name)
+        if len(given) not in (1, count) and count > 0:
+            parser.error(f"--{name} {given}: with --resolutions {sizes} it takes one value, or {count}.")
+        setattr(owner, name, given * count if len(given) == 1 else given)
+    try:
+        [parse_channels(channels) for channels in model.block_out_channels]
+    except ValueError:
+        parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
+    if model.init not in ("preserve", "random"):
+        parser.error(f'--init {model.init}: choose "preserve" or "random".')
+    if model.init == "random" and len(sizes) > 2:
+        parser.error(f"--init random grows one stage, not the {len(sizes) - 1} of --resolutions {sizes}.")
+    return data, model, training
+
+
+def parse_channels(channels: str) -> tuple[int, ...]:
+    return tuple(int(count) for count in str(channels).split(","))
+
+
+def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Phase]:
+    """The phases of a run. Each ends in a pipeline folder of its name; phases of no steps are left out."""
+    sizes = model_args.resolutions
+    phases = []
+    if model_args.core is None:
+        phases.append(Phase(0, "core", "core", 0, sizes[0], args.core_steps, args.train_batch_size[0]))
+    for i, resolution in enumerate(sizes[1:], start=1):
+        detail, joint, batch_size = args.detail_steps[i - 1], args.joint_steps[i - 1], args.train_batch_size[i]
+        name = f"grown-{resolution}"
+        if detail:
+            full_name = f"{name}-detail" if joint else name
+            phases.append(Phase(2 * i - 1, full_name, "detail", i, resolution, detail, batch_size))
+        if joint:
+            phases.append(Phase(2 * i, name, "joint", i, resolution, joint, batch_size))
+    return phases
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pipelines
+
+
+def build_core_pipeline(model_args: ModelArguments, captions: list[str]) -> GreedyGrowPipeline:
+    """A pipeline around a new core, with a pretrained text encoder or a small new one."""
+    if model_args.text_encoder == "small":
+        tokenizer = train_small_tokenizer(captions)
+        text_encoder = build_small_text_encoder(tokenizer, model_args.text_hidden_size, model_args.text_num_layers)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.text_encoder)
+        text_encoder = AutoModelForTextEncoding.from_pretrained(model_args.text_encoder)
+    return GreedyGrowPipeline(
+        unet=build_core(model_args, text_encoder.config.hidden_size),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        max_sequence_length=model_args.max_sequence_length,
+    )
+
+
+def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowUNet2DModel:
+    return ShallowUNet2DModel(
+        sample_size=model_args.resolutions[0],
+        patch_size=model_args.patch_size,
+        hidden_size=model_args.hidden_size,
+        num_layers=model_args.num_layers,
+        num_attention_heads=model_args.num_attention_heads,
+        mlp_ratio=model_args.mlp_ratio,
+        cross_attention_dim=cross_attention_dim,
+    )
+
+
+def grow_pipeline(pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments) -> GreedyGrowPipeline:
+    return GreedyGrowPipeline.from_core(pipeline, phase.resolution, **stage_arguments(phase, model_args))
+
+
+def stage_arguments(phase: Phase, model_args: ModelArguments) -> dict:
+    return {
+        "block_out_channels": parse_channels(model_args.block_out_channels[phase.stage - 1]),
+        "layers_per_block": model_args.layers_per_block,
+        "init": model_args.init,
+    }
+
+
+def set_phase(unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, kind: str) -> None:
+    """Freezes what a phase does not train."""
+    if kind == "detail":
+        unet.freeze_core()
+    elif kind == "joint":
+        unet.unfreeze_core()
+
+
+def make_plan(
+    phases: list[Phase], model_args: ModelArguments, args: TrainingArguments, num_processes: int
+) -> tuple[list, str]:
+    """What each phase will cost, and that as text. No weights are read or allocated."""
+    with torch.device("meta"):
+        if model_args.core is not None:
+            model_class, config, _ = find_core(model_args.core)
+            unet = model_class.from_config(config)
+        elif model_args.text_encoder == "small":
+            unet = build_core(model_args, model_args.text_hidden_size)
+        else:
+            unet = build_core(model_args, AutoConfig.from_pretrained(model_args.text_encoder).hidden_size)
+        plans = []
+        for phase in phases:
+            if phase.resolution != unet.config.sample_size:
+                stage = stage_arguments(phase, model_args)
+                unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage)
+            set_phase(unet, phase.kind)
+            batch_size = phase.batch_size * num_processes * args.gradient_accumulation_steps
+            plans.append(
+                plan_phase(
+                    phase.name,
+                    unet,
+                    phase.resolution,
+                    phase.steps,
+                    batch_size,
+                    num_processes * args.gradient_accumulation_steps,
+                    model_args.max_sequence_length,
+                )
+            )
+    return plans, format_plan(plans, describe_parts(unet))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Interrupt:
+    """Notes Ctrl-C and SIGTERM, so that the step at hand is finished and a checkpoint is saved."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame) -> None:
+        if self.signal is not None:  # the second time at once
+            sys.exit(128 + number)
+        self.signal = number
+
+
+@dataclass
+class Run:
+    """What all phases share."""
+
+    accelerator: Accelerator
+    data_args: DataArguments
+    model_args: ModelArguments
+    args: TrainingArguments
+    train_data: CaptionedPictures
+    validation_data: CaptionedPictures
+    output_dir: Path
+    interrupt: Interrupt
+    plans: dict[str, PhasePlan]  # of each phase, in order
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.output_dir / "metrics.jsonl"
+
+    def log(self, phase: Phase, step: int, **values: float) -> None:
+        """Writes a line of metrics and tells the trackers, which count steps over all phases."""
+        if self.accelerator.is_main_process:
+            with open(self.metrics_path, "a") as file:
+                file.write(json.dumps({"phase": phase.name, "step": step, **values}) + "\n")
+        names = list(self.plans)
+        earlier = sum(self.plans[name].steps for name in names[: names.index(phase.name)])
+        self.accelerator.log({f"{phase.name}/{name}": value for name, value in values.items()}, step=earlier + step)
+
+
+def encode_captions(
+    pipeline: GreedyGrowPipeline, text_encoder, captions: list[str], device
+) -> dict[str, torch.Tensor]:
+    """The model's text arguments for `captions`, as the pipeline makes them for prompts."""
+    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device)
+    hidden_states = text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+    return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": tokens["attention_mask"].bool()}
+
+
+def draw_noise(
+    generators: list[torch.Generator], shape: torch.Size, shift: float, args: TrainingArguments, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each picture's noise and noise level, from its own generator."""
+    noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    sigma = [sample_sigma(1, shift, args.logit_mean, args.logit_std, generator) for generator in generators]
+    return noise, torch.cat(sigma).to(device)
+
+
+def train_phase(
+    run: Run, phase: Phase, pipeline: GreedyGrowPipeline, ema_so_far: tuple, checkpoint: Path | None
+) -> tuple[dict[str, torch.Tensor], int]:
+    """
+    Trains one phase, from `checkpoint` on if there is one, and leaves the averaged weights in `pipeline`.
+
+    Returns the averages of the model by name, and the number of steps they were averaged for, for the next phase.
+    """
+    accelerator, args, device = run.accelerator, run.args, run.accelerator.device
+    unet, text_encoder = pipeline.unet.to(device), pipeline.text_encoder.to(device)
+    shift = pipeline.scheduler.config.shift
+    pool_factor = run.train_data.resolution // phase.resolution
+    band_factor = 2 if phase.kind == "core" else unet.sample_sizes[-1] // unet.sample_sizes[-2]
+
+    # 1. What trains: the model, as far as the phase does not freeze it, and a new text encoder along with the core
+    unet.train()
+    set_phase(unet, phase.kind)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    train_text = phase.kind == "core" and run.model_args.text_encoder == "small"
+    text_encoder.requires_grad_(train_text)
+    named_parameters = [(f"unet.{name}", parameter) for name, parameter in unet.named_parameters()]
+    if phase.kind == "core":
+        groups = [{"name": "core", "params": list(unet.parameters()), "lr": args.learning_rate}]
+    else:
+        groups = unet.parameter_groups(args.learning_rate, args.core_lr_scale)
+    if train_text:
+        named_parameters += [
+            (f"text_encoder.{name}", parameter) for name, parameter in text_encoder.named_parameters()
+        ]
+        groups.append({"name": "text", "params": list(text_encoder.parameters()), "lr": args.learning_rate})
+
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), weight_decay=args.adam_weight_decay)
+    # accelerate steps the schedule once for each process.
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=min(args.lr_warmup_steps, phase.steps // 10) * accelerator.num_processes,
+        num_training_steps=phase.steps * accelerator.num_processes,
+    )
+    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    trained_text_encoder = accelerator.prepare(text_encoder) if train_text else text_encoder
+    trained = [model, trained_text_encoder] if train_text else [model]
+
+    if checkpoint is not None:
+        step = read_progress(checkpoint)["step"]
+        ema = load_checkpoint(accelerator, checkpoint, named_parameters, args.ema_decay)
+    else:
+        step = 0
+        ema = carry_ema(*ema_so_far, named_parameters, args.ema_decay)
+    ema.to(device)
+
+    # 2. The data of the steps that are left, in an order that depends on the seed alone
+    batch_size = phase.batch_size
+    pictures_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    order = EpochOrder(
+        size=len(run.train_data),
+        start=step * pictures_per_step,
+        num_samples=(phase.steps - step) * pictures_per_step,
+        seed=(args.seed, phase.index),
+    )
+    loader = torch.utils.data.DataLoader(
+        run.train_data, batch_size=batch_size, sampler=order, num_workers=run.data_args.dataloader_num_workers
+    )
+    loader = accelerator.prepare(loader)
+
+    # 3. The loop
+    def save(step: int) -> Path:
+        return save_checkpoint(
+            accelerator, run.checkpoints, phase.name, step, ema, named_parameters, args.checkpoints_total_limit
+        )
+
+    meter, started, step_at_start = LossMeter(), time.perf_counter(), step
+    progress = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
+    micro_step = step * args.gradient_accumulation_steps
+    logged_step, logged_time = step, started
+    for batch in loader:
+        with accelerator.accumulate(*trained):
+            x0 = normalize(batch["pixel_values"], pool_factor)
+            key = (args.seed, phase.index, micro_step)
+            generators = sample_generators(key, accelerator.process_index * batch_size, len(x0))
+            noise, sigma = draw_noise(generators, x0.shape, shift, args, device)
+            dropped = [
+                torch.rand(1, generator=generator).item() < run.data_args.caption_dropout for generator in generators
+            ]
+            captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
+            with accelerator.autocast():
+                conditions = encode_captions(pipeline, trained_text_encoder, captions, device)
+                losses = flow_loss(model, x0, noise, sigma, band_factor, **conditions)
+            if not torch.isfinite(losses.loss):
+                raise_not_finite(run, phase, step, losses.sigma)
+            accelerator.backward(losses.loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], args.max_grad_norm)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
+        micro_step += 1
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        ema.step([parameter for _, parameter in named_parameters])
+        progress.update()
+        if run.interrupt.signal is not None:
+            accelerator.set_trigger()
+        interrupted = accelerator.check_trigger()
+        last = step == phase.steps
+
+        if step == step_at_start + min(20, phase.steps - step_at_start):
+            report_time(run, phase, step, (time.perf_counter() - started) / (step - step_at_start) / pictures_per_step)
+        if step % args.logging_steps == 0 or last or interrupted:
+            meter.batches = [accelerator.gather(torch.cat(meter.batches))]
+            now = time.perf_counter()
+            rate = (step - logged_step) * pictures_per_step / (now - logged_time)
+            logged_step, logged_time = step, now
+            means = meter.compute()
+            lr = optimizer.param_groups[0]["lr"]
+            run.log(phase, step, pictures=step * pictures_per_step, lr=lr, pictures_per_second=rate, **means)
+            progress.set_postfix(loss=f"{means['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
+        if step % args.validation_steps == 0 or last:
+            paused = time.perf_counter()
+            with averaged(ema, [parameter for _, parameter in named_parameters]):
+                run.log(phase, step, **validate(run, phase, pipeline, shift, pool_factor, band_factor))
+            logged_time += time.perf_counter() - paused
+        if interrupted:
+            path = save(step)
+            logger.info(
+                f"Interrupted after step {step} of {phase.name}; saved {path}. Go on with the same arguments and "
+                "`--resume_from_checkpoint latest`."
+            )
+            accelerator.end_training()
+            sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
+        if step % args.checkpointing_steps == 0 and not last:
+            save(step)
+    progress.close()
+
+    # 4. The averaged weights are what the phase has made
+    ema.copy_to([parameter for _, parameter in named_parameters])
+    shadows, optimization_step = named_shadows(ema, named_parameters), ema.optimization_step
+    pipeline.unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    pipeline.text_encoder = accelerator.unwrap_model(trained_text_encoder, keep_fp32_wrapper=False)
+    pipeline.unet.disable_gradient_checkpointing()
+    for component in (pipeline.unet, pipeline.text_encoder):
+        component.requires_grad_(False).eval()
+    accelerator.free_memory(model, optimizer, lr_scheduler, trained_text_encoder, loader)
+    prefix = "core." if phase.kind == "core" else ""
+    shadows = {
+        "unet." + prefix + name.removeprefix("unet."): shadow
+        for name, shadow in shadows.items()
+        if name.startswith("unet.")
+    }
+    return shadows, optimization_step
+
+
+@contextmanager
+def averaged(ema: EMAModel, parameters: list[torch.nn.Parameter]):
+    """Within it, parameters have the values of their moving average."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+@torch.no_grad()
+def validate(
+    run: Run, phase: Phase, pipeline: GreedyGrowPipeline, shift: float, pool_factor: int, band_factor: int
+) -> dict:
+    """The held-out loss, on the same pictures with the same noise each time; spread over the processes."""
+    accelerator = run.accelerator
+    share = min(run.data_args.num_validation_pictures, len(run.validation_data)) // accelerator.num_processes
+    first = share * accelerator.process_index
+    meter = LossMeter()
+    pipeline.unet.eval()
+    for start in range(first, first + share, phase.batch_size):
+        rows = [run.validation_data[i] for i in range(start, min(start + phase.batch_size, first + share))]
+        pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
+        x0 = normalize(pixel_values, pool_factor)
+        generators = sample_generators((run.args.seed, VALIDATION, phase.stage), start, len(x0))
+        noise, sigma = draw_noise(generators, x0.shape, shift, run.args, accelerator.device)
+        captions = [row["caption"] for row in rows]
+        with accelerator.autocast():
+            conditions = encode_captions(pipeline, pipeline.text_encoder, captions, accelerator.device)
+            losses = flow_loss(pipeline.unet, x0, noise, sigma, band_factor, **conditions)
+        meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
+    pipeline.unet.train()
+    if not meter.batches:
+        return {}
+    meter.batches = [accelerator.gather(torch.cat(meter.batches))]
+    return {f"val_{name}": value for name, value in meter.compute().items()}
+
+
+def raise_not_finite(run: Run, phase: Phase, step: int, sigma: torch.Tensor) -> None:
+    checkpoints = sorted_checkpoints(run.checkpoints)
+    remedy = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
+    levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
+    raise FloatingPointError(
+        f"The loss of {phase.name} is not finite at step {step + 1}, at the noise levels {levels}. {remedy}; a lower "
+        "`learning_rate`, a lower `max_grad_norm`, or `mixed_precision` bf16 in place of fp16 may help."
+    )
+
+
+def report_time(run: Run, phase: Phase, step: int, seconds_per_picture: float) -> None:
+    """Says how long the run will take, from the speed of its first steps and the plan's count of operations."""
+    rate = run.plans[phase.name].train_flops / seconds_per_picture
+    names = list(run.plans)
+    left = sum(run.plans[name].flops for name in names[names.index(phase.name) + 1 :])
+    left += (phase.steps - step) * run.plans[phase.name].flops / phase.steps
+    logger.info(
+        f"{phase.name}: {1 / seconds_per_picture:.1f} pictures/s; about {left / rate / 60:.0f} min of training left."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Looking at the result
+
+
+def sample_captions(run: Run, pipeline: GreedyGrowPipeline, captions: list[str]) -> list[Image.Image]:
+    """
+    One picture for each caption. The noise is drawn at the final resolution and pooled down to the pipeline's, so that
+    every phase starts from the same.
+    """
+    resolution, device = pipeline.unet.config.sample_size, run.accelerator.device
+    final_resolution = run.train_data.resolution
+    generators = sample_generators((run.args.seed, SAMPLES), 0, len(captions))
+    shape = (len(captions), pipeline.unet.config.in_channels, final_resolution, final_resolution)
+    noise = randn_tensor(shape, generator=generators, device=device)
+    if final_resolution > resolution:
+        noise, _ = descend(noise, torch.ones(1, device=device), final_resolution // resolution)
+
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(captions), 32):
+        with run.accelerator.autocast():
+            images += pipeline(
+                captions[start : start + 32],
+                latents=noise[start : start + 32],
+                num_inference_steps=run.args.num_inference_steps,
+                guidance_scale=run.args.guidance_scale,
+            ).images
+    return images
+
+
+def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
+    """Adds a row to the grid of samples, and draws the loss curves anew."""
+    folder = run.output_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    strip = make_image_grid(sample_captions(run, pipeline, captions), rows=1, cols=len(captions))
+    strip.save(folder / f"{phase.name}.png")
+    rows = {}
+    for name in run.plans:  # rows of phases that an earlier session finished are there as files
+        if (folder / f"{name}.png").exists():
+            strip = Image.open(folder / f"{name}.png")
+            size = strip.height
+            rows[name] = [strip.crop((i * size, 0, (i + 1) * size, size)) for i in range(strip.width // size)]
+    draw_samples(rows, captions, run.output_dir / "samples.png")
+    draw_losses(run.metrics_path, run.output_dir / "loss.png")
+
+
+def score_shapes(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> dict[str, float]:
+    """Captioned shapes: which share of the held-out captions' attributes the pictures show."""
+    captions = run.validation_data.captions[: run.data_args.num_scored_pictures]
+    size = run.train_data.resolution
+    images = [
+        image.resize((size, size), Image.Resampling.NEAREST) for image in sample_captions(run, pipeline, captions)
+    ]
+    return score_images(images, captions, texture_cells=run.model_args.resolutions[0])
+
+
+def format_scores(scores: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(scores.values())))
+    lines = [f"{'held-out captions':<18}" + "".join(f"{name:>12}" for name in names)]
+    lines += [f"{phase:<18}" + "".join(f"{row[name]:>12.2f}" for name in names) for phase, row in scores.items()]
+    return "\n".join(lines + [f"{'chance':<18}" + "".join(f"{CHANCE.get(name, 0):>12.2f}" for name in names)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class TqdmHandler(logging.Handler):
+    """Prints log lines above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def write_shapes_once(
+    data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments, output_dir: Path
+) -> str:
+    """The embedded default: draws the captioned shapes that the arguments describe, unless they are there."""
+    size, objects, pictures = model_args.resolutions[-1], data_args.shapes_objects, data_args.shapes_pictures
+    folder = output_dir / f"shapes-{size}px-{objects}-objects-{pictures}-seed-{args.seed}"
+    if not (folder / "validation.parquet").exists():
+        logger.info(f"Drawing {pictures} captioned shapes into {folder}.")
+        write_shapes(
+            folder,
+            num_train=pictures,
+            num_validation=max(256, data_args.num_scored_pictures),
+            image_size=size,
+            max_objects=objects,
+            texture_cells=model_args.resolutions[0],
+            seed=args.seed,
+        )
+    return str(folder)
+
+
+def keep_metrics_until(run: Run, phases: list[Phase], step: int) -> None:
+    """Drops the lines of metrics that come after the `step` of the last of `phases`: they will be written again."""
+    names = [phase.name for phase in phases]
+    kept = []
+    for line in run.metrics_path.read_text().splitlines() if run.metrics_path.exists() else []:
+        record = json.loads(line)
+        if record["phase"] in names[:-1] or (record["phase"] == names[-1] and record["step"] <= step):
+            kept.append(line + "\n")
+    if run.accelerator.is_main_process:
+        temporary = run.metrics_path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(run.metrics_path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler()])
+    for name in ("accelerate", "httpx", "datasets", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    set_seed(args.seed)
+
+    # 1. The plan
+    phases = list_phases(model_args, args)
+    plans, text = make_plan(phases, model_args, args, accelerator.num_processes)
+    logger.info(text)
+    if args.plan:
+        return
+
+    # 2. Where it goes, and where it goes on
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        logger.info(f"Going on from {checkpoint}.")
+    elif (output_dir / "config.yaml").exists() and not args.overwrite_output_dir:
+        raise ValueError(
+            f"`output_dir={args.output_dir!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
+            "replace it by `--overwrite_output_dir`, or name another folder."
+        )
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            for name in ("checkpoints", "samples", "core", *(plan.name for plan in plans)):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        config = {**asdict(data_args), **asdict(model_args), **asdict(args)}
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    # 3. Data
+    on_shapes = data_args.dataset_name is None and data_args.train_data_dir is None
+    if on_shapes:
+        with accelerator.main_process_first():
+            train_data_dir = write_shapes_once(data_args, model_args, args, output_dir)
+    else:
+        train_data_dir = data_args.train_data_dir
+    train_rows, validation_rows = load_captioned_data(
+        data_args.dataset_name, train_data_dir, data_args.image_column, data_args.caption_column, args.seed
+    )
+    train_data = CaptionedPictures(train_rows, model_args.resolutions[-1])
+    validation_data = CaptionedPictures(validation_rows, model_args.resolutions[-1])
+    logger.info(f"{len(train_data)} pictures to train on, {len(validation_data)} held out.")
+    captions = data_args.validation_prompts or validation_data.captions[:8]
+
+    run = Run(
+        accelerator=accelerator,
+        data_args=data_args,
+        model_args=model_args,
+        args=args,
+        train_data=train_data,
+        validation_data=validation_data,
+        output_dir=output_dir,
+        interrupt=Interrupt(),
+        plans={plan.name: plan for plan in plans},
+    )
+    accelerator.init_trackers("grow")
+
+    # 4. The phases
+    first = 0
+    if checkpoint is not None:
+        progress = read_progress(checkpoint)
+        first = next((i for i, phase in enumerate(phases) if phase.name == progress["phase"]), -1)
+        if first < 0:
+            raise ValueError(f"{checkpoint} is of phase {progress['phase']}, which this run does not have.")
+        keep_metrics_until(run, phases[: first + 1], progress["step"])
+    start = output_dir / phases[first - 1].name if first > 0 else model_args.core
+    if start is not None:
+        pipeline = GreedyGrowPipeline.from_pretrained(start, unet=load_core(start))
+    else:
+        pipeline = build_core_pipeline(model_args, train_data.captions)
+
+    ema_so_far: tuple = ({}, 0)
+    scores = {}
+    for phase in phases[first:]:
+        if phase.resolution != pipeline.unet.config.sample_size:
+            pipeline = grow_pipeline(pipeline, phase, model_args)
+        ema_so_far = train_phase(run, phase, pipeline, ema_so_far, checkpoint)
+        checkpoint = None
+        if accelerator.is_main_process:
+            save_pipeline(pipeline, output_dir / phase.name)
+            draw_grids(run, phase, pipeline, captions)
+            logger.info(f"{phase.name} is done: {output_dir / phase.name}, pictures in {output_dir / 'samples.png'}.")
+            if on_shapes and data_args.num_scored_pictures:
+                scores[phase.name] = score_shapes(run, phase, pipeline)
+                run.log(phase, phase.steps, **{f"score_{name}": value for name, value in scores[phase.name].items()})
+        accelerator.wait_for_everyone()
+
+    if scores:
+        logger.info(format_scores(scores))
+    accelerator.end_training()
