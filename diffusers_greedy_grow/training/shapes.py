@@ -1,0 +1,293 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Captioned shapes: a data set with the two halves that greedy growing parts, small enough to learn in minutes.
+
+"a large red striped circle above a small blue plain square on a white background": shapes, colours, sizes, relations
+and backgrounds are alignment and show at the core's resolution. Textures are rendering: their pattern repeats once per
+pixel of the core and averages to the object's colour there, so that only the grown model can see and draw them.
+"""
+
+import io
+import re
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+SIZES = ("small", "large")
+# Mean colours. Textures brighten and darken them by up to 40 %, so the brightest channel leaves room for it.
+COLORS = {
+    "red": (178, 24, 30),
+    "green": (24, 138, 52),
+    "blue": (36, 64, 178),
+    "yellow": (178, 152, 16),
+    "purple": (122, 34, 160),
+    "orange": (178, 88, 12),
+}
+TEXTURES = ("plain", "striped", "dotted", "checked")
+SHAPES = ("circle", "square", "triangle", "star", "ring")
+BACKGROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), "pink": (248, 190, 205)}
+RELATIONS = ("left of", "right of", "above", "below")
+
+# Half of an object's extent as a share of the picture's side, by the number of objects and the size's name.
+EXTENTS = {
+    1: {"small": (0.21, 0.25), "large": (0.34, 0.39)},
+    2: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
+    3: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
+}
+_CONTRAST = 0.4
+
+
+@dataclass(frozen=True)
+class ShapeObject:
+    """One object: its attributes, and its centre `(x, y)` and half extent as shares of the picture's side."""
+
+    size: str
+    color: str
+    texture: str
+    shape: str
+    x: float = 0.5
+    y: float = 0.5
+    extent: float = 0.2
+
+    @property
+    def phrase(self) -> str:
+        return f"a {self.size} {self.color} {self.texture} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """
+    One to three objects. The first is in `relations[0]` to the second; both are in `relations[1]` to the third.
+    """
+
+    objects: tuple[ShapeObject, ...]
+    relations: tuple[str, ...]
+    background: str
+
+    @property
+    def caption(self) -> str:
+        phrases = [shape_object.phrase for shape_object in self.objects]
+        text = phrases[0]
+        if len(phrases) > 1:
+            text += f" {self.relations[0]} {phrases[1]}"
+        if len(phrases) > 2:
+            text += f", both {self.relations[1]} {phrases[2]},"
+        return f"{text} on a {self.background} background"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scenes and captions
+
+_OBJECT = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(TEXTURES)}) ({'|'.join(SHAPES)})"
+_RELATION = rf"({'|'.join(RELATIONS)})"
+_CAPTION = re.compile(
+    rf"{_OBJECT}(?: {_RELATION} {_OBJECT}(?:, both {_RELATION} {_OBJECT},)?)? on a ({'|'.join(BACKGROUNDS)}) background"
+)
+
+
+def parse_caption(caption: str) -> Scene:
+    """The scene that a caption describes, without positions; the inverse of [`Scene.caption`]."""
+    match = _CAPTION.fullmatch(caption)
+    if match is None:
+        raise ValueError(
+            f"`caption={caption!r}` is none of these, such as 'a large red striped circle on a white background'."
+        )
+    words = match.groups()
+    attributes = [words[0:4], words[5:9], words[10:14]]
+    return Scene(
+        objects=tuple(ShapeObject(*words) for words in attributes if words[0] is not None),
+        relations=tuple(word for word in (words[4], words[9]) if word is not None),
+        background=words[14],
+    )
+
+
+def sample_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
+    """A random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see."""
+    attributes = [
+        [str(rng.choice(values)) for values in (SIZES, list(COLORS), TEXTURES, SHAPES)] for _ in range(num_objects)
+    ]
+    extents = [rng.uniform(*EXTENTS[num_objects][words[0]]) for words in attributes]
+    relations: tuple[str, ...] = ()
+    if num_objects == 1:
+        centers = [np.array([0.5, 0.5])]
+        jitter = [0.47 - extents[0]] * 2
+    elif num_objects == 2:
+        relations = (str(rng.choice(RELATIONS)),)
+        centers = [_place(relations[0], 0.5, 0.25), _place(relations[0], 0.5, 0.75)]
+        jitter = [0.01, 0.15] if relations[0] in ("left of", "right of") else [0.15, 0.01]
+    else:
+        # The third lies across the line of the first two: above or below a row, left or right of a column.
+        first = str(rng.choice(RELATIONS))
+        in_row = first in ("left of", "right of")
+        second = str(rng.choice(["above", "below"] if in_row else ["left of", "right of"]))
+        relations = (first, second)
+        pair, third = _place(second, 0.5, 0.25), _place(second, 0.5, 0.75)
+        axis = 1 if in_row else 0
+        centers = [_place(first, 0.5, 0.25), _place(first, 0.5, 0.75), third]
+        centers[0][axis] = centers[1][axis] = pair[axis]
+        jitter = [0.01, 0.01]
+    objects = []
+    for words, extent, center in zip(attributes, extents, centers):
+        x, y = center + rng.uniform(-1, 1, size=2) * jitter
+        objects.append(ShapeObject(*words, x=float(x), y=float(y), extent=float(extent)))
+    return Scene(tuple(objects), relations, str(rng.choice(list(BACKGROUNDS))))
+
+
+def _place(relation: str, middle: float, near: float) -> np.ndarray:
+    """Where the first (`near=0.25`) or second (`near=0.75`) party of a relation stands."""
+    if relation in ("right of", "below"):
+        near = 1 - near
+    return np.array([near, middle] if relation in ("left of", "right of") else [middle, near])
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene holds one of the combinations of attributes, about a tenth, that training never shows."""
+    return any(zlib.crc32(shape_object.phrase.encode()) % 10 == 0 for shape_object in scene.objects)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance from the outline of a shape that fills [-1, 1] x [-1, 1] (x right, y down), negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.76) - 0.24
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.94
+    if shape == "triangle":
+        # Apex (0, -1), base from (-1, 0.9) to (1, 0.9).
+        slope = np.hypot(1.9, 1.0)
+        return np.maximum(y - 0.9, (1.9 * np.abs(x) - (y + 1)) / slope)
+    # A star of five tips: fold the plane into one half of one tip, whose outline is a straight line.
+    radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+    angle = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    tip, notch = np.array([0.0, 1.05]), 0.48 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])
+    edge = notch - tip
+    normal = np.array([-edge[1], edge[0]]) / np.hypot(*edge)
+    return (radius * np.sin(angle) - tip[0]) * normal[0] + (radius * np.cos(angle) - tip[1]) * normal[1]
+
+
+@lru_cache
+def pattern(texture: str, image_size: int, texture_cells: int) -> np.ndarray:
+    """
+    The brightness of a texture, `(image_size, image_size)` of about -1.5 to 1, with mean zero in each of the
+    `texture_cells x texture_cells` cells of the picture.
+    """
+    fine = 4  # samples per pixel and axis
+    position = (np.arange(image_size * fine) + 0.5) * texture_cells / (image_size * fine) % 1
+    rows, columns = position[:, None], position[None, :]
+    if texture == "striped":
+        values = np.where(rows < 0.5, 1.0, -1.0) * np.ones_like(columns)
+    elif texture == "checked":
+        values = np.where((rows < 0.5) == (columns < 0.5), 1.0, -1.0)
+    elif texture == "dotted":
+        values = np.where((np.abs(rows - 0.5) < 0.25) & (np.abs(columns - 0.5) < 0.25), -1.5, 0.5)
+    else:
+        values = np.zeros((len(position), len(position)))
+    return values.reshape(image_size, fine, image_size, fine).mean(axis=(1, 3))
+
+
+def render(scene: Scene, image_size: int, texture_cells: int = 16) -> np.ndarray:
+    """
+    Draws a scene, anti-aliased, at any resolution.
+
+    Args:
+        scene ([`Scene`]): What to draw.
+        image_size (`int`): Pixels per side.
+        texture_cells (`int`): How often a texture repeats across the picture: the core's resolution in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(image_size, image_size, 3)`, uint8.
+    """
+    centers = (np.arange(image_size) + 0.5) / image_size
+    picture = np.empty((image_size, image_size, 3))
+    picture[:] = BACKGROUNDS[scene.background]
+    for item in scene.objects:
+        x, y = (centers[None, :] - item.x) / item.extent, (centers[:, None] - item.y) / item.extent
+        distance = signed_distance(item.shape, x, y) * item.extent * image_size
+        coverage = np.clip(0.5 - distance, 0, 1)[..., None]
+        shade = 1 + _CONTRAST * pattern(item.texture, image_size, texture_cells)[..., None]
+        picture += coverage * (shade * np.array(COLORS[item.color]) - picture)
+    return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+def write_shapes(
+    folder: str | Path,
+    num_train: int,
+    num_validation: int,
+    image_size: int,
+    max_objects: int = 1,
+    texture_cells: int = 16,
+    seed: int = 0,
+) -> Path:
+    """
+    Writes `train.parquet` and `validation.parquet` with the columns `image` and `text`, for `datasets.load_dataset`.
+
+    Combinations of attributes that [`is_held_out`] are in the validation rows only, and make up all of them.
+
+    Args:
+        folder (`str` or `Path`): Where to; made if it is not there.
+        num_train (`int`), num_validation (`int`): How many rows.
+        image_size (`int`): Pixels per side, at least `texture_cells`.
+        max_objects (`int`): Each scene has 1 to `max_objects` (at most 3) objects.
+        texture_cells (`int`): See [`render`].
+        seed (`int`): Row i of a split depends on it and on i alone.
+
+    Returns:
+        `Path`: The folder.
+    """
+    if image_size < max(16, texture_cells):
+        raise ValueError(
+            f"`image_size={image_size}` is too small: shapes need at least 16 pixels and one per texture cell "
+            f"(`texture_cells={texture_cells}`)."
+        )
+    if max_objects not in EXTENTS:
+        raise ValueError(f"`max_objects={max_objects}` has to be 1, 2 or 3.")
+    if num_train < 1 or num_validation < 1:
+        raise ValueError(f"`num_train={num_train}` and `num_validation={num_validation}` have to be positive.")
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    for split, count in (("train", num_train), ("validation", num_validation)):
+        rows: dict[str, list] = {"image": [], "text": []}
+        for i in range(count):
+            rng = np.random.default_rng([seed, split == "validation", i])
+            scene = sample_scene(rng, int(rng.integers(1, max_objects + 1)))
+            while is_held_out(scene) != (split == "validation"):
+                scene = sample_scene(rng, len(scene.objects))
+            buffer = io.BytesIO()
+            Image.fromarray(render(scene, image_size, texture_cells)).save(buffer, format="PNG", compress_level=1)
+            rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+            rows["text"].append(scene.caption)
+        temporary = folder / f"{split}.parquet.tmp"
+        Dataset.from_dict(rows, features=features).to_parquet(temporary)
+        temporary.replace(folder / f"{split}.parquet")
+    return folder
