@@ -831,3 +831,7 @@ def main(argv: list[str] | None = None) -> None:
     if scores:
         logger.info(format_scores(scores))
     accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,12 @@ def score_image(image: Image.Image | np.ndarray, caption: str, texture_cells: in
     padded = [*found, *[None] * (len(truth.objects) - len(found))]
     for assignment in permutations(padded, len(truth.objects)):
         scores = {
-            name: np.mean([item is not None and getattr(item, name) == getattr(true, name) for item, true in zip(assignment, truth.objects)])
+            name: np.mean(
+                [
+                    item is not None and getattr(item, name) == getattr(true, name)
+                    for item, true in zip(assignment, truth.objects)
+                ]
+            )
             for name in best
         }
         if best_assignment is None or sum(scores.values()) > sum(best.values()):
@@ -252,9 +257,7 @@ def label_components(mask: np.ndarray) -> np.ndarray:
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # each pixel takes the largest number around it until nothing changes
         padded = np.pad(labels, 1)
-        around = np.maximum.reduce(
-            [labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-        )
+        around = np.maximum.reduce([labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
         updated = np.where(mask, around, 0)
         if (updated == labels).all():
             break

@@ -1,0 +1,137 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from diffusers_greedy_grow import flow
+
+
+FACTORS = [2, 3, 4, 8]
+
+
+def random_case(factor: int, seed: int):
+    """A random size that the factor divides, a picture, noise and noise levels."""
+    generator = torch.Generator().manual_seed(1000 * factor + seed)
+    height, width = (factor * int(torch.randint(2, 9, (), generator=generator)) for _ in range(2))
+    x0 = torch.rand(4, 3, height, width, generator=generator) * 2 - 1
+    noise = torch.randn(x0.shape, generator=generator)
+    sigma = torch.rand(4, generator=generator).clamp(0.001, 1)
+    return x0, noise, sigma
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("factor", FACTORS)
+class TestLaw:
+    def test_pooling_undoes_upsampling(self, factor, seed):
+        x, _, _ = random_case(factor, seed)
+        torch.testing.assert_close(flow.pool(flow.upsample(x, factor), factor), x, atol=1e-6, rtol=0)
+
+    def test_the_high_band_pools_to_nothing(self, factor, seed):
+        x, _, _ = random_case(factor, seed)
+        assert flow.pool(flow.high_band(x, factor), factor).abs().max() < 1e-6
+        torch.testing.assert_close(flow.upsample(flow.pool(x, factor), factor) + flow.high_band(x, factor), x)
+
+    def test_shift_and_inverse_cancel(self, factor, seed):
+        _, _, sigma = random_case(factor, seed)
+        sigma = sigma.double()
+        torch.testing.assert_close(flow.unshift_sigma(flow.shift_sigma(sigma, factor), factor), sigma)
+        torch.testing.assert_close(flow.shift_sigma(flow.unshift_sigma(sigma, factor), factor), sigma)
+
+    def test_shift_moves_log_snr_by_two_log_factor(self, factor, seed):
+        _, _, sigma = random_case(factor, seed)
+        sigma = sigma.double().clamp(max=0.999)
+        shifted = flow.shift_sigma(sigma, factor)
+        log_snr, shifted_log_snr = (2 * torch.log((1 - s) / s) for s in (sigma, shifted))
+        torch.testing.assert_close(shifted_log_snr, log_snr - 2 * math.log(factor))
+
+    def test_a_pooled_state_is_a_low_resolution_state(self, factor, seed):
+        x0, noise, sigma = random_case(factor, seed)
+        state, sigma_in = flow.descend(flow.add_noise(x0, noise, sigma), sigma, factor)
+        # The pooled noise, scaled back to unit variance, is the noise of the low-resolution state.
+        expected = flow.add_noise(flow.pool(x0, factor), factor * flow.pool(noise, factor), sigma_in)
+        torch.testing.assert_close(state, expected, atol=2e-6, rtol=1e-5)
+
+    def test_descent_undoes_ascent(self, factor, seed):
+        x0, noise, sigma_in = random_case(factor, seed)
+        x_in = flow.pool(x0, factor)
+        state, sigma = flow.ascend(x_in, sigma_in, factor, noise)
+        assert state.shape == noise.shape
+        again, sigma_again = flow.descend(state, sigma, factor)
+        torch.testing.assert_close(sigma_again, sigma_in)
+        torch.testing.assert_close(again, x_in, atol=1e-5, rtol=1e-5)
+
+    def test_ascent_of_a_descended_state_lacks_only_the_pictures_high_band(self, factor, seed):
+        x0, noise, sigma = random_case(factor, seed)
+        state = flow.add_noise(x0, noise, sigma)
+        again, _ = flow.ascend(*flow.descend(state, sigma, factor), factor, noise)
+        missing = (1 - flow.expand(sigma, x0)) * flow.high_band(x0, factor)
+        torch.testing.assert_close(state - again, missing, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_pooled_noise_has_unit_variance(factor):
+    generator = torch.Generator().manual_seed(factor)
+    count = 1_000_000
+    noise = torch.randn(1, 1, factor * 1000, factor * 1000, generator=generator)
+    sigma = torch.ones(1)  # nothing but noise
+    state, sigma_in = flow.descend(noise, sigma, factor)
+    assert state.numel() == count and sigma_in == 1
+    # The standard error of the variance of a million draws is 0.0014.
+    assert abs(state.var().item() - 1) < 0.007
+    assert abs(state.mean().item()) < 0.005
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_shift_is_the_schedulers(factor):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=float(factor))
+    base = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    torch.testing.assert_close(flow.shift_sigma(base.sigmas, factor), scheduler.sigmas)
+
+
+def test_velocity_and_clean_picture_convert():
+    x0, noise, sigma = random_case(4, 0)
+    state = flow.add_noise(x0, noise, sigma)
+    above = sigma.clamp(min=flow.SIGMA_MIN)
+    state_above = flow.add_noise(x0, noise, above)
+    torch.testing.assert_close(flow.velocity_from_clean(state_above, x0, above), noise - x0, atol=2e-5, rtol=1e-4)
+    velocity = flow.velocity_from_clean(state, x0, sigma)
+    torch.testing.assert_close(flow.clean_from_velocity(state, velocity, sigma), x0, atol=1e-5, rtol=1e-4)
+
+
+def test_velocity_is_bounded_where_there_is_no_noise():
+    x0, noise, _ = random_case(2, 0)
+    sigma = torch.full((4,), 1e-4)
+    velocity = flow.velocity_from_clean(flow.add_noise(x0, noise, sigma), x0 + 0.1, sigma)
+    assert velocity.abs().max() < 0.11 / flow.SIGMA_MIN
+
+
+def test_sampled_levels_are_logit_normal_at_the_base_and_shifted():
+    def draw(shift):
+        return flow.sample_sigma(100_000, shift, 0.5, 1.0, torch.Generator().manual_seed(0))
+
+    base = draw(1.0)
+    assert base.shape == (100_000,) and 0 < base.min() and base.max() < 1
+    assert torch.equal(base, draw(1.0))
+    logits = torch.logit(base.double())
+    assert abs(logits.mean() - 0.5) < 0.02 and abs(logits.std() - 1) < 0.02
+    torch.testing.assert_close(draw(4.0), flow.shift_sigma(base, 4.0))
+
+
+def test_pooling_says_what_does_not_fit():
+    with pytest.raises(ValueError, match="10 x 12.*factor=4"):
+        flow.pool(torch.zeros(1, 3, 10, 12), 4)
