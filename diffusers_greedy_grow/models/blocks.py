@@ -156,11 +156,10 @@ class GreedyGrowTransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn1 = GreedyGrowAttention(dim, num_attention_heads)
+        self.attn2 = None
         if cross_attention_dim is not None:
             self.norm2 = nn.LayerNorm(dim, eps=1e-6)
             self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim)
-        else:
-            self.norm2, self.attn2 = None, None
         self.norm3 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))

@@ -15,6 +15,7 @@
 """The grown model: a pretrained core with one or more growth stages around it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -439,7 +440,7 @@ def get_stage_patch_size(
     return cell // 2 ** len(block_out_channels)
 
 
-def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[type, dict, str | None]:
+def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[Any, dict, str | None]:
     """
     Looks for either model in a folder or Hub repository, alone or as the `unet` of a pipeline.
 

@@ -96,7 +96,8 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         self.resnet_in = residual_block(hidden_size, hidden_size, hidden_size)
 
         # 2. The core proper
-        self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6) if cross_attention_dim is not None else None
+        if cross_attention_dim is not None:
+            self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6)
         self.transformer_blocks = nn.ModuleList(
             [
                 GreedyGrowTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim)

@@ -125,21 +125,32 @@ class GreedyGrowPipeline(DiffusionPipeline):
         """
         if isinstance(core, (str, Path)):
             # The model is loaded apart because it has to be complete.
-            core = cls.from_pretrained(core, unet=load_core(core, subfolder="unet", **kwargs), **kwargs)
+            pipeline = cls.from_pretrained(core, unet=load_core(core, subfolder="unet", **kwargs), **kwargs)
+        elif not isinstance(core, GreedyGrowPipeline):
+            raise ValueError(
+                f"`core` has to be a GreedyGrowPipeline, a folder or a repository id, but is a {type(core).__name__}; "
+                "a model alone grows by `GrowableUNet2DConditionModel.from_core`."
+            )
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
+        else:
+            pipeline = core
         unet = GrowableUNet2DConditionModel.from_core(
-            core.unet, sample_size, block_out_channels=block_out_channels, layers_per_block=layers_per_block, init=init
+            pipeline.unet,
+            sample_size,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            init=init,
         )
-        name = shift_name(core.scheduler)
-        shift = core.scheduler.config[name] * sample_size / core.unet.config.sample_size
-        scheduler = type(core.scheduler).from_config(core.scheduler.config, **{name: shift})
+        name = shift_name(pipeline.scheduler)
+        shift = pipeline.scheduler.config[name] * sample_size / pipeline.unet.config.sample_size
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{name: shift})
         return cls(
             unet=unet,
             scheduler=scheduler,
-            text_encoder=core.text_encoder,
-            tokenizer=core.tokenizer,
-            max_sequence_length=core.config.max_sequence_length,
+            text_encoder=pipeline.text_encoder,
+            tokenizer=pipeline.tokenizer,
+            max_sequence_length=pipeline.config.max_sequence_length,
         )
 
     @property
@@ -191,7 +202,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
         """
         device = device or self._execution_device
         if prompt_embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
             batch_size = len(prompts)
             if do_classifier_free_guidance:
                 negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt

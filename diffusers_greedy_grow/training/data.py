@@ -50,16 +50,17 @@ def load_captioned_data(
     Raises:
         `ValueError`: if there is not exactly one source, or a column is missing or of the wrong type.
     """
-    if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError("Pass either `dataset_name` or `train_data_dir`.")
-    if dataset_name is not None:
+    if dataset_name is not None and train_data_dir is None:
         splits = load_dataset(dataset_name)
-    elif not Path(train_data_dir).exists():
-        raise ValueError(f"`train_data_dir={train_data_dir!r}` does not exist.")
-    elif Path(train_data_dir).is_file():
-        splits = load_dataset("parquet", data_files=str(train_data_dir))
+    elif train_data_dir is not None and dataset_name is None:
+        if not Path(train_data_dir).exists():
+            raise ValueError(f"`train_data_dir={train_data_dir!r}` does not exist.")
+        if Path(train_data_dir).is_file():
+            splits = load_dataset("parquet", data_files=train_data_dir)
+        else:
+            splits = load_dataset(train_data_dir)
     else:
-        splits = load_dataset(str(train_data_dir))
+        raise ValueError("Pass either `dataset_name` or `train_data_dir`.")
 
     for name, split in splits.items():
         for argument, column in (("image_column", image_column), ("caption_column", caption_column)):
@@ -149,12 +150,12 @@ class EpochOrder(Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        epoch, order = None, None
-        for position in range(self.start, self.start + self.num_samples):
-            if position // self.size != epoch:
-                epoch = position // self.size
-                order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
-            yield int(order[position % self.size])
+        position, end = self.start, self.start + self.num_samples
+        while position < end:
+            epoch, first = divmod(position, self.size)
+            order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
+            yield from order[first : first + end - position].tolist()
+            position += self.size - first
 
 
 def sample_generators(key: tuple[int, ...], first: int, count: int) -> list[torch.Generator]:

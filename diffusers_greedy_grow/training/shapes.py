@@ -111,9 +111,9 @@ def parse_caption(caption: str) -> Scene:
             f"`caption={caption!r}` is none of these, such as 'a large red striped circle on a white background'."
         )
     words = match.groups()
-    attributes = [words[0:4], words[5:9], words[10:14]]
+    objects = [words[0:4], words[5:9], words[10:14]]
     return Scene(
-        objects=tuple(ShapeObject(*words) for words in attributes if words[0] is not None),
+        objects=tuple(ShapeObject(*attributes) for attributes in objects if attributes[0] is not None),  # type: ignore
         relations=tuple(word for word in (words[4], words[9]) if word is not None),
         background=words[14],
     )
@@ -121,10 +121,9 @@ def parse_caption(caption: str) -> Scene:
 
 def sample_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
     """A random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see."""
-    attributes = [
-        [str(rng.choice(values)) for values in (SIZES, list(COLORS), TEXTURES, SHAPES)] for _ in range(num_objects)
-    ]
-    extents = [rng.uniform(*EXTENTS[num_objects][words[0]]) for words in attributes]
+    choices = {"size": SIZES, "color": list(COLORS), "texture": TEXTURES, "shape": SHAPES}
+    attributes = [{name: str(rng.choice(values)) for name, values in choices.items()} for _ in range(num_objects)]
+    extents = [rng.uniform(*EXTENTS[num_objects][words["size"]]) for words in attributes]
     relations: tuple[str, ...] = ()
     if num_objects == 1:
         centers = [np.array([0.5, 0.5])]
@@ -147,7 +146,7 @@ def sample_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
     objects = []
     for words, extent, center in zip(attributes, extents, centers):
         x, y = center + rng.uniform(-1, 1, size=2) * jitter
-        objects.append(ShapeObject(*words, x=float(x), y=float(y), extent=float(extent)))
+        objects.append(ShapeObject(**words, x=float(x), y=float(y), extent=float(extent)))
     return Scene(tuple(objects), relations, str(rng.choice(list(BACKGROUNDS))))
 
 

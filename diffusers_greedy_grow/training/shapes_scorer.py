@@ -75,27 +75,23 @@ def score_image(image: Image.Image | np.ndarray, caption: str, texture_cells: in
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image).astype(float)
     background, found = read_picture(pixels, len(truth.objects), texture_cells)
 
-    best, best_assignment = dict.fromkeys(("color", "shape", "size", "texture"), 0.0), None
     padded = [*found, *[None] * (len(truth.objects) - len(found))]
-    for assignment in permutations(padded, len(truth.objects)):
-        scores = {
-            name: np.mean(
-                [
-                    item is not None and getattr(item, name) == getattr(true, name)
-                    for item, true in zip(assignment, truth.objects)
-                ]
-            )
-            for name in best
-        }
-        if best_assignment is None or sum(scores.values()) > sum(best.values()):
-            best, best_assignment = scores, assignment
-
-    scores = {name: float(value) for name, value in best.items()}
+    assignments = permutations(padded, len(truth.objects))
+    best = max(assignments, key=lambda assignment: sum(_compare(assignment, truth.objects).values()))
+    scores = _compare(best, truth.objects)
     scores["count"] = float(len(found) == len(truth.objects))
     scores["background"] = float(background == truth.background)
     if truth.relations:
-        scores["relation"] = float(_relations_hold(best_assignment, truth.relations))
+        scores["relation"] = float(_relations_hold(best, truth.relations))
     return scores
+
+
+def _compare(found: Sequence[ShapeObject | None], truth: Sequence[ShapeObject]) -> dict[str, float]:
+    """For each attribute, the share of the objects that have it right."""
+    return {
+        name: float(np.mean([getattr(item, name, None) == getattr(true, name) for item, true in zip(found, truth)]))
+        for name in ("color", "shape", "size", "texture")
+    }
 
 
 def _relations_hold(items: Sequence[ShapeObject | None], relations: Sequence[str]) -> bool:
