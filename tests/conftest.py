@@ -13,69 +13,10 @@
 # limitations under the License.
 
 import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.training import build_small_text_encoder, train_small_tokenizer
 
-
-TEXT_DIM = 32
-CAPTIONS = ["a large red circle on a white background", "a small blue square", "two green stars above a yellow ring"]
-
-
-def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Gives every parameter a random value, so that no test passes because a layer starts at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.5 / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.1
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model.eval()
-
-
-def make_core(sample_size: int = 16, patch_size: int = 4, **kwargs) -> ShallowUNet2DModel:
-    config = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "cross_attention_dim": TEXT_DIM, **kwargs}
-    torch.manual_seed(0)
-    return randomize(ShallowUNet2DModel(sample_size=sample_size, patch_size=patch_size, **config))
-
-
-def make_grown(core: ShallowUNet2DModel | GrowableUNet2DConditionModel | None = None, sample_size: int = 32, **kwargs):
-    """A grown model in which everything, the new stage too, has random weights."""
-    torch.manual_seed(1)
-    config = {"block_out_channels": (16, 24), **kwargs}
-    return randomize(GrowableUNet2DConditionModel.from_core(core or make_core(), sample_size, **config), seed=1)
-
-
-def make_inputs(
-    batch_size: int = 2, height: int = 16, width: int = 16, seed: int = 0, text_dim: int | None = TEXT_DIM
-):
-    """A state, timesteps, text embeddings and a mask that leaves the end of the first text out."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {
-        "sample": torch.randn(batch_size, 3, height, width, generator=generator),
-        "timestep": 20 + 960 * torch.rand(batch_size, generator=generator),
-    }
-    if text_dim is not None:
-        mask = torch.ones(batch_size, 6, dtype=torch.bool)
-        mask[0, 4:] = False
-        inputs["encoder_hidden_states"] = torch.randn(batch_size, 6, text_dim, generator=generator)
-        inputs["encoder_attention_mask"] = mask
-    return inputs
-
-
-def make_pipeline(unet: torch.nn.Module | None = None, shift: float = 1.0) -> GreedyGrowPipeline:
-    torch.manual_seed(2)
-    tokenizer = train_small_tokenizer(CAPTIONS)
-    pipeline = GreedyGrowPipeline(
-        unet=unet or make_core(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        text_encoder=build_small_text_encoder(tokenizer, hidden_size=TEXT_DIM, num_layers=1).eval(),
-        tokenizer=tokenizer,
-        max_sequence_length=24,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+from .testing_utils import make_core, make_grown, make_pipeline
 
 
 @pytest.fixture

@@ -453,13 +453,13 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
     """
     kwargs = {k: v for k, v in kwargs.items() if k not in ("torch_dtype", "dtype", "variant", "device_map")}
     try:
-        config = ModelMixin.load_config(path, subfolder=subfolder, **kwargs)
+        config = ShallowUNet2DModel.load_config(path, subfolder=subfolder, **kwargs)
     except OSError as error:
         try:
             if subfolder is not None:
                 raise
             subfolder = "unet"
-            config = ModelMixin.load_config(path, subfolder=subfolder, **kwargs)
+            config = ShallowUNet2DModel.load_config(path, subfolder=subfolder, **kwargs)
         except OSError:
             raise OSError(
                 f"`core={str(path)!r}` is no model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "

@@ -23,7 +23,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import SIGMA_MIN, expand
 
-from .conftest import TEXT_DIM, make_core, make_grown, make_inputs
+from ..testing_utils import TEXT_DIM, make_core, make_grown, make_inputs
 
 
 def make_model(kind: str):

@@ -1,0 +1,374 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusers_greedy_grow import GrowableUNet2DConditionModel
+from diffusers_greedy_grow.flow import descend, expand, pool, upsample
+from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
+from diffusers_greedy_grow.training import flow_loss
+
+from ..testing_utils import TEXT_DIM, make_core, make_grown, make_inputs, make_pipeline, randomize
+
+
+def inner_answer(inner, inputs: dict, factor: int) -> torch.Tensor:
+    """What an inner model says to the low-resolution state inside `inputs`."""
+    state, sigma = descend(inputs["sample"], inputs["timestep"] / 1000, factor)
+    return inner(**{**inputs, "sample": state, "timestep": 1000 * sigma}).pred_original_sample
+
+
+def train(model, steps: int = 3, size: int = 32, lr: float = 1e-2):
+    """Some steps of AdamW, with weight decay, over the parameters that the phase trains."""
+    optimizer = torch.optim.AdamW(model.parameter_groups(lr), weight_decay=0.1)
+    for step in range(steps):
+        inputs = make_inputs(height=size, width=size, seed=step)
+        noise, sigma = inputs.pop("sample"), inputs.pop("timestep") / 1000
+        loss = flow_loss(model, noise.clamp(-1, 1).flip(0), noise, sigma, 2, **inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The function is preserved
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text_dim", [TEXT_DIM, None])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("factor,channels", [(2, (16,)), (2, (16, 24)), (4, (16, 24)), (8, (8, 16, 24))])
+def test_growing_preserves_the_function(factor, channels, shape, text_dim):
+    core = make_core(cross_attention_dim=text_dim)
+    grown = GrowableUNet2DConditionModel.from_core(core, 16 * factor, block_out_channels=channels).eval()
+    inputs = make_inputs(height=16 * factor * shape[0], width=16 * factor * shape[1], text_dim=text_dim)
+    output, expected = grown(**inputs), inner_answer(core, inputs, factor)
+    assert expected.std() > 0.05
+    assert (pool(output.pred_original_sample, factor) - expected).abs().max() <= 1e-5
+    assert (output.pred_original_sample - upsample(expected, factor)).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_growing_twice_preserves_both_inner_answers():
+    core = make_core(16)
+    middle = make_grown(core, 64, block_out_channels=(12, 16))
+    twice = GrowableUNet2DConditionModel.from_core(middle, 128, block_out_channels=(8,)).eval()
+    assert twice.sample_sizes == (16, 64, 128)
+    inputs = make_inputs(height=128, width=128)
+    expected = inner_answer(middle, inputs, 2)
+    assert (pool(twice(**inputs).pred_original_sample, 2) - expected).abs().max() <= 1e-5
+
+    # Grown, and grown again, without training in between: the core answers through both stages.
+    untrained = GrowableUNet2DConditionModel.from_core(core, 64, block_out_channels=(12, 16))
+    untrained = GrowableUNet2DConditionModel.from_core(untrained, 128, block_out_channels=(8,)).eval()
+    expected = inner_answer(core, inputs, 8)
+    assert (pool(untrained(**inputs).pred_original_sample, 8) - expected).abs().max() <= 1e-5
+    assert untrained.core.config.sample_size == 16
+
+
+def test_the_grown_model_is_a_copy(core):
+    before = copy.deepcopy(core.state_dict())
+    grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16,))
+    train(grown)
+    for name, value in core.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_grown_model_has_the_cores_dtype(core, dtype):
+    grown = GrowableUNet2DConditionModel.from_core(core.to(dtype), 32, block_out_channels=(16,))
+    assert grown.dtype == dtype
+    assert all(parameter.dtype == dtype for parameter in grown.parameters())
+
+
+@pytest.mark.parametrize(
+    "sample_size,entries,patch", [(64, 1, 8), (64, 2, 4), (64, 3, 2), (64, 4, 1), (32, 2, 2), (48, 2, 3)]
+)
+def test_the_entry_patch_follows_from_the_number_of_blocks(core, sample_size, entries, patch):
+    grown = GrowableUNet2DConditionModel.from_core(core, sample_size, block_out_channels=(8,) * entries)
+    assert grown.stages[0].encoder.conv_in.kernel_size == (patch, patch)
+    assert len(grown.stages[0].encoder.down_blocks) == len(grown.stages[0].decoder.up_blocks) == entries
+
+
+def test_layers_per_block(core):
+    grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24), layers_per_block=2)
+    assert [len(block["resnets"]) for block in grown.stages[0].encoder.down_blocks] == [2, 2]
+    assert [len(block["resnets"]) for block in grown.stages[0].decoder.up_blocks] == [2, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Phases
+
+
+def test_the_detail_phase_leaves_the_inner_model_alone(core):
+    grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24))
+    grown.freeze_core()
+    new = copy.deepcopy(grown.stages[0].state_dict())
+    train(grown)
+    for name, value in core.state_dict().items():
+        assert torch.equal(grown.core.state_dict()[name], value), name
+    changed = {name for name, value in grown.stages[0].state_dict().items() if not torch.equal(value, new[name])}
+    assert changed == {name for name in new if not name.startswith("conv_to_inner")}
+
+    # Growing again: the stage that was outermost is now inside, and is left alone as well.
+    again = GrowableUNet2DConditionModel.from_core(grown, 64, block_out_channels=(8,))
+    again.freeze_core()
+    train(again, size=64)
+    for name, value in grown.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
+    grown = make_grown(core)
+    torch.nn.init.zeros_(grown.stages[0].conv_to_inner.weight)
+    torch.nn.init.zeros_(grown.stages[0].conv_to_inner.bias)
+    inside = []
+    for module in (*grown.core.modules(), grown.stages[0].conv_to_inner):
+        module.register_forward_hook(lambda module, args, output: inside.append(output))
+    inputs = make_inputs(height=32, width=32)
+
+    grown.freeze_core()
+    grown(**inputs).sample.square().mean().backward()
+    tensors = [tensor for tensor in inside if isinstance(tensor, torch.Tensor)]
+    assert len(tensors) > 20 and not any(tensor.requires_grad for tensor in tensors)
+    trained = {name for name, parameter in grown.named_parameters() if parameter.grad is not None}
+    assert trained == {n for n, _ in grown.named_parameters() if n.startswith("stages.0") and "to_inner" not in n}
+
+    inside.clear()
+    grown.unfreeze_core()
+    grown.zero_grad()
+    grown(**inputs).sample.square().mean().backward()
+    assert any(tensor.requires_grad for tensor in inside if isinstance(tensor, torch.Tensor))
+    assert all(parameter.grad is not None for parameter in grown.parameters())
+
+
+def test_the_detail_phase_needs_less_memory():
+    code = """
+import resource, sys, torch
+from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+torch.manual_seed(0)
+core = ShallowUNet2DModel(16, patch_size=1, hidden_size=64, num_layers=8, num_attention_heads=4,
+                          cross_attention_dim=None)
+model = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(8,))
+model.freeze_core() if sys.argv[1] == "frozen" else model.unfreeze_core()
+sample = torch.randn(32, 3, 32, 32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model(sample, 500).sample.square().mean().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    peak = {
+        phase: int(subprocess.run([sys.executable, "-c", code, phase], check=True, capture_output=True).stdout)
+        for phase in ("frozen", "unfrozen")
+    }
+    assert peak["frozen"] < 0.5 * peak["unfrozen"], peak
+
+
+def test_the_joint_phase_feeds_the_encoder_to_the_core(core):
+    grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24))
+    conv = grown.stages[0].conv_to_inner
+    assert not conv.weight.any() and not conv.bias.any()
+    calls = []
+    conv.register_forward_hook(lambda *args: calls.append(args))
+    grown.freeze_core()
+    train(grown, steps=1)
+    assert not calls
+    grown.unfreeze_core()
+    train(grown)
+    assert calls and conv.weight.any()
+    with pytest.raises(ValueError, match="The core cannot be frozen any more"):
+        grown.freeze_core()
+
+
+def test_parameter_groups(grown):
+    total = grown.num_parameters()
+    stage, core = grown.parameter_groups(1e-3, core_lr_scale=0.1)
+    assert (stage["name"], stage["lr"]) == ("stage", 1e-3) and (core["name"], core["lr"]) == ("core", 1e-4)
+    assert sum(p.numel() for p in core["params"]) == grown.core.num_parameters()
+    assert sum(p.numel() for group in (stage, core) for p in group["params"]) == total
+    torch.optim.AdamW([stage, core])
+
+    fresh = GrowableUNet2DConditionModel.from_core(grown.core, 32, block_out_channels=(16,))
+    fresh.freeze_core()
+    (stage,) = fresh.parameter_groups(1e-3)
+    assert all(p.requires_grad for p in stage["params"]) and not any(p.requires_grad for p in fresh.core.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's recipe
+
+
+def test_random_growth_keeps_the_transformer_only(core):
+    grown = make_grown(core, init="random")
+    names = set(grown.core.state_dict())
+    dropped = {name.split(".")[0] for name in core.state_dict()} - {name.split(".")[0] for name in names}
+    assert dropped == {"conv_in", "resnet_in", "resnet_out", "conv_norm_out", "conv_out"}
+    fresh = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24), init="random")
+    for name in names:
+        assert torch.equal(fresh.core.state_dict()[name], core.state_dict()[name]), name
+    # Its encoder alone feeds the core, and its decoder alone draws.
+    inputs = make_inputs(height=32, width=32)
+    fresh.eval()
+    with torch.no_grad():
+        assert not fresh(**inputs).pred_original_sample.any()
+        before = grown(**inputs).pred_original_sample
+        grown.stages[0].conv_to_inner.weight.zero_()
+        assert not torch.allclose(grown(**inputs).pred_original_sample, before)
+
+
+def test_random_growth_sends_gradients_across_the_frozen_core(core):
+    grown = make_grown(core, init="random")
+    grown.freeze_core()
+    before = copy.deepcopy(grown.core.state_dict())
+    grown(**make_inputs(height=32, width=32)).sample.square().mean().backward()
+    assert grown.stages[0].conv_to_inner.weight.grad.abs().sum() > 0
+    assert not any(parameter.grad is not None for parameter in grown.core.parameters())
+    train(grown)
+    for name, value in before.items():
+        assert torch.equal(grown.core.state_dict()[name], value)
+
+
+@torch.no_grad()
+def test_a_model_grown_at_random_grows_again(core):
+    grown = make_grown(core, init="random")
+    again = GrowableUNet2DConditionModel.from_core(grown, 64, block_out_channels=(8,)).eval()
+    inputs = make_inputs(height=64, width=64)
+    expected = inner_answer(grown, inputs, 2)
+    assert (pool(again(**inputs).pred_original_sample, 2) - expected).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="`init='random'` keeps a transformer.*pass `init=\"preserve\"`"):
+        GrowableUNet2DConditionModel.from_core(grown, 64, block_out_channels=(8,), init="random")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What to grow from
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["model", "grown model", "pipeline", "pipeline's unet"])
+def test_growing_from_a_folder(core, grown, kind, tmp_path):
+    expected_core, factor = (grown, 2) if kind == "grown model" else (core, 2)
+    if kind.startswith("pipeline"):
+        make_pipeline(core).save_pretrained(tmp_path)
+    else:
+        expected_core.save_pretrained(tmp_path)
+    kwargs = {"subfolder": "unet"} if kind == "pipeline's unet" else {}
+    size = expected_core.config.sample_size * factor
+    model = GrowableUNet2DConditionModel.from_core(tmp_path, size, block_out_channels=(8,), **kwargs).eval()
+    inputs = make_inputs(height=size, width=size)
+    expected = inner_answer(expected_core, inputs, factor)
+    assert (pool(model(**inputs).pred_original_sample, factor) - expected).abs().max() <= 1e-5
+
+
+def test_growing_from_a_folder_in_another_dtype(core, tmp_path):
+    core.save_pretrained(tmp_path)
+    grown = GrowableUNet2DConditionModel.from_core(
+        str(tmp_path), 32, block_out_channels=(8,), torch_dtype=torch.bfloat16
+    )
+    assert grown.core.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
+
+
+def break_nothing_there(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def break_no_weights(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def break_truncated_weights(folder):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_truncated_header(folder):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:5])
+
+
+def break_missing_weight(folder):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["transformer_blocks.1.attn2.to_k.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def break_left_over_weight(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_layers": 1}))
+
+
+def break_other_shape(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+
+
+def break_other_class(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "UNet2DConditionModel"}))
+
+
+BREAKS = {name: value for name, value in globals().items() if name.startswith("break_")}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_damaged_core_is_refused(core, name, tmp_path):
+    core.save_pretrained(tmp_path)
+    load_core(tmp_path)
+    BREAKS[name](tmp_path)
+    with pytest.raises((OSError, ValueError), match=f"`core='{tmp_path}'`"):
+        GrowableUNet2DConditionModel.from_core(tmp_path, 32, block_out_channels=(16,))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"sample_size": 40}, r"`sample_size=40` has to be a larger multiple of the core's 16: 32, for example"),
+        ({"sample_size": 16}, r"`sample_size=16` has to be a larger multiple of the core's 16: 32, for example"),
+        ({"sample_size": 8}, r"`sample_size=8`.*32, for example"),
+        ({"block_out_channels": ()}, r"`block_out_channels=\(\)` has to have between 1 and 3 positive entries"),
+        ({"block_out_channels": (8,) * 4}, r"`block_out_channels=\(8, 8, 8, 8\)`.*between 1 and 3"),
+        ({"block_out_channels": (8, 0)}, r"`block_out_channels=\(8, 0\)`.*positive"),
+        ({"layers_per_block": 0}, r"`layers_per_block=0` has to be at least 1"),
+        ({"init": "zero"}, r"`init='zero'` is unknown: pass \"preserve\" or \"random\""),
+        ({"core": 3}, r"`core` has to be a ShallowUNet2DModel, .* but is a int"),
+        ({"core": "no/such folder"}, r"`core='no/such folder'` is no model"),
+    ],
+)
+def test_bad_arguments(core, arguments, message):
+    arguments = {"core": core, "sample_size": 32, "block_out_channels": (16,), **arguments}
+    with pytest.raises((ValueError, OSError), match=message):
+        GrowableUNet2DConditionModel.from_core(**arguments)
+
+
+def test_loading_arguments_need_something_to_load(core):
+    with pytest.raises(TypeError, match=r"\['revision'\] only apply when `core` is a path"):
+        GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16,), revision="main")
+
+
+@torch.no_grad()
+def test_randomized_models_have_no_silent_layer():
+    """Guards the tests above: the stage of `make_grown` takes part in the answer."""
+    grown = randomize(make_grown())
+    inputs = make_inputs(height=32, width=32)
+    before = grown(**inputs).pred_original_sample
+    sigma = expand(inputs["timestep"] / 1000, before)
+    assert sigma.shape == (2, 1, 1, 1)
+    grown.stages[0].decoder.conv_out.weight.zero_()
+    assert not torch.allclose(grown(**inputs).pred_original_sample, before)
