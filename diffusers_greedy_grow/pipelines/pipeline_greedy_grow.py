@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -431,10 +432,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
         # 3. Prepare timesteps
         if timesteps is not None:
             shift = self.scheduler.config[shift_name(self.scheduler)]
-            sigmas = [
-                float(unshift_sigma(torch.tensor(timestep / 1000, dtype=torch.float64), shift))
-                for timestep in timesteps
-            ]
+            sigmas = unshift_sigma(np.array(timesteps) / 1000, shift)
             timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, device=device, sigmas=sigmas)
         else:
             timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device)

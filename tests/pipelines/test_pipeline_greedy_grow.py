@@ -1,0 +1,402 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import inspect
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForText2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
+from PIL import Image
+from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.flow import descend, pool
+
+from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline
+
+
+PROMPTS = ["a large red circle", "a small blue square on a white background"]
+
+
+def draw(pipeline: GreedyGrowPipeline, prompt=PROMPTS, seed: int = 0, **kwargs) -> torch.Tensor:
+    """Pictures `(B, C, H, W)`, unclamped."""
+    kwargs = {"num_inference_steps": 4, "output_type": "latent", **kwargs}
+    if "latents" not in kwargs and "generator" not in kwargs:
+        kwargs["generator"] = torch.Generator().manual_seed(seed)
+    return pipeline(prompt, **kwargs).images
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@pytest.mark.parametrize("kind", ["core", "grown"])
+def test_pictures(kind):
+    pipeline = make_pipeline(make_core() if kind == "core" else make_grown(), shift=1.0 if kind == "core" else 2.0)
+    size = 16 if kind == "core" else 32
+    kwargs = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
+    images = pipeline(PROMPTS, **kwargs).images
+    assert len(images) == 2 and all(isinstance(image, Image.Image) and image.size == (size, size) for image in images)
+    assert np.std(np.array(images[0])) > 1 and np.any(np.array(images[0]) != np.array(images[1]))
+    for output_type, shape in (("np", (2, size, size, 3)), ("pt", (2, 3, size, size)), ("latent", (2, 3, size, size))):
+        (output,) = pipeline(PROMPTS, output_type=output_type, return_dict=False, **kwargs)
+        assert output.shape == shape
+        if output_type != "latent":
+            assert output.min() >= 0 and output.max() <= 1
+
+
+def test_other_sizes(pipeline):
+    assert draw(pipeline, height=24, width=8).shape == (2, 3, 24, 8)
+    assert pipeline("a circle", height=8, width=24, num_inference_steps=1).images[0].size == (24, 8)
+
+
+def test_the_same_seed_gives_the_same_picture(pipeline):
+    assert torch.equal(draw(pipeline, seed=3), draw(pipeline, seed=3))
+    assert not torch.equal(draw(pipeline, seed=3), draw(pipeline, seed=4))
+
+
+def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline):
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7, 8)]
+    batch = draw(pipeline, num_images_per_prompt=2, generator=generators)
+    assert batch.shape[0] == 4
+    for i, seed in enumerate((5, 6, 7, 8)):
+        alone = draw(pipeline, PROMPTS[i // 2], generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(alone[0], batch[i], atol=1e-4, rtol=1e-4)
+
+
+def test_guidance(pipeline):
+    latents = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    kwargs = {"prompt": PROMPTS[0], "latents": latents, "timesteps": [600.0]}
+    with_prompt = draw(pipeline, guidance_scale=1.0, **kwargs)
+    with_negative = draw(pipeline, **{**kwargs, "prompt": "a blue ring"}, guidance_scale=1.0)
+    guided = draw(pipeline, guidance_scale=3.0, negative_prompt="a blue ring", **kwargs)
+    # One Euler step is linear in the velocity, and so is guidance.
+    torch.testing.assert_close(guided, with_negative + 3 * (with_prompt - with_negative), atol=1e-4, rtol=1e-4)
+    assert pipeline.guidance_scale == 3.0 and pipeline.num_timesteps == 1
+    unguided = draw(pipeline, guidance_scale=1.0, negative_prompt="a blue ring", **kwargs)
+    assert torch.equal(unguided, with_prompt)
+    each = draw(pipeline, negative_prompt=["a", "a blue ring"], latents=latents.repeat(2, 1, 1, 1))
+    assert not torch.allclose(each, draw(pipeline, negative_prompt="a", latents=latents.repeat(2, 1, 1, 1)))
+
+
+def test_prompt_embeds_stand_for_prompts(pipeline):
+    embeds, mask, negative_embeds, negative_mask = pipeline.encode_prompt(PROMPTS, negative_prompt="a green star")
+    assert embeds.shape == negative_embeds.shape and mask.dtype == torch.bool and mask.shape == embeds.shape[:2]
+    expected = draw(pipeline, negative_prompt="a green star", num_images_per_prompt=2)
+    actual = draw(
+        pipeline,
+        None,
+        num_images_per_prompt=2,
+        prompt_embeds=embeds,
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=negative_embeds,
+        negative_prompt_attention_mask=negative_mask,
+    )
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    bare = GreedyGrowPipeline(pipeline.unet, pipeline.scheduler)
+    bare.set_progress_bar_config(disable=True)
+    assert draw(bare, None, prompt_embeds=embeds, guidance_scale=1.0).shape[0] == 2
+
+
+def test_padding_does_not_count(pipeline):
+    kwargs = {"latents": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "guidance_scale": 1.0}
+    alone = draw(pipeline, PROMPTS[0], **kwargs)
+    padded = draw(pipeline, PROMPTS, latents=kwargs["latents"].repeat(2, 1, 1, 1), guidance_scale=1.0)
+    torch.testing.assert_close(padded[:1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_unconditional():
+    pipeline = GreedyGrowPipeline(make_core(cross_attention_dim=None), FlowMatchEulerDiscreteScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    assert draw(pipeline, None, num_images_per_prompt=3).shape == (3, 3, 16, 16)
+    with pytest.raises(ValueError, match="unconditional"):
+        pipeline("a circle")
+
+
+def test_callback(pipeline):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), set(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    images = draw(pipeline, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] > seen[-1][1]
+    assert seen[0][2] == set(names)
+    assert not images.any()
+
+
+def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
+    logging.getLogger("diffusers").propagate = True
+    draw(pipeline, "a red circle " * 50)
+    assert "Only the first 24 tokens" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedulers and text encoders
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchHeunDiscreteScheduler(shift=2.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_schedulers_agree(scheduler):
+    """All of them solve the same equation, so with many steps they arrive at the same picture."""
+    euler = make_pipeline(make_grown(), shift=2.0)
+    latents = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    kwargs = {"prompt": PROMPTS[0], "latents": latents, "guidance_scale": 1.0}
+    fine = draw(euler, num_inference_steps=200, **kwargs)
+    other = GreedyGrowPipeline(euler.unet, scheduler, euler.text_encoder, euler.tokenizer)
+    other.set_progress_bar_config(disable=True)
+    other = draw(other, num_inference_steps=100, **kwargs)
+    coarse = draw(euler, num_inference_steps=5, **kwargs)
+    assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
+
+
+def test_stochastic_scheduler():
+    pipeline = make_pipeline()
+    pipeline = GreedyGrowPipeline(
+        pipeline.unet, FlowMatchLCMScheduler(shift=1.0), pipeline.text_encoder, pipeline.tokenizer
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert draw(pipeline).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_timesteps_are_taken_as_given(scheduler):
+    parts = make_pipeline()
+    pipeline = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    draw(
+        pipeline,
+        timesteps=[900.0, 500.0, 100.0],
+        callback_on_step_end=lambda pipe, i, t, tensors: seen.append(float(t)),
+    )
+    np.testing.assert_allclose(seen, [900, 500, 100], atol=1)
+
+
+def test_other_schedulers_are_refused():
+    for scheduler in (DDIMScheduler(), UniPCMultistepScheduler()):
+        with pytest.raises(
+            ValueError, match=f"`scheduler` is a {type(scheduler).__name__}.*does not do flow matching"
+        ):
+            GreedyGrowPipeline(make_core(), scheduler)
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+        GreedyGrowPipeline(make_core(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
+def test_text_encoders(tmp_path):
+    t5 = T5EncoderModel(T5Config(d_model=TEXT_DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=384)).eval()
+    pipeline = GreedyGrowPipeline(make_core(), FlowMatchEulerDiscreteScheduler(), t5, ByT5Tokenizer())
+    pipeline.set_progress_bar_config(disable=True)
+    expected = draw(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(draw(GreedyGrowPipeline.from_pretrained(tmp_path)), expected)
+
+    tokenizer = make_pipeline().tokenizer
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=32, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    pipeline = GreedyGrowPipeline(make_core(), FlowMatchEulerDiscreteScheduler(), CLIPTextModel(config).eval(), tokenizer, 32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert draw(pipeline).isfinite().all()
+
+
+def test_a_text_encoder_of_another_width_is_refused():
+    parts = make_pipeline()
+    with pytest.raises(
+        ValueError, match="`text_encoder` returns 32 channels, but `unet` has `cross_attention_dim=16`"
+    ):
+        GreedyGrowPipeline(make_core(cross_attention_dim=16), parts.scheduler, parts.text_encoder, parts.tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Growing
+
+
+@pytest.mark.parametrize("source", ["pipeline", "folder"])
+def test_a_grown_pipeline_samples_what_its_core_samples(source, tmp_path):
+    core = make_pipeline(make_core(), shift=1.0)
+    if source == "folder":
+        core.save_pretrained(tmp_path)
+    grown = GreedyGrowPipeline.from_core(core if source == "pipeline" else tmp_path, 64, block_out_channels=(8, 16))
+    grown.set_progress_bar_config(disable=True)
+    assert grown.scheduler.config.shift == 4.0 and core.scheduler.config.shift == 1.0
+    assert grown.tokenizer.get_vocab() == core.tokenizer.get_vocab()
+    assert grown.config.max_sequence_length == 24
+
+    # By the law of the process even the trajectories are the same, step for step, above the clamped noise levels.
+    noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    state, _ = descend(noise, torch.ones(2), 4)
+    core_timesteps = [1000.0, 800.0, 600.0, 300.0, 100.0]
+    timesteps = [4 * t / (1 + 3 * t / 1000) for t in core_timesteps]
+    expected = draw(core, latents=state, timesteps=core_timesteps, guidance_scale=3.0)
+    pictures = draw(grown, latents=noise, timesteps=timesteps, guidance_scale=3.0)
+    assert expected.std() > 0.1
+    assert (pool(pictures, 4) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_growing_twice_multiplies_the_shift():
+    grown = GreedyGrowPipeline.from_core(make_pipeline(make_core()), 32, block_out_channels=(8,))
+    again = GreedyGrowPipeline.from_core(grown, 128, block_out_channels=(8,))
+    assert again.scheduler.config.shift == 8.0 and again.unet.sample_sizes == (16, 32, 128)
+
+
+def test_growing_sets_the_shift_of_multistep_solvers():
+    parts = make_pipeline()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    pipeline = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
+    assert GreedyGrowPipeline.from_core(pipeline, 32, block_out_channels=(8,)).scheduler.config.flow_shift == 2.0
+
+
+def test_growing_says_what_does_not_fit(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="`core` has to be a GreedyGrowPipeline.*but is a ShallowUNet2DModel"):
+        GreedyGrowPipeline.from_core(pipeline.unet, 32)
+    with pytest.raises(ValueError, match="`sample_size=24`"):
+        GreedyGrowPipeline.from_core(pipeline, 24)
+    with pytest.raises(TypeError, match="revision"):
+        GreedyGrowPipeline.from_core(pipeline, 32, revision="main")
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="weights are missing, damaged"):
+        GreedyGrowPipeline.from_core(tmp_path, 32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_a_new_process_draws_the_same_picture(tmp_path):
+    pipeline = GreedyGrowPipeline.from_core(make_pipeline(), 32, block_out_channels=(8,))
+    pipeline.unet = make_grown()
+    expected = draw(pipeline, seed=11)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    code = (
+        "import sys, torch, diffusers, diffusers_greedy_grow\n"
+        "pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1] + '/pipeline')\n"
+        "assert type(pipe) is diffusers_greedy_grow.GreedyGrowPipeline\n"
+        f"images = pipe({PROMPTS!r}, num_inference_steps=4, output_type='latent',"
+        " generator=torch.Generator().manual_seed(11)).images\n"
+        "torch.save(images, sys.argv[1] + '/images.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert torch.equal(torch.load(tmp_path / "images.pt"), expected)
+
+
+@pytest.mark.parametrize("loader", [GreedyGrowPipeline, DiffusionPipeline, AutoPipelineForText2Image])
+def test_every_loader_loads_it(pipeline, loader, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    index = GreedyGrowPipeline.load_config(tmp_path)
+    assert index["unet"] == ["diffusers_greedy_grow", "ShallowUNet2DModel"]
+    assert index["_class_name"] == "GreedyGrowPipeline" and index["max_sequence_length"] == 24
+    loaded = loader.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is GreedyGrowPipeline
+    assert torch.equal(draw(loaded), draw(pipeline))
+
+
+def test_bfloat16(pipeline, tmp_path):
+    expected = draw(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    loaded = GreedyGrowPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded.set_progress_bar_config(disable=True)
+    images = draw(loaded)
+    assert images.dtype == torch.float32
+    assert (images - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def test_the_arguments_are_those_of_the_pixel_pipeline_of_diffusers():
+    theirs = list(inspect.signature(PRXPixelPipeline.__call__).parameters)
+    theirs.remove("use_resolution_binning")
+    ours = list(inspect.signature(GreedyGrowPipeline.__call__).parameters)
+    assert ours == theirs
+    encode = list(inspect.signature(GreedyGrowPipeline.encode_prompt).parameters.values())[1:]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in encode)
+
+
+EMBEDS = torch.zeros(2, 6, TEXT_DIM)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"prompt": None}, "either `prompt` or `prompt_embeds`"),
+        ({"prompt_embeds": EMBEDS}, "either `prompt` or `prompt_embeds`"),
+        ({"prompt": 3}, "`prompt` has to be a string or a list of strings but is 3"),
+        ({"prompt": []}, "`prompt` has to be a string or a list of strings"),
+        ({"negative_prompt": ["a"]}, "`negative_prompt` has to be a string or a list of 2 strings"),
+        ({"height": 18}, "`height=18` and `width=16` have to be positive multiples of 4"),
+        ({"width": -16}, "`width=-16`"),
+        ({"num_inference_steps": 0}, "`num_inference_steps=0` has to be a positive integer"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt=0` has to be a positive integer"),
+        ({"output_type": "jpeg"}, "`output_type='jpeg'` is unknown"),
+        ({"generator": [torch.Generator()]}, "`generator` is a list of 1, but 2 pictures"),
+        ({"latents": torch.zeros(1, 3, 16, 16)}, r"`latents` has to be of shape \(2, 3, 16, 16\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS}, "needs `negative_prompt_embeds`"),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:1]},
+            r"`negative_prompt_embeds` has to be of shape \(2, 6, 32\)",
+        ),
+        (
+            {
+                "prompt": None,
+                "prompt_embeds": EMBEDS,
+                "negative_prompt_embeds": EMBEDS,
+                "prompt_attention_mask": torch.ones(2, 6),
+            },
+            "both or neither",
+        ),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*noise"),
+    ],
+)
+def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
+    calls = []
+    for module in (pipeline.unet, pipeline.text_encoder):
+        module.register_forward_hook(lambda *args: calls.append(args))
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"prompt": PROMPTS, "num_inference_steps": 2, **arguments})
+    assert not calls
