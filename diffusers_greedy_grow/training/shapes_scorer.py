@@ -198,10 +198,11 @@ def read_texture(luminance: np.ndarray, mask: np.ndarray, texture_cells: int) ->
     index = (cells[:, None] * texture_cells + cells[None, :])[mask]
     values = luminance[mask]
     counts = np.bincount(index, minlength=texture_cells**2)
+    means = (np.bincount(index, values, minlength=texture_cells**2) / counts.clip(min=1))[index]
     usable = counts[index] >= cell * cell / 2  # of a smaller piece the mean says little
-    if usable.sum() < cell * cell:
-        return "plain"
-    high = values - (np.bincount(index, values, minlength=texture_cells**2) / counts.clip(min=1))[index]
+    if usable.sum() < cell * cell:  # a thin ring: take it as a whole
+        usable, means = np.full(len(values), True), values.mean()
+    high = values - means
     if high[usable].std() < _MIN_CONTRAST * values.mean():
         return "plain"
 

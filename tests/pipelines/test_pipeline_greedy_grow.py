@@ -237,7 +237,9 @@ def test_text_encoders(tmp_path):
         vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=4, max_position_embeddings=32, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    pipeline = GreedyGrowPipeline(make_core(), FlowMatchEulerDiscreteScheduler(), CLIPTextModel(config).eval(), tokenizer, 32)
+    pipeline = GreedyGrowPipeline(
+        make_core(), FlowMatchEulerDiscreteScheduler(), CLIPTextModel(config).eval(), tokenizer, 32
+    )
     pipeline.set_progress_bar_config(disable=True)
     assert draw(pipeline).isfinite().all()
 
