@@ -22,7 +22,6 @@ pixel of the core and averages to the object's colour there, so that only the gr
 
 import io
 import re
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,15 +118,20 @@ def parse_caption(caption: str) -> Scene:
     )
 
 
-def sample_scene(rng: np.random.Generator, num_objects: int = 1) -> Scene:
-    """A random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see."""
+def sample_scene(rng: np.random.Generator, num_objects: int = 1, first: dict[str, str] | None = None) -> Scene:
+    """
+    A random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see. The `first` object
+    has the given attributes.
+    """
     choices = {"size": SIZES, "color": list(COLORS), "texture": TEXTURES, "shape": SHAPES}
     attributes = [{name: str(rng.choice(values)) for name, values in choices.items()} for _ in range(num_objects)]
+    if first is not None:
+        attributes[0] = first
     extents = [rng.uniform(*EXTENTS[num_objects][words["size"]]) for words in attributes]
     relations: tuple[str, ...] = ()
     if num_objects == 1:
         centers = [np.array([0.5, 0.5])]
-        jitter = [0.47 - extents[0]] * 2
+        jitter = [0.1, 0.1]
     elif num_objects == 2:
         relations = (str(rng.choice(RELATIONS)),)
         centers = [_place(relations[0], 0.5, 0.25), _place(relations[0], 0.5, 0.75)]
@@ -157,9 +161,21 @@ def _place(relation: str, middle: float, near: float) -> np.ndarray:
     return np.array([near, middle] if relation in ("left of", "right of") else [middle, near])
 
 
+def _held_out(i: int) -> dict[str, str]:
+    color, texture = i % len(COLORS), (i + i // 12) % len(TEXTURES)  # 24 different pairs
+    shape, size = (color + texture) % len(SHAPES), (i + i // 6) % len(SIZES)
+    return {"size": SIZES[size], "color": list(COLORS)[color], "texture": TEXTURES[texture], "shape": SHAPES[shape]}
+
+
+# Combinations of attributes, a tenth of all, that training never shows. Among them every colour and every texture is
+# as frequent as the others, and every shape and every size nearly so.
+HELD_OUT = tuple(_held_out(i) for i in range(len(COLORS) * len(TEXTURES)))
+
+
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene holds one of the combinations of attributes, about a tenth, that training never shows."""
-    return any(zlib.crc32(shape_object.phrase.encode()) % 10 == 0 for shape_object in scene.objects)
+    """Whether a scene holds one of the combinations that training never shows."""
+    phrases = {ShapeObject(**attributes).phrase for attributes in HELD_OUT}
+    return any(item.phrase in phrases for item in scene.objects)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ def write_shapes(
     """
     Writes `train.parquet` and `validation.parquet` with the columns `image` and `text`, for `datasets.load_dataset`.
 
-    Combinations of attributes that [`is_held_out`] are in the validation rows only, and make up all of them.
+    The combinations of attributes in `HELD_OUT` are in the validation rows only, in turn as their first objects.
 
     Args:
         folder (`str` or `Path`): Where to; made if it is not there.
@@ -279,9 +295,13 @@ def write_shapes(
         rows: dict[str, list] = {"image": [], "text": []}
         for i in range(count):
             rng = np.random.default_rng([seed, split == "validation", i])
-            scene = sample_scene(rng, int(rng.integers(1, max_objects + 1)))
-            while is_held_out(scene) != (split == "validation"):
-                scene = sample_scene(rng, len(scene.objects))
+            num_objects = int(rng.integers(1, max_objects + 1))
+            if split == "validation":
+                scene = sample_scene(rng, num_objects, first=HELD_OUT[i % len(HELD_OUT)])
+            else:
+                scene = sample_scene(rng, num_objects)
+                while is_held_out(scene):
+                    scene = sample_scene(rng, num_objects)
             buffer = io.BytesIO()
             Image.fromarray(render(scene, image_size, texture_cells)).save(buffer, format="PNG", compress_level=1)
             rows["image"].append({"bytes": buffer.getvalue(), "path": None})
