@@ -1,0 +1,249 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
+from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.flow import SIGMA_MIN, high_band, pool
+from diffusers_greedy_grow.training import (
+    LossMeter,
+    carry_ema,
+    describe_parts,
+    draw_losses,
+    draw_samples,
+    find_checkpoint,
+    flow_loss,
+    format_plan,
+    load_checkpoint,
+    named_shadows,
+    plan_phase,
+    read_progress,
+    save_checkpoint,
+    save_pipeline,
+    sorted_checkpoints,
+)
+
+from ..testing_utils import make_core, make_grown, make_inputs, make_pipeline
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def test_the_loss_is_that_of_the_velocity(grown):
+    inputs = make_inputs(height=32, width=32)
+    noise, sigma = inputs.pop("sample"), inputs.pop("timestep") / 1000
+    x0 = torch.rand(noise.shape) * 2 - 1
+    sigma[0] = 0.01
+    losses = flow_loss(grown, x0, noise, sigma, 2, **inputs)
+    state = (1 - sigma[:, None, None, None]) * x0 + sigma[:, None, None, None] * noise
+    with torch.no_grad():
+        output = grown(state, 1000 * sigma, **inputs)
+    # Above the clamp it is the error of the velocity itself; below, the division by sigma stops growing.
+    torch.testing.assert_close((losses.low + losses.high)[1], (output.sample - (noise - x0))[1].square().mean())
+    error = (output.pred_original_sample - x0)[0]
+    torch.testing.assert_close((losses.low + losses.high)[0], error.square().mean() / SIGMA_MIN**2)
+    torch.testing.assert_close(losses.loss, (losses.low + losses.high).mean())
+    assert losses.loss.requires_grad and not losses.low.requires_grad
+
+    error = (output.pred_original_sample - x0) / sigma.clamp(min=SIGMA_MIN)[:, None, None, None]
+    torch.testing.assert_close(losses.low, pool(error, 2).square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(losses.high, high_band(error, 2).square().mean(dim=(1, 2, 3)), atol=1e-6, rtol=1e-4)
+
+
+def test_loss_meter():
+    meter = LossMeter()
+    meter.update(torch.tensor([[1.0, 2.0, 0.1], [3.0, 4.0, 0.5]]))
+    meter.update(torch.tensor([[5.0, 6.0, 0.55]]))
+    means = meter.compute()
+    assert means == {
+        "loss": 7.0, "loss_low": 3.0, "loss_high": 4.0, "loss_sigma_0.0_0.3": 3.0, "loss_sigma_0.3_0.6": 9.0,
+    }  # fmt: skip
+    assert not meter.batches
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Moving average
+
+
+def step_ema(model, ema, steps: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        ema.step(model.parameters())
+
+
+def test_the_average_goes_through_growth_by_name():
+    core = make_core()
+    ema = EMAModel(core.parameters(), decay=0.9)
+    step_ema(core, ema, 20)
+    shadows = {f"core.{name}": value for name, value in named_shadows(ema, list(core.named_parameters())).items()}
+    grown = make_grown(core)
+    carried = carry_ema(shadows, ema.optimization_step, list(grown.named_parameters()), decay=0.9)
+    after = named_shadows(carried, list(grown.named_parameters()))
+    for (name, parameter), shadow in zip(core.named_parameters(), ema.shadow_params):
+        assert torch.equal(after[f"core.{name}"], shadow)
+        assert not torch.equal(shadow, parameter)
+    for name, parameter in grown.stages.named_parameters():
+        assert torch.equal(after[f"stages.{name}"], parameter)
+
+    # It goes on averaging with the full decay, not from scratch, and independently of the old one.
+    before = {name: value.clone() for name, value in after.items()}
+    with torch.no_grad():
+        for parameter in grown.parameters():
+            parameter.add_(1.0)
+    carried.step(grown.parameters())
+    decay = carried.get_decay(carried.optimization_step)
+    assert decay > 0.6
+    for (name, parameter), shadow in zip(grown.named_parameters(), carried.shadow_params):
+        torch.testing.assert_close(shadow, decay * before[name] + (1 - decay) * parameter.detach())
+    assert torch.equal(ema.shadow_params[0], shadows["core." + next(core.named_parameters())[0]])
+
+
+def test_averages_that_do_not_fit_are_refused():
+    core, grown = make_core(), make_grown()
+    ema = EMAModel(core.parameters())
+    with pytest.raises(ValueError, match="`ema` averages"):
+        named_shadows(ema, list(grown.named_parameters()))
+    with pytest.raises(ValueError, match="'conv_in.weight'.*which the new model lacks"):
+        carry_ema(named_shadows(ema, list(core.named_parameters())), 1, list(grown.named_parameters()), 0.9)
+    wrong = {"core.conv_in.bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match="core.conv_in.bias"):
+        carry_ema(wrong, 1, list(grown.named_parameters()), 0.9)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def test_checkpoints(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = make_grown()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    named = list(model.named_parameters())
+    ema = carry_ema({}, 0, named, 0.9)
+
+    def train(steps):
+        for step in range(steps):
+            model(**make_inputs(height=32, width=32, seed=step)).sample.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.step(model.parameters())
+
+    train(2)
+    path = save_checkpoint(accelerator, tmp_path / "checkpoints", "grown-32", 2, ema, named, total_limit=2)
+    assert read_progress(path) == {"phase": "grown-32", "step": 2, "ema_optimization_step": 2}
+    train(2)
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    expected_ema = [shadow.clone() for shadow in ema.shadow_params]
+    train(1)
+    ema = load_checkpoint(accelerator, path, named, 0.9)
+    train(2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected))
+    assert all(torch.equal(a, b) for a, b in zip(ema.shadow_params, expected_ema))
+
+    for step in (3, 4, 5):
+        save_checkpoint(accelerator, tmp_path / "checkpoints", "grown-32", step, ema, named, total_limit=2)
+    assert [path.name for path in sorted_checkpoints(tmp_path / "checkpoints")] == ["grown-32-4", "grown-32-5"]
+    # What was cut off in the middle of being saved is no checkpoint.
+    (tmp_path / "checkpoints" / ".grown-32-6.tmp").mkdir()
+    (tmp_path / "checkpoints" / "grown-32-7").mkdir()
+    assert find_checkpoint(tmp_path, "latest").name == "grown-32-5"
+    assert find_checkpoint(tmp_path, str(path.with_name("grown-32-4"))).name == "grown-32-4"
+    with pytest.raises(ValueError, match="is no checkpoint of this script"):
+        find_checkpoint(tmp_path, str(tmp_path))
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        find_checkpoint(tmp_path / "elsewhere", "latest")
+
+
+def test_a_saved_pipeline_replaces_an_earlier_one(tmp_path):
+    pipeline = make_pipeline()
+    save_pipeline(pipeline, tmp_path / "core")
+    (tmp_path / "core" / "left over").write_text("")
+    save_pipeline(pipeline, tmp_path / "core")
+    assert [path.name for path in tmp_path.iterdir()] == ["core"]
+    assert not (tmp_path / "core" / "left over").exists() and (tmp_path / "core" / "model_index.json").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plan
+
+
+def test_plan_counts_without_weights():
+    with torch.device("meta"):
+        core = ShallowUNet2DModel(16, patch_size=4, hidden_size=64, num_layers=4, num_attention_heads=4)
+        grown = GrowableUNet2DConditionModel.from_core(core, 64, block_out_channels=(16, 32))
+    plan = plan_phase("core", core, 16, steps=10, batch_size=8, num_processes=1, num_tokens=12)
+    assert plan.parameters == plan.trained_parameters == core.num_parameters()
+    # Linear layers dominate: 2 operations per weight and token forward, twice that backward.
+    block = core.transformer_blocks[0]
+    linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, torch.nn.Linear))
+    text = sum(block.attn2.get_submodule(name).weight.numel() for name in ("to_k", "to_v"))
+    forward = 2 * 4 * ((linear - text) * 16 + text * 12)
+    assert 1.0 < plan.forward_flops / forward < 1.6
+    assert 2.5 < plan.train_flops / plan.forward_flops < 3.0
+    assert plan.pictures == 80 and plan.flops == 80 * plan.train_flops
+
+    grown.freeze_core()
+    detail = plan_phase("grown-64-detail", grown, 64, steps=10, batch_size=8, num_processes=1, num_tokens=12)
+    grown.unfreeze_core()
+    joint = plan_phase("grown-64", grown, 64, steps=10, batch_size=8, num_processes=2, num_tokens=12)
+    assert detail.trained_parameters < joint.trained_parameters == grown.num_parameters()
+    # The frozen core costs its forward pass only.
+    assert joint.train_flops - detail.train_flops > 1.8 * plan.forward_flops
+    assert joint.memory < plan_phase("grown-64", grown, 64, 10, 8, 1, 12).memory
+    assert describe_parts(grown) == {
+        "core 16": core.num_parameters(),
+        "stage 64": grown.num_parameters() - core.num_parameters(),
+    }
+    text = format_plan([plan, detail, joint], describe_parts(grown))
+    assert "core" in text and "grown-64-detail" in text and "80" in text
+    ratio = joint.forward_flops / plan.forward_flops
+    assert f"{ratio:.1f} times" in text and ("Warning" in text) == (ratio < 2)
+    assert all(parameter.is_meta for parameter in grown.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures of a run
+
+
+def test_sample_grid(tmp_path):
+    rows = {
+        "core": [Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "green")],
+        "grown-64": [Image.new("RGB", (64, 64), "blue"), Image.new("RGB", (64, 64), "black")],
+    }
+    draw_samples(rows, ["a red square", "a caption of many words that takes several lines"], tmp_path / "s.png", 64)
+    grid = Image.open(tmp_path / "s.png")
+    colors = {color for _, color in grid.getcolors(100000)}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)} <= colors
+    assert grid.height > 2 * 64 + 14 and [path.name for path in tmp_path.iterdir()] == ["s.png"]
+
+
+def test_loss_curves(tmp_path):
+    records = [{"phase": phase, "step": step, "loss": math.exp(-step), "loss_low": 0.1, "loss_high": 0.2}
+               for phase in ("core", "grown-64") for step in (1, 2, 3)]  # fmt: skip
+    records.append({"phase": "core", "step": 3, "val_loss": 0.5, "val_loss_low": 0.2, "val_loss_high": 0.3})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size[0] > 1000
