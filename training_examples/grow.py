@@ -25,6 +25,7 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -169,6 +170,9 @@ class TrainingArguments:
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit(sigma) at the core's resolution."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma)."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Of diffusers, such as flash or _native_math; torch's choice by default."}
+    )
     mixed_precision: str | None = field(default=None, metadata={"help": '"no", "bf16" or "fp16".'})
     seed: int = field(default=0, metadata={"help": "Of weights, data order, noise and caption dropout."})
     num_inference_steps: int = field(default=28, metadata={"help": "Of the samples."})
@@ -313,6 +317,11 @@ def make_plan(
         if model_args.core is not None:
             model_class, config, _ = find_core(model_args.core)
             unet = model_class.from_config(config)
+            if unet.config.sample_size != model_args.resolutions[0]:
+                raise ValueError(
+                    f"`resolutions={model_args.resolutions}` has to begin with the resolution of "
+                    f"`core={model_args.core!r}`, which is {unet.config.sample_size}."
+                )
         elif model_args.text_encoder == "small":
             unet = build_core(model_args, model_args.text_hidden_size)
         else:
@@ -425,6 +434,8 @@ def train_phase(
     set_phase(unet, phase.kind)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if args.attention_backend is not None:
+        unet.set_attention_backend(args.attention_backend)
     train_text = phase.kind == "core" and run.model_args.text_encoder == "small"
     text_encoder.requires_grad_(train_text)
     named_parameters = [(f"unet.{name}", parameter) for name, parameter in unet.named_parameters()]
@@ -673,7 +684,7 @@ def score_shapes(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> dict[s
     captions = run.validation_data.captions[: run.data_args.num_scored_pictures]
     size = run.train_data.resolution
     images = [
-        image.resize((size, size), Image.Resampling.NEAREST) for image in sample_captions(run, pipeline, captions)
+        image.resize((size, size), Image.Resampling.BICUBIC) for image in sample_captions(run, pipeline, captions)
     ]
     return score_images(images, captions, texture_cells=run.model_args.resolutions[0])
 
@@ -681,8 +692,9 @@ def score_shapes(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> dict[s
 def format_scores(scores: dict[str, dict[str, float]]) -> str:
     names = list(next(iter(scores.values())))
     lines = [f"{'held-out captions':<18}" + "".join(f"{name:>12}" for name in names)]
-    lines += [f"{phase:<18}" + "".join(f"{row[name]:>12.2f}" for name in names) for phase, row in scores.items()]
-    return "\n".join(lines + [f"{'chance':<18}" + "".join(f"{CHANCE.get(name, 0):>12.2f}" for name in names)])
+    for phase, row in {**scores, "chance (1 object)": CHANCE}.items():
+        lines.append(f"{phase:<18}" + "".join(f"{row[name]:>12.2f}" if name in row else " " * 12 for name in names))
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -743,6 +755,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("accelerate", "httpx", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
     set_seed(args.seed)
+    threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count()
+    if accelerator.device.type == "cpu" and threads < cores:
+        logger.warning(
+            f"Training on {threads} of {cores} CPU cores, since `accelerate launch` asks for one thread per process: "
+            f"`accelerate launch --num_cpu_threads_per_process {cores // accelerator.num_processes}` uses all."
+        )
 
     # 1. The plan
     phases = list_phases(model_args, args)
