@@ -199,7 +199,9 @@ class Phase:
 
 def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """Reads flags over the YAML file that `--config` names over the defaults, and checks what can be checked now."""
-    parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments), description=__doc__.splitlines()[1])
+    parser = HfArgumentParser(
+        (DataArguments, ModelArguments, TrainingArguments), description=__doc__.splitlines()[1], allow_abbrev=False
+    )
     parser.add_argument("--config", help="A YAML file with any of these arguments; flags win.")
     config = parser.parse_known_args(argv)[0].config
     if config is not None:
@@ -769,7 +771,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return
 
-    # 2. Where it goes, and where it goes on
+    # 2. Where it goes, or goes on
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
@@ -779,14 +781,6 @@ def main(argv: list[str] | None = None) -> None:
             f"`output_dir={args.output_dir!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
             "replace it by `--overwrite_output_dir`, or name another folder."
         )
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            for name in ("checkpoints", "samples", "core", *(plan.name for plan in plans)):
-                shutil.rmtree(output_dir / name, ignore_errors=True)
-            (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        config = {**asdict(data_args), **asdict(model_args), **asdict(args)}
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     # 3. Data
     on_shapes = data_args.dataset_name is None and data_args.train_data_dir is None
@@ -802,6 +796,17 @@ def main(argv: list[str] | None = None) -> None:
     validation_data = CaptionedPictures(validation_rows, model_args.resolutions[-1])
     logger.info(f"{len(train_data)} pictures to train on, {len(validation_data)} held out.")
     captions = data_args.validation_prompts or validation_data.captions[:8]
+
+    # From here on the folder holds this run, whose arguments are known to be good.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            for name in ("checkpoints", "samples", "core", *(plan.name for plan in plans)):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        config = {**asdict(data_args), **asdict(model_args), **asdict(args)}
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     run = Run(
         accelerator=accelerator,
@@ -834,7 +839,11 @@ def main(argv: list[str] | None = None) -> None:
     scores = {}
     for phase in phases[first:]:
         if phase.resolution != pipeline.unet.config.sample_size:
+            set_seed(args.seed + phase.stage)  # a resumed run grows the same stage
             pipeline = grow_pipeline(pipeline, phase, model_args)
+            if model_args.init == "random":  # parts of the core are gone, and so are their averages
+                kept = {f"unet.{name}" for name, _ in pipeline.unet.named_parameters()}
+                ema_so_far = ({name: shadow for name, shadow in ema_so_far[0].items() if name in kept}, ema_so_far[1])
         ema_so_far = train_phase(run, phase, pipeline, ema_so_far, checkpoint)
         checkpoint = None
         if accelerator.is_main_process:

@@ -1,0 +1,369 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The main job as users run it: `accelerate launch` in a subprocess, on real files, with small models."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
+
+from ..training.test_data import write_image_folder, write_parquet
+
+
+SCRIPT = Path(__file__).parents[2] / "training_examples" / "grow.py"
+TINY = {
+    "resolutions": [8, 16],
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "block_out_channels": "8",
+    "text_hidden_size": 32,
+    "core_steps": 12,
+    "detail_steps": 6,
+    "joint_steps": 6,
+    "train_batch_size": 4,
+    "num_validation_pictures": 8,
+    "num_inference_steps": 2,
+    "logging_steps": 2,
+    "validation_steps": 6,
+    "checkpointing_steps": 4,
+}
+
+
+def to_flags(arguments: dict) -> list[str]:
+    flags = []
+    for name, value in arguments.items():
+        flags.append(f"--{name}")
+        if value is not True:
+            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return flags
+
+
+def command(output_dir: Path, num_processes: int = 1, **arguments) -> list[str]:
+    launch = ["--multi_gpu", "--num_processes", str(num_processes), "--main_process_port", "0"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *(launch if num_processes > 1 else ["--cpu"])]
+    return [*launcher, str(SCRIPT), "--output_dir", str(output_dir), *to_flags({**TINY, **arguments})]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launch(output_dir: Path, num_processes: int = 1, **arguments) -> str:
+    """Runs to the end and returns what the run said."""
+    done = subprocess.run(
+        command(output_dir, num_processes, **arguments),
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-9000:]
+    return done.stdout
+
+
+def refuse(output_dir: Path, **arguments) -> str:
+    """What a run that must not start says."""
+    done = subprocess.run(command(output_dir, **arguments), env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def read_metrics(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, part: str = "unet") -> dict[str, torch.Tensor]:
+    (path,) = (folder / part).glob("*.safetensors")
+    return load_file(path)
+
+
+def assert_same_weights(a: Path, b: Path):
+    for part in ("unet", "text_encoder"):
+        a_weights, b_weights = weights(a, part), weights(b, part)
+        assert a_weights.keys() == b_weights.keys()
+        for name, value in a_weights.items():
+            assert torch.equal(value, b_weights[name]), name
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", count=60)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> tuple[Path, str]:
+    """A run on a folder of pictures, to its end, and what it said."""
+    output_dir = tmp_path_factory.mktemp("finished") / "output"
+    return output_dir, launch(output_dir, train_data_dir=data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def test_every_phase_ends_in_a_pipeline(finished):
+    output_dir, _ = finished
+    for name, kind, size, shift in (
+        ("core", ShallowUNet2DModel, 8, 1.0),
+        ("grown-16-detail", GrowableUNet2DConditionModel, 16, 2.0),
+        ("grown-16", GrowableUNet2DConditionModel, 16, 2.0),
+    ):
+        pipeline = GreedyGrowPipeline.from_pretrained(output_dir / name)
+        assert type(pipeline.unet) is kind and pipeline.scheduler.config.shift == shift
+        image = pipeline("picture number 3", num_inference_steps=2).images[0]
+        assert image.size == (size, size)
+
+
+def test_growing_starts_from_the_averages_and_the_detail_phase_leaves_them_alone(finished):
+    output_dir, _ = finished
+    core, detail, joint = (weights(output_dir / name) for name in ("core", "grown-16-detail", "grown-16"))
+    for name, value in core.items():
+        assert torch.equal(detail[f"core.{name}"], value), name
+    assert any(not torch.equal(joint[f"core.{name}"], value) for name, value in core.items())
+    assert detail["stages.0.decoder.conv_out.weight"].any()
+    assert not detail["stages.0.conv_to_inner.weight"].any() and joint["stages.0.conv_to_inner.weight"].any()
+    # The text encoder learns along with the core and is frozen from growth on.
+    texts = [weights(output_dir / name, "text_encoder") for name in ("core", "grown-16-detail", "grown-16")]
+    for name, value in texts[0].items():
+        assert torch.equal(texts[1][name], value) and torch.equal(texts[2][name], value)
+
+
+def test_metrics_and_pictures(finished):
+    output_dir, log = finished
+    metrics = read_metrics(output_dir)
+    for phase, steps in (("core", 12), ("grown-16-detail", 6), ("grown-16", 6)):
+        lines = [line for line in metrics if line["phase"] == phase]
+        trained = [line for line in lines if "loss" in line]
+        assert [line["step"] for line in trained] == list(range(2, steps + 1, 2))
+        assert trained[-1]["pictures"] == 4 * steps and trained[-1]["pictures_per_second"] > 0
+        for line in trained:
+            assert line["loss"] == pytest.approx(line["loss_low"] + line["loss_high"], rel=1e-5)
+        assert any(name.startswith("loss_sigma_") for line in trained for name in line)
+        assert [line["step"] for line in lines if "val_loss" in line] == list(range(6, steps + 1, 6))
+    assert min(line["loss"] for line in metrics if "loss" in line) > 0
+    for name in ("samples.png", "loss.png"):
+        assert np.array(Image.open(output_dir / name)).std() > 1
+    assert {path.name for path in (output_dir / "samples").iterdir()} == {
+        "core.png", "grown-16-detail.png", "grown-16.png",
+    }  # fmt: skip
+    config = yaml.safe_load((output_dir / "config.yaml").read_text())
+    assert config["hidden_size"] == 16 and config["resolutions"] == [8, 16] and config["detail_steps"] == [6]
+
+    assert "GFLOP/picture" in log and "times one at 8 px" in log
+    assert "min of training left" in log and "3 held out" in log
+    assert re.search(r"grown-16: +\d+%", log) and "pictures_per_s=" in log
+
+
+def test_an_earlier_run_is_not_overwritten(finished, data):
+    output_dir, _ = finished
+    error = refuse(output_dir, train_data_dir=data)
+    assert "holds an earlier run" in error and "--resume_from_checkpoint latest" in error
+
+
+def test_the_resolved_config_makes_the_same_run(finished, tmp_path):
+    """From the YAML file alone, with one flag that wins over it; and the run is the same, bit for bit."""
+    output_dir, _ = finished
+    arguments = ["--config", str(output_dir / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(SCRIPT)]
+    subprocess.run([*launcher, *arguments], env=environment(), check=True, capture_output=True)
+    for name in ("core", "grown-16-detail", "grown-16"):
+        assert_same_weights(output_dir / name, tmp_path / "again" / name)
+
+
+def test_plan_only(data, tmp_path):
+    log = launch(tmp_path / "output", train_data_dir=data, plan=True)
+    assert "GFLOP/picture" in log and "grown-16-detail" in log
+    assert not (tmp_path / "output").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other ways to run
+
+
+def test_two_processes_follow_one(data, tmp_path):
+    """At the same global batch: the same pictures with the same noise, so the same losses up to rounding."""
+    steps = {"core_steps": 20, "detail_steps": 6, "joint_steps": 6, "logging_steps": 1, "train_data_dir": data}
+    launch(tmp_path / "one", train_batch_size=8, **steps)
+    launch(tmp_path / "two", num_processes=2, train_batch_size=4, **steps)
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert len(one) == len(two) > 32
+    for a, b in zip(one, two):
+        assert (a["phase"], a["step"], a.get("pictures")) == (b["phase"], b["step"], b.get("pictures"))
+        for name in a:
+            if "loss" in name:
+                assert b[name] == pytest.approx(a[name], rel=2e-3), (a, b)
+    assert GreedyGrowPipeline.from_pretrained(tmp_path / "two" / "grown-16").unet.sample_sizes == (8, 16)
+
+
+def test_gradient_accumulation_follows_the_large_batch(data, tmp_path):
+    steps = {"core_steps": 10, "detail_steps": 0, "joint_steps": 0, "logging_steps": 1, "train_data_dir": data}
+    log = launch(tmp_path / "output", train_batch_size=2, gradient_accumulation_steps=2, **steps)
+    lines = [line for line in read_metrics(tmp_path / "output") if "loss" in line]
+    assert [line["pictures"] for line in lines] == list(range(4, 44, 4))
+    assert not (tmp_path / "output" / "grown-16").exists() and "core is done" in log
+
+
+def test_a_given_core_and_several_stages(finished, tmp_path):
+    core = finished[0] / "core"
+    write_parquet(tmp_path / "data.parquet", caption_column="caption")
+    launch(
+        tmp_path / "output",
+        core=core,
+        train_data_dir=tmp_path / "data.parquet",
+        image_column="picture",
+        caption_column="caption",
+        resolutions=[8, 16, 32],
+        block_out_channels=["8", "8,8"],
+        joint_steps=[0, 3],
+        train_batch_size=[9, 4, 2],
+        mixed_precision="bf16",
+        attention_backend="_native_math",
+        gradient_checkpointing=True,
+        validation_prompts=["picture number 1", "a cat"],
+    )
+    assert not (tmp_path / "output" / "core").exists()
+    names = {path.name for path in (tmp_path / "output").iterdir() if (path / "model_index.json").exists()}
+    assert names == {"grown-16", "grown-32-detail", "grown-32"}
+    pipeline = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-32")
+    assert pipeline.unet.sample_sizes == (8, 16, 32) and pipeline.scheduler.config.shift == 4.0
+    assert pipeline.unet.dtype == torch.float32
+    for name, value in weights(core).items():
+        assert torch.equal(weights(tmp_path / "output" / "grown-32-detail")[f"core.{name}"], value)
+    pictures = {line["phase"]: line["pictures"] for line in read_metrics(tmp_path / "output") if "pictures" in line}
+    assert pictures == {"grown-16": 24, "grown-32-detail": 12, "grown-32": 6}
+
+
+def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_path):
+    encoder = finished[0] / "core"
+    # A folder with tokenizer and encoder side by side, as on the Hub.
+    pipeline = GreedyGrowPipeline.from_pretrained(encoder)
+    pipeline.text_encoder.save_pretrained(tmp_path / "encoder")
+    pipeline.tokenizer.save_pretrained(tmp_path / "encoder")
+    launch(tmp_path / "output", train_data_dir=data, init="random", text_encoder=tmp_path / "encoder")
+    for name in ("core", "grown-16"):
+        for key, value in weights(encoder, "text_encoder").items():
+            assert torch.equal(weights(tmp_path / "output" / name, "text_encoder")[key], value)
+    grown = weights(tmp_path / "output" / "grown-16-detail")
+    core = weights(tmp_path / "output" / "core")
+    kept = [name for name in core if f"core.{name}" in grown]
+    assert len(kept) > 10 and all(torch.equal(grown[f"core.{name}"], core[name]) for name in kept)
+    assert grown["stages.0.conv_to_inner.weight"].any()
+
+
+def test_shapes_by_default(tmp_path):
+    small = {"shapes_pictures": 50, "num_scored_pictures": 24, "resolutions": [16, 64], "train_batch_size": 2}
+    log = launch(tmp_path / "output", core_steps=2, detail_steps=1, joint_steps=1, **small)
+    assert "Drawing 50 captioned shapes" in log
+    scores = [line for line in read_metrics(tmp_path / "output") if "score_color" in line]
+    assert [line["phase"] for line in scores] == ["core", "grown-64-detail", "grown-64"]
+    assert all(0 <= line[f"score_{name}"] <= 1 for line in scores for name in ("shape", "texture", "background"))
+    assert re.search(r"chance \(1 object\) +0.17", log)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
+    """Runs until `after` shows up in the metrics, sends a signal, and returns what the run said to it."""
+    log, metrics = output_dir.with_suffix(".log"), output_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command(output_dir, **arguments), env=environment(), stderr=file, stdout=file, start_new_session=True
+        )
+        while not metrics.exists() or after not in metrics.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.02)
+        # As a terminal does: to the launcher, which dies of it at once, and to the training itself.
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=60) != 0
+        while "Go on with" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+    return log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(data, tmp_path, number):
+    phase = "grown-16" if number == signal.SIGTERM else "core"
+    steps = {"core_steps": 300 if phase == "core" else 12, "joint_steps": 300, "detail_steps": 2, "logging_steps": 1}
+    arguments = {**steps, "train_data_dir": data, "checkpointing_steps": 1000, "validation_steps": 1000}
+    after = f'"phase": "{phase}", "step": 20' if phase == "core" else f'"phase": "{phase}", "step": 20,'
+    log = interrupt(tmp_path / "output", number, after, **arguments)
+    assert f"of {phase}; saved" in log and "--resume_from_checkpoint latest" in log
+    (checkpoint,) = (tmp_path / "output" / "checkpoints").iterdir()
+    step = int(checkpoint.name.split("-")[-1])
+    assert 20 <= step < 300
+    launch(tmp_path / "output", resume_from_checkpoint="latest", **arguments)
+    launch(tmp_path / "whole", **arguments)
+    assert_same_weights(tmp_path / "output" / "grown-16", tmp_path / "whole" / "grown-16")
+    resumed, whole = read_metrics(tmp_path / "output"), read_metrics(tmp_path / "whole")
+    assert [(line["phase"], line["step"]) for line in resumed] == [(line["phase"], line["step"]) for line in whole]
+    for a, b in zip(resumed, whole):
+        assert {k: v for k, v in a.items() if "loss" in k} == {k: v for k, v in b.items() if "loss" in k}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    error = refuse(
+        tmp_path / "output", train_data_dir=data, learning_rate=1e20, lr_warmup_steps=0, checkpointing_steps=1,
+        max_grad_norm=1e30,
+    )  # fmt: skip
+    assert re.search(r"The loss of core is not finite at step \d+, at the noise levels 0\.\d+", error)
+    assert "The last good checkpoint is" in error and "core-1" in error and "`learning_rate`" in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"train_data_dir": "nowhere"}, "`train_data_dir='nowhere'` does not exist"),
+        ({"resolutions": [8, 12]}, "12 is no larger multiple of 8"),
+        ({"detail_steps": [1, 2]}, "--detail_steps.*takes one value, or 1"),
+        ({"block_out_channels": "8;9"}, "write numbers with commas"),
+        ({"block_out_channels": "8,8,8,8,8"}, "`block_out_channels=.*between 1 and"),
+        ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
+        ({"core": "nowhere"}, "`core='nowhere'` is no model"),
+        ({"resume_from_checkpoint": "latest"}, "there is no checkpoint in"),
+        ({"learning_rat": 1}, "learning_rat"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    assert re.search(message, refuse(tmp_path / "output", **arguments), re.DOTALL)
+    assert not (tmp_path / "output").exists()
+
+
+def test_unknown_names_in_a_config_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("core_stepps: 3\n")
+    assert "has unknown arguments: ['core_stepps']" in refuse(tmp_path / "output", config=tmp_path / "config.yaml")
+
+
+def test_a_core_of_another_resolution(finished, data, tmp_path):
+    error = refuse(tmp_path / "output", core=finished[0] / "core", resolutions=[16, 32], train_data_dir=data)
+    assert re.search(r"`resolutions=\[16, 32\]` has to begin with the resolution of `core=.*which is 8", error)
