@@ -47,7 +47,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 # Half of an object's extent as a share of the picture's side, by the number of objects and the size's name.
 EXTENTS = {
-    1: {"small": (0.21, 0.25), "large": (0.34, 0.39)},
+    1: {"small": (0.24, 0.27), "large": (0.36, 0.40)},
     2: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
     3: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
 }
@@ -131,7 +131,7 @@ def sample_scene(rng: np.random.Generator, num_objects: int = 1, first: dict[str
     relations: tuple[str, ...] = ()
     if num_objects == 1:
         centers = [np.array([0.5, 0.5])]
-        jitter = [0.1, 0.1]
+        jitter = [0.08, 0.08]
     elif num_objects == 2:
         relations = (str(rng.choice(RELATIONS)),)
         centers = [_place(relations[0], 0.5, 0.25), _place(relations[0], 0.5, 0.75)]
