@@ -124,9 +124,9 @@ class ModelArguments:
     )
     init: str = field(default="preserve", metadata={"help": '"preserve", or the paper\'s "random".'})
     patch_size: int = field(default=2, metadata={"help": "The core's."})
-    hidden_size: int = field(default=192, metadata={"help": "The core's."})
+    hidden_size: int = field(default=128, metadata={"help": "The core's."})
     num_layers: int = field(default=6, metadata={"help": "The core's."})
-    num_attention_heads: int = field(default=6, metadata={"help": "The core's."})
+    num_attention_heads: int = field(default=2, metadata={"help": "The core's."})
     mlp_ratio: float = field(default=4.0, metadata={"help": "The core's."})
     block_out_channels: list[str] = field(
         default_factory=lambda: ["48,96"],
@@ -152,14 +152,14 @@ class TrainingArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": '"latest", or a checkpoint folder.'})
     plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
-    core_steps: int = field(default=3000, metadata={"help": "Steps of the core phase."})
-    detail_steps: list[int] = field(default_factory=lambda: [1000], metadata={"help": "For each stage."})
-    joint_steps: list[int] = field(default_factory=lambda: [500], metadata={"help": "For each stage."})
+    core_steps: int = field(default=2000, metadata={"help": "Steps of the core phase."})
+    detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
+    joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
     train_batch_size: list[int] = field(
-        default_factory=lambda: [64, 32], metadata={"help": "Pictures per process and step, at each resolution."}
+        default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
     core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
     lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
     lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase."})
@@ -167,7 +167,7 @@ class TrainingArguments:
     adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
     ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
-    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit(sigma) at the core's resolution."})
+    logit_mean: float = field(default=1.0, metadata={"help": "Mean of logit(sigma) at the core's resolution."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma)."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     attention_backend: str | None = field(
@@ -175,7 +175,7 @@ class TrainingArguments:
     )
     mixed_precision: str | None = field(default=None, metadata={"help": '"no", "bf16" or "fp16".'})
     seed: int = field(default=0, metadata={"help": "Of weights, data order, noise and caption dropout."})
-    num_inference_steps: int = field(default=28, metadata={"help": "Of the samples."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Of the samples."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Of the samples."})
     logging_steps: int = field(default=50, metadata={"help": "Steps between lines in metrics.jsonl."})
     validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})

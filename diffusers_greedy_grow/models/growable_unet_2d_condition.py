@@ -35,6 +35,9 @@ class GrowthStage(nn.Module):
     """
     What one growth adds around an inner model: an encoder, a decoder, and the way from the encoder into the inner
     model. With `init="preserve"` that way starts at zero; with `init="random"` it is the inner model's only input.
+
+    Its residual blocks are conditioned on the noise level and on the mean of the text embeddings: a core that never
+    saw detail has learned to ignore the words for it, and while it is frozen it cannot pass them on.
     """
 
     def __init__(
@@ -46,12 +49,16 @@ class GrowthStage(nn.Module):
         layers_per_block: int,
         inner_in_channels: int,
         inner_out_channels: int,
+        cross_attention_dim: int | None,
         init: str,
     ):
         super().__init__()
         temb_channels = 4 * block_out_channels[0]
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, temb_channels)
+        if cross_attention_dim is not None:
+            self.norm_text = nn.RMSNorm(cross_attention_dim, eps=1e-6)
+            self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
         self.encoder = GrowthEncoder(in_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
         self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_in_channels, kernel_size=1)
         if init == "preserve":
@@ -60,6 +67,24 @@ class GrowthStage(nn.Module):
         self.decoder = GrowthDecoder(
             out_channels, patch_size, inner_out_channels, block_out_channels, layers_per_block, temb_channels
         )
+
+    def embed(
+        self,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """What conditions the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the text."""
+        time_dtype = get_parameter_dtype(self.time_embedding)
+        temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
+        if encoder_hidden_states is None:
+            return temb
+        text = self.norm_text(encoder_hidden_states.to(dtype))
+        if encoder_attention_mask is None:
+            return temb + self.text_proj(text.mean(dim=1))
+        mask = encoder_attention_mask.to(dtype).unsqueeze(-1)
+        return temb + self.text_proj((text * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
 
 
 class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -157,6 +182,7 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
                     layers_per_block=layers_per_block[i],
                     inner_in_channels=inner_in_channels,
                     inner_out_channels=inner_out_channels,
+                    cross_attention_dim=cross_attention_dim,
                     init=init if i == 0 else "preserve",
                 )
             )
@@ -353,8 +379,7 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             stage, outermost = self.stages[i], i == len(self.stages) - 1
             factor = self.sample_sizes[i + 1] // self.sample_sizes[i]
             with torch.set_grad_enabled(grad_enabled if outermost else inner_grad_enabled):
-                time_dtype = get_parameter_dtype(stage.time_embedding)
-                temb = stage.time_embedding(stage.time_proj(1000 * state_sigma).to(time_dtype)).to(self.dtype)
+                temb = stage.embed(1000 * state_sigma, encoder_hidden_states, encoder_attention_mask, self.dtype)
                 hidden_states, skips = stage.encoder(state.to(self.dtype), temb, additional_features)
                 encoded.append((stage, factor, hidden_states, skips, temb))
                 if self._preserves(i) and outermost and self.core_frozen:

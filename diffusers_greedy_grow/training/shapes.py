@@ -22,7 +22,7 @@ pixel of the core and averages to the object's colour there, so that only the gr
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -118,16 +118,23 @@ def parse_caption(caption: str) -> Scene:
     )
 
 
-def sample_scene(rng: np.random.Generator, num_objects: int = 1, first: dict[str, str] | None = None) -> Scene:
+def sample_scene(rng: np.random.Generator, num_objects: int = 1, first_object: ShapeObject | None = None) -> Scene:
     """
-    A random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see. The `first` object
-    has the given attributes.
+    A random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see. The first object
+    has the attributes of `first_object`, if given.
     """
-    choices = {"size": SIZES, "color": list(COLORS), "texture": TEXTURES, "shape": SHAPES}
-    attributes = [{name: str(rng.choice(values)) for name, values in choices.items()} for _ in range(num_objects)]
-    if first is not None:
-        attributes[0] = first
-    extents = [rng.uniform(*EXTENTS[num_objects][words["size"]]) for words in attributes]
+    items = [
+        ShapeObject(
+            size=str(rng.choice(SIZES)),
+            color=str(rng.choice(list(COLORS))),
+            texture=str(rng.choice(TEXTURES)),
+            shape=str(rng.choice(SHAPES)),
+        )
+        for _ in range(num_objects)
+    ]
+    if first_object is not None:
+        items[0] = first_object
+    extents = [rng.uniform(*EXTENTS[num_objects][item.size]) for item in items]
     relations: tuple[str, ...] = ()
     if num_objects == 1:
         centers = [np.array([0.5, 0.5])]
@@ -148,9 +155,9 @@ def sample_scene(rng: np.random.Generator, num_objects: int = 1, first: dict[str
         centers[0][axis] = centers[1][axis] = pair[axis]
         jitter = [0.01, 0.01]
     objects = []
-    for words, extent, center in zip(attributes, extents, centers):
+    for item, extent, center in zip(items, extents, centers):
         x, y = center + rng.uniform(-1, 1, size=2) * jitter
-        objects.append(ShapeObject(**words, x=float(x), y=float(y), extent=float(extent)))
+        objects.append(replace(item, x=float(x), y=float(y), extent=float(extent)))
     return Scene(tuple(objects), relations, str(rng.choice(list(BACKGROUNDS))))
 
 
@@ -161,10 +168,10 @@ def _place(relation: str, middle: float, near: float) -> np.ndarray:
     return np.array([near, middle] if relation in ("left of", "right of") else [middle, near])
 
 
-def _held_out(i: int) -> dict[str, str]:
+def _held_out(i: int) -> ShapeObject:
     color, texture = i % 6, (i + i // 12) % 4  # 24 different pairs
     size, shape = i // 12, (color + 2 * texture) % 5
-    return {"size": SIZES[size], "color": list(COLORS)[color], "texture": TEXTURES[texture], "shape": SHAPES[shape]}
+    return ShapeObject(SIZES[size], list(COLORS)[color], TEXTURES[texture], SHAPES[shape])
 
 
 # Combinations of attributes, a tenth of all, that training never shows. Among them every value of an attribute, and
@@ -174,7 +181,7 @@ HELD_OUT = tuple(_held_out(5 * i % 24) for i in range(24))
 
 def is_held_out(scene: Scene) -> bool:
     """Whether a scene holds one of the combinations that training never shows."""
-    phrases = {ShapeObject(**attributes).phrase for attributes in HELD_OUT}
+    phrases = {item.phrase for item in HELD_OUT}
     return any(item.phrase in phrases for item in scene.objects)
 
 
@@ -297,7 +304,7 @@ def write_shapes(
             rng = np.random.default_rng([seed, split == "validation", i])
             num_objects = int(rng.integers(1, max_objects + 1))
             if split == "validation":
-                scene = sample_scene(rng, num_objects, first=HELD_OUT[i % len(HELD_OUT)])
+                scene = sample_scene(rng, num_objects, first_object=HELD_OUT[i % len(HELD_OUT)])
             else:
                 scene = sample_scene(rng, num_objects)
                 while is_held_out(scene):

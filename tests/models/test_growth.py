@@ -150,6 +150,7 @@ def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
     assert len(tensors) > 20 and not any(tensor.requires_grad for tensor in tensors)
     trained = {name for name, parameter in grown.named_parameters() if parameter.grad is not None}
     assert trained == {n for n, _ in grown.named_parameters() if n.startswith("stages.0") and "to_inner" not in n}
+    assert "stages.0.text_proj.weight" in trained
 
     inside.clear()
     grown.unfreeze_core()
@@ -157,6 +158,23 @@ def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
     grown(**inputs).sample.square().mean().backward()
     assert any(tensor.requires_grad for tensor in inside if isinstance(tensor, torch.Tensor))
     assert all(parameter.grad is not None for parameter in grown.parameters())
+
+
+@torch.no_grad()
+def test_the_stage_reads_the_text_itself(core):
+    """Words for detail reach the stage that draws it, whatever a frozen core makes of them."""
+    grown = make_grown(core)
+    inputs = make_inputs(height=32, width=32)
+    before, expected = inner_answer(core, inputs, 2), grown(**inputs).pred_original_sample
+    for name, parameter in grown.core.named_parameters():
+        if "attn2.to_out" in name:
+            parameter.zero_()  # the core now ignores the text
+    deaf = grown(**inputs).pred_original_sample
+    other = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].flip(0)}
+    assert not torch.allclose(deaf, expected) and before.std() > 0
+    assert not torch.allclose(grown(**other).pred_original_sample, deaf)
+    grown.stages[0].text_proj.weight.zero_()
+    torch.testing.assert_close(grown(**other).pred_original_sample, grown(**inputs).pred_original_sample)
 
 
 def test_the_detail_phase_needs_less_memory():
