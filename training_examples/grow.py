@@ -131,7 +131,7 @@ class ModelArguments:
     block_out_channels: list[str] = field(
         default_factory=lambda: ["48,96"],
         metadata={
-            "help": 'Channels of each stage, outermost first, such as "64,128"; one entry for all, or one each.'
+            "help": 'Channels of each stage, outermost first, such as "64,128"; the last entry for all further stages.'
         },
     )
     layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per entry of block_out_channels."})
@@ -146,20 +146,22 @@ class ModelArguments:
 
 @dataclass
 class TrainingArguments:
-    """How to train. Arguments that take several values have one for all resolutions, or one for each."""
+    """How to train. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
 
     output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": '"latest", or a checkpoint folder.'})
     plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
-    core_steps: int = field(default=2000, metadata={"help": "Steps of the core phase."})
+    core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase."})
     detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
     joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
     train_batch_size: list[int] = field(
         default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: list[float] = field(
+        default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
+    )
     core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
     lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
     lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase."})
@@ -209,7 +211,13 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         unknown = set(values) - {action.dest for action in parser._actions}
         if unknown:
             parser.error(f"{config} has unknown arguments: {sorted(unknown)}")
-        parser.set_defaults(**values)
+        several = {action.dest for action in parser._actions if action.nargs == "+"}
+        parser.set_defaults(
+            **{
+                name: [value] if name in several and not isinstance(value, list) else value
+                for name, value in values.items()
+            }
+        )
     data, model, training, _ = parser.parse_args_into_dataclasses(argv)
 
     sizes = model.resolutions
@@ -221,11 +229,12 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         (training, "detail_steps", len(sizes) - 1),
         (training, "joint_steps", len(sizes) - 1),
         (training, "train_batch_size", len(sizes)),
+        (training, "learning_rate", len(sizes)),
     ):
-        given = getattr(owner, name)
-        if len(given) not in (1, count) and count > 0:
-            parser.error(f"--{name} {given}: with --resolutions {sizes} it takes one value, or {count}.")
-        setattr(owner, name, given * count if len(given) == 1 else given)
+        given, default = getattr(owner, name), type(owner).__dataclass_fields__[name].default_factory()
+        if len(given) > count and given != default:
+            parser.error(f"--{name} {given}: with --resolutions {sizes} it takes at most {count}.")
+        setattr(owner, name, (given + given[-1:] * count)[:count])
     try:
         [parse_channels(channels) for channels in model.block_out_channels]
     except ValueError:
@@ -434,6 +443,7 @@ def train_phase(
     # 1. What trains: the model, as far as the phase does not freeze it, and a new text encoder along with the core
     unet.train()
     set_phase(unet, phase.kind)
+    lr = args.learning_rate[phase.stage]
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.attention_backend is not None:
@@ -442,14 +452,14 @@ def train_phase(
     text_encoder.requires_grad_(train_text)
     named_parameters = [(f"unet.{name}", parameter) for name, parameter in unet.named_parameters()]
     if phase.kind == "core":
-        groups = [{"name": "core", "params": list(unet.parameters()), "lr": args.learning_rate}]
+        groups = [{"name": "core", "params": list(unet.parameters()), "lr": lr}]
     else:
-        groups = unet.parameter_groups(args.learning_rate, args.core_lr_scale)
+        groups = unet.parameter_groups(lr, args.core_lr_scale)
     if train_text:
         named_parameters += [
             (f"text_encoder.{name}", parameter) for name, parameter in text_encoder.named_parameters()
         ]
-        groups.append({"name": "text", "params": list(text_encoder.parameters()), "lr": args.learning_rate})
+        groups.append({"name": "text", "params": list(text_encoder.parameters()), "lr": lr})
 
     optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), weight_decay=args.adam_weight_decay)
     # accelerate steps the schedule once for each process.
@@ -536,9 +546,8 @@ def train_phase(
             now = time.perf_counter()
             rate = (step - logged_step) * pictures_per_step / (now - logged_time)
             logged_step, logged_time = step, now
-            means = meter.compute()
-            lr = optimizer.param_groups[0]["lr"]
-            run.log(phase, step, pictures=step * pictures_per_step, lr=lr, pictures_per_second=rate, **means)
+            means = {"lr": optimizer.param_groups[0]["lr"], **meter.compute()}
+            run.log(phase, step, pictures=step * pictures_per_step, pictures_per_second=rate, **means)
             progress.set_postfix(loss=f"{means['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
         if step % args.validation_steps == 0 or last:
             paused = time.perf_counter()

@@ -345,7 +345,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     [
         ({"train_data_dir": "nowhere"}, "`train_data_dir='nowhere'` does not exist"),
         ({"resolutions": [8, 12]}, "12 is no larger multiple of 8"),
-        ({"detail_steps": [1, 2]}, "--detail_steps.*takes one value, or 1"),
+        ({"detail_steps": [1, 2]}, "--detail_steps.*it takes at most 1"),
         ({"block_out_channels": "8;9"}, "write numbers with commas"),
         ({"block_out_channels": "8,8,8,8,8"}, "`block_out_channels=.*between 1 and"),
         ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
