@@ -211,13 +211,13 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         unknown = set(values) - {action.dest for action in parser._actions}
         if unknown:
             parser.error(f"{config} has unknown arguments: {sorted(unknown)}")
-        several = {action.dest for action in parser._actions if action.nargs == "+"}
-        parser.set_defaults(
-            **{
-                name: [value] if name in several and not isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        flags = []
+        for name, value in values.items():
+            if isinstance(value, list) and value:
+                flags += [f"--{name}", *map(str, value)]
+            elif value is not None and value != []:
+                flags.append(f"--{name}={value}")
+        argv = [*flags, *argv]  # the last one of a name wins
     data, model, training, _ = parser.parse_args_into_dataclasses(argv)
 
     sizes = model.resolutions
