@@ -503,13 +503,15 @@ def train_phase(
 
     meter, started, step_at_start = LossMeter(), time.perf_counter(), step
     progress = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
-    micro_step = step * args.gradient_accumulation_steps
+    micro_step = 0  # batches since the start
     logged_step, logged_time = step, started
     for batch in loader:
         with accelerator.accumulate(*trained):
             x0 = normalize(batch["pixel_values"], pool_factor)
-            key = (args.seed, phase.index, micro_step)
-            generators = sample_generators(key, accelerator.process_index * batch_size, len(x0))
+            place = (
+                micro_step % args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
+            )
+            generators = sample_generators((args.seed, phase.index, step), place * batch_size, len(x0))
             noise, sigma = draw_noise(generators, x0.shape, shift, args, device)
             dropped = [
                 torch.rand(1, generator=generator).item() < run.data_args.caption_dropout for generator in generators

@@ -80,11 +80,11 @@ class GrowthStage(nn.Module):
         temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
         if encoder_hidden_states is None:
             return temb
-        text = self.norm_text(encoder_hidden_states.to(dtype))
-        if encoder_attention_mask is None:
-            return temb + self.text_proj(text.mean(dim=1))
-        mask = encoder_attention_mask.to(dtype).unsqueeze(-1)
-        return temb + self.text_proj((text * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1))
+        text = encoder_hidden_states.to(dtype)
+        if encoder_attention_mask is not None:
+            text = text * encoder_attention_mask.to(dtype).unsqueeze(-1)
+        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it.
+        return temb + self.text_proj(self.norm_text(text.sum(dim=1)))
 
 
 class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):

@@ -221,10 +221,18 @@ def test_two_processes_follow_one(data, tmp_path):
 
 def test_gradient_accumulation_follows_the_large_batch(data, tmp_path):
     steps = {"core_steps": 10, "detail_steps": 0, "joint_steps": 0, "logging_steps": 1, "train_data_dir": data}
-    log = launch(tmp_path / "output", train_batch_size=2, gradient_accumulation_steps=2, **steps)
+    log = launch(
+        tmp_path / "output", train_batch_size=2, gradient_accumulation_steps=2, report_to="tensorboard", **steps
+    )
     lines = [line for line in read_metrics(tmp_path / "output") if "loss" in line]
     assert [line["pictures"] for line in lines] == list(range(4, 44, 4))
+    launch(tmp_path / "large", train_batch_size=4, **steps)
+    for a, b in zip(lines, [line for line in read_metrics(tmp_path / "large") if "loss" in line], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3) and b["loss_low"] == pytest.approx(
+            a["loss_low"], rel=2e-3
+        )
     assert not (tmp_path / "output" / "grown-16").exists() and "core is done" in log
+    assert list((tmp_path / "output" / "logs").rglob("events.out.tfevents*"))
 
 
 def test_a_given_core_and_several_stages(finished, tmp_path):
