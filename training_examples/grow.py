@@ -38,7 +38,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -603,12 +603,15 @@ def validate(
 ) -> dict:
     """The held-out loss, on the same pictures with the same noise each time; spread over the processes."""
     accelerator = run.accelerator
-    share = min(run.data_args.num_validation_pictures, len(run.validation_data)) // accelerator.num_processes
-    first = share * accelerator.process_index
-    meter = LossMeter()
+    count, num_processes = (
+        min(run.data_args.num_validation_pictures, len(run.validation_data)),
+        accelerator.num_processes,
+    )
+    first, end = (count * rank // num_processes for rank in (accelerator.process_index, accelerator.process_index + 1))
+    losses_of_pictures: list[list[float]] = []
     pipeline.unet.eval()
-    for start in range(first, first + share, phase.batch_size):
-        rows = [run.validation_data[i] for i in range(start, min(start + phase.batch_size, first + share))]
+    for start in range(first, end, phase.batch_size):
+        rows = [run.validation_data[i] for i in range(start, min(start + phase.batch_size, end))]
         pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
         x0 = normalize(pixel_values, pool_factor)
         generators = sample_generators((run.args.seed, VALIDATION, phase.stage), start, len(x0))
@@ -617,11 +620,14 @@ def validate(
         with accelerator.autocast():
             conditions = encode_captions(pipeline, pipeline.text_encoder, captions, accelerator.device)
             losses = flow_loss(pipeline.unet, x0, noise, sigma, band_factor, **conditions)
-        meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
+        losses_of_pictures += torch.stack([losses.low, losses.high, losses.sigma], dim=1).tolist()
     pipeline.unet.train()
-    if not meter.batches:
+    if num_processes > 1:  # the processes may have unequal shares
+        losses_of_pictures = gather_object(losses_of_pictures)
+    if not losses_of_pictures:
         return {}
-    meter.batches = [accelerator.gather(torch.cat(meter.batches))]
+    meter = LossMeter()
+    meter.update(torch.tensor(losses_of_pictures))
     return {f"val_{name}": value for name, value in meter.compute().items()}
 
 
