@@ -1,12 +1,13 @@
-# Everything from a fresh clone: `make demo` grows a model, `make test` runs the tests.
+# Everything from a fresh clone: `make demo` grows a model, `make test` runs the tests. More arguments for the demo:
+# make demo ARGS="--overwrite_output_dir --seed 1".
 # Each target sets up .venv first; with an environment of your own, run what stands below directly.
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Left to itself, accelerate trains with one thread on a CPU.
 LAUNCH := accelerate launch --num_processes 1 --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
-# With AMX, matrix products are several times faster in bfloat16 than in float32.
-PRECISION := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --mixed_precision bf16 --attention_backend _native_math)
+# Without a GPU but with AMX, matrix products are several times faster in bfloat16 than in float32.
+PRECISION := $(shell ! command -v nvidia-smi > /dev/null && grep -qs amx_bf16 /proc/cpuinfo && echo --mixed_precision bf16 --attention_backend _native_math)
 
 .PHONY: demo test lint clean
 
@@ -17,7 +18,7 @@ PRECISION := $(shell grep -qs amx_bf16 /proc/cpuinfo && echo --mixed_precision b
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/$(LAUNCH) training_examples/grow.py $(PRECISION)
+	$(BIN)/$(LAUNCH) training_examples/grow.py $(PRECISION) $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2

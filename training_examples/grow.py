@@ -40,7 +40,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
@@ -173,7 +174,8 @@ class TrainingArguments:
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma)."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     attention_backend: str | None = field(
-        default=None, metadata={"help": "Of diffusers, such as flash or _native_math; torch's choice by default."}
+        default=None,
+        metadata={"help": "Of diffusers, such as _native_cudnn or _native_math; torch's choice by default."},
     )
     mixed_precision: str | None = field(default=None, metadata={"help": '"no", "bf16" or "fp16".'})
     seed: int = field(default=0, metadata={"help": "Of weights, data order, noise and caption dropout."})
@@ -239,6 +241,16 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         [parse_channels(channels) for channels in model.block_out_channels]
     except ValueError:
         parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
+    positive = ("core_steps", "logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
+    for name in (*positive, "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
+    if model.core is not None and not sum(training.detail_steps + training.joint_steps):
+        parser.error("There is nothing to train: with --core, name a larger resolution and its --detail_steps.")
+    for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
+        values = [choice.value for choice in choices]
+        if getattr(training, name) not in (None, *values):
+            parser.error(f"--{name} {getattr(training, name)}: choose one of {', '.join(values)}.")
     if model.init not in ("preserve", "random"):
         parser.error(f'--init {model.init}: choose "preserve" or "random".')
     if model.init == "random" and len(sizes) > 2:
@@ -336,7 +348,9 @@ def make_plan(
         elif model_args.text_encoder == "small":
             unet = build_core(model_args, model_args.text_hidden_size)
         else:
-            unet = build_core(model_args, AutoConfig.from_pretrained(model_args.text_encoder).hidden_size)
+            unet = build_core(
+                model_args, AutoConfig.from_pretrained(model_args.text_encoder).get_text_config().hidden_size
+            )
         plans = []
         for phase in phases:
             if phase.resolution != unet.config.sample_size:
@@ -397,6 +411,15 @@ class Run:
     @property
     def metrics_path(self) -> Path:
         return self.output_dir / "metrics.jsonl"
+
+    def schedule(self, phase: Phase) -> dict[str, int]:
+        """What decides which pictures a step sees and at what learning rate: a resumed phase has to have the same."""
+        return {
+            "steps": phase.steps,
+            "train_batch_size": phase.batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "number of processes": self.accelerator.num_processes,
+        }
 
     def log(self, phase: Phase, step: int, **values: float) -> None:
         """Writes a line of metrics and tells the trackers, which count steps over all phases."""
@@ -498,7 +521,14 @@ def train_phase(
     # 3. The loop
     def save(step: int) -> Path:
         return save_checkpoint(
-            accelerator, run.checkpoints, phase.name, step, ema, named_parameters, args.checkpoints_total_limit
+            accelerator,
+            run.checkpoints,
+            phase.name,
+            step,
+            ema,
+            named_parameters,
+            args.checkpoints_total_limit,
+            run.schedule(phase),
         )
 
     meter, started, step_at_start = LossMeter(), time.perf_counter(), step
@@ -564,7 +594,7 @@ def train_phase(
             )
             accelerator.end_training()
             sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
-        if step % args.checkpointing_steps == 0 and not last:
+        if step % args.checkpointing_steps == 0 or last:
             save(step)
     progress.close()
 
@@ -732,16 +762,17 @@ def write_shapes_once(
 ) -> str:
     """The embedded default: draws the captioned shapes that the arguments describe, unless they are there."""
     size, objects, pictures = model_args.resolutions[-1], data_args.shapes_objects, data_args.shapes_pictures
-    folder = output_dir / f"shapes-{size}px-{objects}-objects-{pictures}-seed-{args.seed}"
+    cells, held_out = model_args.resolutions[0], max(256, data_args.num_scored_pictures)
+    folder = output_dir / f"shapes-{size}px-{cells}-cells-{objects}-objects-{pictures}+{held_out}-seed-{args.seed}"
     if not (folder / "validation.parquet").exists():
         logger.info(f"Drawing {pictures} captioned shapes into {folder}.")
         write_shapes(
             folder,
             num_train=pictures,
-            num_validation=max(256, data_args.num_scored_pictures),
+            num_validation=held_out,
             image_size=size,
             max_objects=objects,
-            texture_cells=model_args.resolutions[0],
+            texture_cells=cells,
             seed=args.seed,
         )
     return str(folder)
@@ -798,6 +829,11 @@ def main(argv: list[str] | None = None) -> None:
             f"`output_dir={args.output_dir!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
             "replace it by `--overwrite_output_dir`, or name another folder."
         )
+    replaced = [(output_dir / name).resolve() for name in ("checkpoints", "samples", *(plan.name for plan in plans))]
+    if checkpoint is None and model_args.core is not None:
+        core = Path(model_args.core).resolve()
+        if any(core.is_relative_to(folder) for folder in replaced):
+            raise ValueError(f"`core={model_args.core!r}` would be replaced by this run: name another `output_dir`.")
 
     # 3. Data
     on_shapes = data_args.dataset_name is None and data_args.train_data_dir is None
@@ -814,17 +850,6 @@ def main(argv: list[str] | None = None) -> None:
     logger.info(f"{len(train_data)} pictures to train on, {len(validation_data)} held out.")
     captions = data_args.validation_prompts or validation_data.captions[:8]
 
-    # From here on the folder holds this run, whose arguments are known to be good.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            for name in ("checkpoints", "samples", "core", *(plan.name for plan in plans)):
-                shutil.rmtree(output_dir / name, ignore_errors=True)
-            (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        config = {**asdict(data_args), **asdict(model_args), **asdict(args)}
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
     run = Run(
         accelerator=accelerator,
         data_args=data_args,
@@ -836,22 +861,38 @@ def main(argv: list[str] | None = None) -> None:
         interrupt=Interrupt(),
         plans={plan.name: plan for plan in plans},
     )
-    accelerator.init_trackers("grow")
 
-    # 4. The phases
+    # 4. What to start from
     first = 0
     if checkpoint is not None:
         progress = read_progress(checkpoint)
         first = next((i for i, phase in enumerate(phases) if phase.name == progress["phase"]), -1)
         if first < 0:
             raise ValueError(f"{checkpoint} is of phase {progress['phase']}, which this run does not have.")
-        keep_metrics_until(run, phases[: first + 1], progress["step"])
+        schedule = run.schedule(phases[first])
+        if schedule != progress["schedule"]:
+            raise ValueError(f"{checkpoint} was saved with {progress['schedule']}; it cannot go on with {schedule}.")
     start = output_dir / phases[first - 1].name if first > 0 else model_args.core
     if start is not None:
         pipeline = GreedyGrowPipeline.from_pretrained(start, unet=load_core(start))
     else:
         pipeline = build_core_pipeline(model_args, train_data.captions)
 
+    # 5. From here on the folder holds this run
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            for name in ("checkpoints", "samples", *run.plans):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+            (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        config = {**asdict(data_args), **asdict(model_args), **asdict(args)}
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    if checkpoint is not None:
+        keep_metrics_until(run, phases[: first + 1], progress["step"])
+    accelerator.init_trackers("grow")
+
+    # 6. The phases
     ema_so_far: tuple = ({}, 0)
     scores = {}
     for phase in phases[first:]:

@@ -44,10 +44,12 @@ def save_checkpoint(
     ema: EMAModel,
     named_parameters: list[tuple[str, torch.nn.Parameter]],
     total_limit: int,
+    schedule: dict[str, int] | None = None,
 ) -> Path:
     """
-    Saves all that a phase needs to go on after `step`: what accelerate has prepared, and the moving average by name.
-    Keeps the newest `total_limit` checkpoints in `folder`. Called on all processes.
+    Saves all that a phase needs to go on after `step`: what accelerate has prepared, and the moving average by name;
+    and `schedule`, the numbers that have to be the same when it does. Keeps the newest `total_limit` checkpoints in
+    `folder`. Called on all processes.
     """
     checkpoint = folder / f"{phase}-{step}"
     temporary = folder / f".{checkpoint.name}.tmp"
@@ -59,6 +61,7 @@ def save_checkpoint(
         shadows = {name: tensor.contiguous() for name, tensor in named_shadows(ema, named_parameters).items()}
         save_file(shadows, temporary / "ema.safetensors")
         progress = {"phase": phase, "step": step, "ema_optimization_step": ema.optimization_step}
+        progress["schedule"] = schedule or {}
         (temporary / "progress.json").write_text(json.dumps(progress))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -100,7 +103,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path:
 
 
 def read_progress(checkpoint: Path) -> dict:
-    """The `phase` and the `step` after which a checkpoint was saved, and the average's `ema_optimization_step`."""
+    """The `phase`, the `step` after which a checkpoint was saved, its `schedule`, and `ema_optimization_step`."""
     return json.loads((checkpoint / "progress.json").read_text())
 
 

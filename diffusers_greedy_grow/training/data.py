@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 from PIL import ImageOps
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 
 from ..flow import pool
 
@@ -73,6 +73,11 @@ def load_captioned_data(
                 f"`image_column={image_column!r}` holds {split.features[image_column]}, not images; cast it to "
                 "`datasets.Image` or name another column."
             )
+        if getattr(split.features[caption_column], "dtype", None) not in ("string", "large_string"):
+            raise ValueError(
+                f"`caption_column={caption_column!r}` holds {split.features[caption_column]}, not strings; name another "
+                "column, or write one caption for each picture."
+            )
         split = split.select_columns([image_column, caption_column])
         splits[name] = split.rename_columns({image_column: "image", caption_column: "text"})
 
@@ -107,25 +112,29 @@ class CaptionedPictures(torch.utils.data.Dataset):
     """
     Rows of `image` and `text` as `pixel_values` `(3, resolution, resolution)`, uint8, and `caption`.
 
-    Each picture is decoded and scaled once and then kept in memory if all of them fit in `max_cache_bytes`.
+    If all of them fit in `max_cache_bytes`, each picture is decoded and scaled once and then kept in memory; not so in
+    a data loader's workers, each of which would keep its own.
     """
 
     def __init__(self, rows: Dataset, resolution: int, max_cache_bytes: int = 2 * 2**30):
         self.rows = rows
         self.resolution = resolution
-        self.captions = [str(text) for text in rows["text"]]
+        self.captions = list(rows["text"])
+        if None in self.captions:
+            raise ValueError(f"Row {self.captions.index(None)} has no caption: write one, or drop the row.")
         self.cache: dict[int, torch.Tensor] | None = {} if len(rows) * 3 * resolution**2 <= max_cache_bytes else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        if self.cache is not None and index in self.cache:
-            pixel_values = self.cache[index]
+        cache = self.cache if get_worker_info() is None else None
+        if cache is not None and index in cache:
+            pixel_values = cache[index]
         else:
             pixel_values = to_pixel_values(self.rows[index]["image"], self.resolution)
-            if self.cache is not None:
-                self.cache[index] = pixel_values
+            if cache is not None:
+                cache[index] = pixel_values
         return {"pixel_values": pixel_values, "caption": self.captions[index]}
 
 

@@ -110,6 +110,8 @@ def test_bad_sources(tmp_path):
         load_captioned_data(None, str(tmp_path), "picture", "caption", seed=0)
     with pytest.raises(ValueError, match="`image_column='text'` holds .* not images"):
         load_captioned_data(None, str(tmp_path), "text", "text", seed=0)
+    with pytest.raises(ValueError, match="`caption_column='picture'` holds .* not strings"):
+        load_captioned_data(None, str(tmp_path), "picture", "picture", seed=0)
     write_parquet(tmp_path / "one.parquet", 1)
     with pytest.raises(ValueError, match="fewer than two rows"):
         load_captioned_data(None, str(tmp_path / "one.parquet"), "picture", "text", seed=0)
@@ -153,6 +155,14 @@ def test_captioned_pictures(tmp_path):
         for i in (0, 7):
             assert torch.equal(cached[i]["pixel_values"], uncached[i]["pixel_values"])
             assert cached[i]["caption"] == uncached[i]["caption"] == train[i]["text"]
+
+
+def test_a_row_without_a_caption_is_named():
+    image = {"bytes": None, "path": "not read.png"}
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    rows = Dataset.from_dict({"image": [image, image], "text": ["a caption", None]}, features=features)
+    with pytest.raises(ValueError, match="Row 1 has no caption"):
+        CaptionedPictures(rows, 16)
 
 
 def test_the_core_sees_what_a_grown_model_pools():

@@ -152,8 +152,9 @@ def test_checkpoints(tmp_path):
             ema.step(model.parameters())
 
     train(2)
-    path = save_checkpoint(accelerator, tmp_path / "checkpoints", "grown-32", 2, ema, named, total_limit=2)
-    assert read_progress(path) == {"phase": "grown-32", "step": 2, "ema_optimization_step": 2}
+    path = save_checkpoint(accelerator, tmp_path / "checkpoints", "grown-32", 2, ema, named, 2, {"steps": 9})
+    expected = {"phase": "grown-32", "step": 2, "ema_optimization_step": 2, "schedule": {"steps": 9}}
+    assert read_progress(path) == expected
     train(2)
     expected = [parameter.detach().clone() for parameter in model.parameters()]
     expected_ema = [shadow.clone() for shadow in ema.shadow_params]

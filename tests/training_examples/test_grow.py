@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,26 @@ def test_the_resolved_config_makes_the_same_run(finished, tmp_path):
         assert_same_weights(output_dir / name, tmp_path / "again" / name)
 
 
+def test_a_finished_run_goes_on_to_its_end_at_once(finished, data, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "output")
+    log = launch(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest")
+    assert "grown-16-6" in log and "core is done" not in log
+    assert_same_weights(finished[0] / "grown-16", tmp_path / "output" / "grown-16")
+    assert read_metrics(tmp_path / "output") == read_metrics(finished[0])
+    # With another batch the steps that are left would be other ones.
+    error = refuse(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", train_batch_size=2)
+    assert re.search(
+        "grown-16-6 was saved with .*'train_batch_size': 4.*cannot go on with .*'train_batch_size': 2", error
+    )
+
+
+def test_a_run_does_not_replace_the_core_it_grows(finished, data, tmp_path):
+    shutil.copytree(finished[0] / "core", tmp_path / "grown-16")
+    error = refuse(tmp_path, core=tmp_path / "grown-16", train_data_dir=data)
+    assert re.search("`core=.*grown-16'` would be replaced by this run: name another `output_dir`", error)
+    assert_same_weights(finished[0] / "core", tmp_path / "grown-16")
+
+
 def test_plan_only(data, tmp_path):
     log = launch(tmp_path / "output", train_data_dir=data, plan=True)
     assert "GFLOP/picture" in log and "grown-16-detail" in log
@@ -324,7 +345,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(data, tmp_path, number
     after = f'"phase": "{phase}", "step": 20' if phase == "core" else f'"phase": "{phase}", "step": 20,'
     log = interrupt(tmp_path / "output", number, after, **arguments)
     assert f"of {phase}; saved" in log and "--resume_from_checkpoint latest" in log
-    (checkpoint,) = (tmp_path / "output" / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "output" / "checkpoints").glob(f"{phase}-[0-9]*")
     step = int(checkpoint.name.split("-")[-1])
     assert 20 <= step < 300
     launch(tmp_path / "output", resume_from_checkpoint="latest", **arguments)
@@ -361,6 +382,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
         ({"core": "nowhere"}, "`core='nowhere'` is no model"),
         ({"resume_from_checkpoint": "latest"}, "there is no checkpoint in"),
         ({"learning_rat": 1}, "learning_rat"),
+        ({"logging_steps": 0}, "--logging_steps 0: has to be at least 1"),
+        ({"core_steps": 0}, "--core_steps 0: has to be at least 1"),
+        ({"core": "x", "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
+        ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
+        ({"attention_backend": "flush"}, "--attention_backend flush: choose one of .*native"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):
