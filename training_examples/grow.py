@@ -533,9 +533,8 @@ def train_phase(
 
     meter, started, step_at_start = LossMeter(), time.perf_counter(), step
     progress = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
-    micro_step = 0  # batches since the start
     logged_step, logged_time = step, started
-    for batch in loader:
+    for micro_step, batch in enumerate(loader):
         with accelerator.accumulate(*trained):
             x0 = normalize(batch["pixel_values"], pool_factor)
             place = (
@@ -559,7 +558,6 @@ def train_phase(
             lr_scheduler.step()
             optimizer.zero_grad()
         meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
-        micro_step += 1
         if not accelerator.sync_gradients:
             continue
 
@@ -883,8 +881,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            for name in ("checkpoints", "samples", *run.plans):
-                shutil.rmtree(output_dir / name, ignore_errors=True)
+            for folder in replaced:
+                shutil.rmtree(folder, ignore_errors=True)
             (output_dir / "metrics.jsonl").unlink(missing_ok=True)
         config = {**asdict(data_args), **asdict(model_args), **asdict(args)}
         (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

@@ -177,12 +177,12 @@ def _held_out(i: int) -> ShapeObject:
 # Combinations of attributes, a tenth of all, that training never shows. Among them every value of an attribute, and
 # every pair of values of two, is as frequent as the others, as nearly as 24 combinations allow; neighbours differ.
 HELD_OUT = tuple(_held_out(5 * i % 24) for i in range(24))
+_HELD_OUT_PHRASES = {item.phrase for item in HELD_OUT}
 
 
 def is_held_out(scene: Scene) -> bool:
     """Whether a scene holds one of the combinations that training never shows."""
-    phrases = {item.phrase for item in HELD_OUT}
-    return any(item.phrase in phrases for item in scene.objects)
+    return any(item.phrase in _HELD_OUT_PHRASES for item in scene.objects)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
