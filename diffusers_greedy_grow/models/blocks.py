@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
@@ -76,8 +76,7 @@ class GreedyGrowAttnProcessor:
         key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
         value = value.unflatten(-1, (-1, attn.head_dim))
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
 
         # Autocast runs the norms in float32 and the projections in low precision: attention wants one dtype.
         hidden_states = dispatch_attention_fn(
@@ -113,8 +112,9 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)
         self.to_k = nn.Linear(key_dim, query_dim, bias=False)
         self.to_v = nn.Linear(key_dim, query_dim, bias=False)
-        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6)
+        # As RMS norms would, but fused for low-precision inputs and float32 weights, which autocast makes.
+        self.norm_q = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
+        self.norm_k = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
         self.set_processor(GreedyGrowAttnProcessor())
 
@@ -137,13 +137,22 @@ def get_image_rotary_emb(
     column. `theta` is small because grids are: at 10000 half of the frequencies would not turn within 16 tokens.
 
     Returns:
-        Cosines and sines, each `(height * width, head_dim)`.
+        Cosines and signed sines for [`rotate`], each `(height * width, 1, head_dim)`, float32.
     """
     rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
     columns = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
-    row_cos, row_sin = get_1d_rotary_pos_embed(head_dim // 2, rows, theta=theta, use_real=True)
-    column_cos, column_sin = get_1d_rotary_pos_embed(head_dim // 2, columns, theta=theta, use_real=True)
-    return torch.cat([row_cos, column_cos], dim=-1), torch.cat([row_sin, column_sin], dim=-1)
+    turns = [get_1d_rotary_pos_embed(head_dim // 2, axis, theta=theta) for axis in (rows, columns)]
+    turn = torch.cat(turns, dim=-1).unsqueeze(1)  # complex, (height * width, 1, head_dim / 2)
+    return torch.cat([turn.real, turn.real], dim=-1), torch.cat([-turn.imag, turn.imag], dim=-1)
+
+
+def rotate(x: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """
+    Turns `x` `(B, N, heads, head_dim)` by its position; channel i pairs with i + head_dim / 2. In the dtype of `x`: what
+    diffusers' `apply_rotary_emb` computes in float32 takes twice as long.
+    """
+    cos, sin = (emb.to(x.dtype) for emb in image_rotary_emb)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class GreedyGrowTransformerBlock(nn.Module):
@@ -161,7 +170,7 @@ class GreedyGrowTransformerBlock(nn.Module):
             self.norm2 = nn.LayerNorm(dim, eps=1e-6)
             self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu-approximate")
+        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu")
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
 
     def forward(
