@@ -29,6 +29,8 @@ The map from `sigma_in` back to `sigma` is the timestep shift of `FlowMatchEuler
 move of `-2 log(factor)` in log-SNR (Hoogeboom et al., simple diffusion, 2023, section 3.1).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -140,6 +142,22 @@ def ascend(
     sigma = shift_sigma(sigma_in, factor)
     low = expand(state_scale(sigma, factor), x_in) * upsample(x_in, factor)
     return low + expand(sigma, noise) * high_band(noise, factor), sigma
+
+
+def handover_sigma(high_band_variance: float, factor: int, bound: float) -> float:
+    """
+    The noise level down to which a state's high band is noise, up to `bound`, so that a low-resolution model is enough.
+
+    The high band of a state, `(1 - sigma) H x0 + sigma H e`, has the picture's variance `(1 - sigma)**2 v` and the noise's
+    `sigma**2 (1 - 1 / factor**2)`. Above the level returned, the first is at most `bound` times the second.
+
+    Args:
+        high_band_variance (`float`): `v`, the mean square of `H x0` over pictures in [-1, 1].
+        factor (`int`): The growth factor.
+        bound (`float`): For example 0.01.
+    """
+    noise_over_signal = math.sqrt(high_band_variance / (bound * (1 - 1 / factor**2)))
+    return noise_over_signal / (1 + noise_over_signal)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -103,6 +103,19 @@ def test_shift_is_the_schedulers(factor):
     torch.testing.assert_close(flow.shift_sigma(base.sigmas, factor), scheduler.sigmas)
 
 
+@pytest.mark.parametrize("factor", FACTORS)
+def test_above_the_handover_the_high_band_is_noise_up_to_the_bound(factor):
+    generator = torch.Generator().manual_seed(factor)
+    x0 = torch.rand(64, 3, 8 * factor, 8 * factor, generator=generator) * 0.6 - 0.3
+    noise = torch.randn(x0.shape, generator=generator)
+    variance = flow.high_band(x0, factor).square().mean().item()
+    for bound in (0.001, 0.01, 0.1):
+        sigma = flow.handover_sigma(variance, factor, bound)
+        signal = flow.high_band((1 - sigma) * x0, factor).square().mean()
+        ratio = signal / flow.high_band(sigma * noise, factor).square().mean()
+        assert 0 < sigma < 1 and ratio.item() == pytest.approx(bound, rel=0.03)
+
+
 def test_velocity_and_clean_picture_convert():
     x0, noise, sigma = random_case(4, 0)
     state = flow.add_noise(x0, noise, sigma)

@@ -34,6 +34,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -50,7 +51,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, HfArgumentParser
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.flow import descend, sample_sigma
+from diffusers_greedy_grow.flow import descend, high_band, sample_sigma
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import tokenize
 from diffusers_greedy_grow.training import (
@@ -104,6 +105,10 @@ class DataArguments:
     caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
     shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
     shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
+    num_high_res_pictures: int | None = field(
+        default=None,
+        metadata={"help": "Train above the core's resolution on that many pictures only, drawn at random."},
+    )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
     validation_prompts: list[str] | None = field(
@@ -153,7 +158,7 @@ class TrainingArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": '"latest", or a checkpoint folder.'})
     plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
-    core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase."})
+    core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
     detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
     joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
     train_batch_size: list[int] = field(
@@ -241,10 +246,16 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         [parse_channels(channels) for channels in model.block_out_channels]
     except ValueError:
         parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
-    positive = ("core_steps", "logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
+    positive = ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
     for name in (*positive, "gradient_accumulation_steps"):
         if getattr(training, name) < 1:
             parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
+    if model.core is None and training.core_steps < 1 and (len(sizes) != 2 or training.detail_steps[0]):
+        parser.error(
+            f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
+        )
+    if data.num_high_res_pictures is not None and data.num_high_res_pictures < 1:
+        parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
     if model.core is not None and not sum(training.detail_steps + training.joint_steps):
         parser.error("There is nothing to train: with --core, name a larger resolution and its --detail_steps.")
     for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
@@ -266,7 +277,7 @@ def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Pha
     """The phases of a run. Each ends in a pipeline folder of its name; phases of no steps are left out."""
     sizes = model_args.resolutions
     phases = []
-    if model_args.core is None:
+    if model_args.core is None and args.core_steps:
         phases.append(Phase(0, "core", "core", 0, sizes[0], args.core_steps, args.train_batch_size[0]))
     for i, resolution in enumerate(sizes[1:], start=1):
         detail, joint, batch_size = args.detail_steps[i - 1], args.joint_steps[i - 1], args.train_batch_size[i]
@@ -312,8 +323,23 @@ def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowU
     )
 
 
-def grow_pipeline(pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments) -> GreedyGrowPipeline:
-    return GreedyGrowPipeline.from_core(pipeline, phase.resolution, **stage_arguments(phase, model_args))
+def grow_pipeline(
+    pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, data: torch.utils.data.Dataset
+) -> GreedyGrowPipeline:
+    factor = phase.resolution // pipeline.unet.config.sample_size
+    variance = measure_high_band(data, phase.resolution, factor)
+    stage = stage_arguments(phase, model_args)
+    return GreedyGrowPipeline.from_core(pipeline, phase.resolution, high_band_variance=variance, **stage)
+
+
+def measure_high_band(data: torch.utils.data.Dataset, resolution: int, factor: int, count: int = 512) -> float:
+    """The mean square of the first pictures' high band at `resolution`: what `core_first="auto"` goes by."""
+    squares = []
+    for i in range(min(count, len(data))):
+        pixel_values = data[i]["pixel_values"].unsqueeze(0)
+        x0 = normalize(pixel_values, pixel_values.shape[-1] // resolution)
+        squares.append(high_band(x0, factor).square().mean().item())
+    return sum(squares) / len(squares)
 
 
 def stage_arguments(phase: Phase, model_args: ModelArguments) -> dict:
@@ -399,6 +425,7 @@ class Run:
     model_args: ModelArguments
     args: TrainingArguments
     train_data: CaptionedPictures
+    high_res_data: torch.utils.data.Dataset  # those of `train_data` that are seen above the core's resolution
     validation_data: CaptionedPictures
     output_dir: Path
     interrupt: Interrupt
@@ -421,14 +448,24 @@ class Run:
             "number of processes": self.accelerator.num_processes,
         }
 
+    def trains_text(self, phase: Phase) -> bool:
+        """Whether a phase trains the text encoder: a small new one learns in the first phase."""
+        is_new = self.model_args.text_encoder == "small" and self.model_args.core is None
+        return is_new and phase.name == next(iter(self.plans))
+
     def log(self, phase: Phase, step: int, **values: float) -> None:
-        """Writes a line of metrics and tells the trackers, which count steps over all phases."""
+        """Writes a line of metrics and tells the trackers. `flops` and the trackers' steps count over all phases."""
+        names = list(self.plans)
+        earlier = [self.plans[name] for name in names[: names.index(phase.name)]]
+        plan = self.plans[phase.name]
+        flops = sum(plan.flops for plan in earlier) + step * plan.batch_size * plan.train_flops
         if self.accelerator.is_main_process:
             with open(self.metrics_path, "a") as file:
-                file.write(json.dumps({"phase": phase.name, "step": step, **values}) + "\n")
-        names = list(self.plans)
-        earlier = sum(self.plans[name].steps for name in names[: names.index(phase.name)])
-        self.accelerator.log({f"{phase.name}/{name}": value for name, value in values.items()}, step=earlier + step)
+                file.write(json.dumps({"phase": phase.name, "step": step, "flops": flops, **values}) + "\n")
+        self.accelerator.log(
+            {f"{phase.name}/{name}": value for name, value in values.items()},
+            step=sum(plan.steps for plan in earlier) + step,
+        )
 
 
 def encode_captions(
@@ -471,7 +508,7 @@ def train_phase(
         unet.enable_gradient_checkpointing()
     if args.attention_backend is not None:
         unet.set_attention_backend(args.attention_backend)
-    train_text = phase.kind == "core" and run.model_args.text_encoder == "small"
+    train_text = run.trains_text(phase)
     text_encoder.requires_grad_(train_text)
     named_parameters = [(f"unet.{name}", parameter) for name, parameter in unet.named_parameters()]
     if phase.kind == "core":
@@ -484,7 +521,9 @@ def train_phase(
         ]
         groups.append({"name": "text", "params": list(text_encoder.parameters()), "lr": lr})
 
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, args.adam_beta2), weight_decay=args.adam_weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, args.adam_beta2), weight_decay=args.adam_weight_decay, fused=True
+    )
     # accelerate steps the schedule once for each process.
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -507,14 +546,15 @@ def train_phase(
     # 2. The data of the steps that are left, in an order that depends on the seed alone
     batch_size = phase.batch_size
     pictures_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    train_data = run.train_data if phase.stage == 0 else run.high_res_data
     order = EpochOrder(
-        size=len(run.train_data),
+        size=len(train_data),
         start=step * pictures_per_step,
         num_samples=(phase.steps - step) * pictures_per_step,
         seed=(args.seed, phase.index),
     )
     loader = torch.utils.data.DataLoader(
-        run.train_data, batch_size=batch_size, sampler=order, num_workers=run.data_args.dataloader_num_workers
+        train_data, batch_size=batch_size, sampler=order, num_workers=run.data_args.dataloader_num_workers
     )
     loader = accelerator.prepare(loader)
 
@@ -803,6 +843,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("accelerate", "httpx", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
     set_seed(args.seed)
+    if accelerator.mixed_precision == "bf16":
+        # Else torch's own attention (`_native_math`, the fastest on a CPU) converts to float32 and back.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count()
     if accelerator.device.type == "cpu" and threads < cores:
         logger.warning(
@@ -845,7 +888,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     train_data = CaptionedPictures(train_rows, model_args.resolutions[-1])
     validation_data = CaptionedPictures(validation_rows, model_args.resolutions[-1])
-    logger.info(f"{len(train_data)} pictures to train on, {len(validation_data)} held out.")
+    high_res_data: torch.utils.data.Dataset = train_data
+    if data_args.num_high_res_pictures is not None:
+        chosen = np.random.default_rng(args.seed).permutation(len(train_data))[: data_args.num_high_res_pictures]
+        high_res_data = torch.utils.data.Subset(train_data, chosen.tolist())
+    logger.info(
+        f"{len(train_data)} pictures to train on, {len(high_res_data)} of them above the core's resolution; "
+        f"{len(validation_data)} held out."
+    )
     captions = data_args.validation_prompts or validation_data.captions[:8]
 
     run = Run(
@@ -854,6 +904,7 @@ def main(argv: list[str] | None = None) -> None:
         model_args=model_args,
         args=args,
         train_data=train_data,
+        high_res_data=high_res_data,
         validation_data=validation_data,
         output_dir=output_dir,
         interrupt=Interrupt(),
@@ -896,7 +947,7 @@ def main(argv: list[str] | None = None) -> None:
     for phase in phases[first:]:
         if phase.resolution != pipeline.unet.config.sample_size:
             set_seed(args.seed + phase.stage)  # a resumed run grows the same stage
-            pipeline = grow_pipeline(pipeline, phase, model_args)
+            pipeline = grow_pipeline(pipeline, phase, model_args, high_res_data)
             if model_args.init == "random":  # parts of the core are gone, and so are their averages
                 kept = {f"unet.{name}" for name, _ in pipeline.unet.named_parameters()}
                 ema_so_far = ({name: shadow for name, shadow in ema_so_far[0].items() if name in kept}, ema_so_far[1])

@@ -60,10 +60,13 @@ class GreedyGrowAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        text_cache: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         if attn.is_cross_attention:
             query = attn.to_q(hidden_states)
-            if attn.fused_projections:
+            if text_cache:
+                key, value = text_cache["key"], text_cache["value"]
+            elif attn.fused_projections:
                 key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
             else:
                 key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
@@ -73,8 +76,11 @@ class GreedyGrowAttnProcessor:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
         query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim)))
-        key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
-        value = value.unflatten(-1, (-1, attn.head_dim))
+        if not text_cache:
+            key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
+            value = value.unflatten(-1, (-1, attn.head_dim))
+            if text_cache is not None:
+                text_cache["key"], text_cache["value"] = key, value
         if image_rotary_emb is not None:
             query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
 
@@ -124,9 +130,12 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        text_cache: dict[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        return self.processor(
+            self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, text_cache, **kwargs
+        )
 
 
 def get_image_rotary_emb(
@@ -181,6 +190,7 @@ class GreedyGrowTransformerBlock(nn.Module):
         encoder_attention_mask: torch.Tensor | None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
         cross_attention_kwargs: dict | None,
+        text_cache: dict[str, torch.Tensor] | None,
     ) -> torch.Tensor:
         # `modulation` (B, 6, dim) and the table may be kept in float32 around low-precision layers.
         modulation = (self.scale_shift_table + modulation).to(hidden_states.dtype)
@@ -196,6 +206,7 @@ class GreedyGrowTransformerBlock(nn.Module):
                 self.norm2(hidden_states),
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
+                text_cache=text_cache,
                 **attention_kwargs,
             )
             hidden_states = hidden_states + attn_output

@@ -14,6 +14,7 @@
 
 """The grown model: a pretrained core with one or more growth stages around it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,11 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         encoder_attention_mask: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         return_dict: bool = True,
+        num_stages: int | None = None,
+        negative_encoder_hidden_states: torch.Tensor | None = None,
+        negative_encoder_attention_mask: torch.Tensor | None = None,
+        guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        text_cache: dict | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -356,9 +362,26 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
                 `scale` scales the LoRA layers; the rest goes to the attention processors.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
+            num_stages (`int`, *optional*):
+                How many of the growth stages take part, from the innermost; all by default. Stages that do not add no
+                detail: with 0, the prediction is `U x0_in`, the core's own. What a state of high noise deserves, in
+                which detail cannot be seen yet, at a fraction of the cost.
+            negative_encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
+                Text to steer away from, at the core's resolution: the core answers for it as well, and the stages
+                around it go on from what `guide` makes of its two answers.
+            negative_encoder_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
+                Its mask; needed if there is an `encoder_attention_mask`.
+            guide (`Callable`, *optional*):
+                `guide(pred, negative_pred)`, both clean pictures at the core's resolution, returns the guided one.
+            text_cache (`dict`, *optional*):
+                See [`ShallowUNet2DModel.forward`].
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
+
+        Raises:
+            `ValueError`: if a stage or a core is asked for an answer that it cannot give by itself, since with
+            `init="random"` the first stage and the core are one.
         """
         check_text(self.config.cross_attention_dim, encoder_hidden_states)
         batch_size, _, height, width = sample.shape
@@ -367,6 +390,14 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {cell}.")
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
         sigma = timestep / 1000
+        num_stages = len(self.stages) if num_stages is None else num_stages
+        if not 0 <= num_stages <= len(self.stages):
+            raise ValueError(f"`num_stages={num_stages}` has to be from 0 to {len(self.stages)}.")
+        if not self._preserves(0) and (num_stages == 0 or guide is not None):
+            raise ValueError(
+                f"`num_stages={num_stages}` and `guide={guide}`: the core of a model grown with `init='random'` draws no "
+                "pictures of its own. Run all stages, and for either text."
+            )
 
         grad_enabled = torch.is_grad_enabled()
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
@@ -378,6 +409,9 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         for i in reversed(range(len(self.stages))):
             stage, outermost = self.stages[i], i == len(self.stages) - 1
             factor = self.sample_sizes[i + 1] // self.sample_sizes[i]
+            if i >= num_stages:
+                state, state_sigma = descend(state, state_sigma, factor)
+                continue
             with torch.set_grad_enabled(grad_enabled if outermost else inner_grad_enabled):
                 temb = stage.embed(1000 * state_sigma, encoder_hidden_states, encoder_attention_mask, self.dtype)
                 hidden_states, skips = stage.encoder(state.to(self.dtype), temb, additional_features)
@@ -390,6 +424,13 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
 
         # 2. The core
         with torch.set_grad_enabled(inner_grad_enabled):
+            if guide is not None:
+                encoder_hidden_states = torch.cat([encoder_hidden_states, negative_encoder_hidden_states])
+                if encoder_attention_mask is not None:
+                    encoder_attention_mask = torch.cat([encoder_attention_mask, negative_encoder_attention_mask])
+                state, state_sigma = torch.cat([state, state]), torch.cat([state_sigma, state_sigma])
+                if additional_features is not None:
+                    additional_features = torch.cat([additional_features, additional_features])
             inner = self.core(
                 state,
                 1000 * state_sigma,
@@ -397,17 +438,24 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
                 encoder_attention_mask,
                 cross_attention_kwargs=cross_attention_kwargs,
                 additional_features=additional_features,
+                text_cache=text_cache,
             )
             pred_original_sample, features = inner.pred_original_sample, inner.features
+            if guide is not None:
+                pred_original_sample = guide(*pred_original_sample.chunk(2))
+                features = features[:batch_size]
 
         # 3. Decoders, from the innermost stage to the outermost, each adding its detail to the picture so far
         for i, (stage, factor, hidden_states, skips, temb) in enumerate(reversed(encoded)):
-            with torch.set_grad_enabled(grad_enabled if i == len(encoded) - 1 else inner_grad_enabled):
+            with torch.set_grad_enabled(grad_enabled if i == len(self.stages) - 1 else inner_grad_enabled):
                 detail, features = stage.decoder(features, hidden_states, skips, temb)
                 detail = detail.to(sample.dtype)
                 if self._preserves(i):
                     detail = upsample(pred_original_sample, factor) + detail
                 pred_original_sample = detail
+        if num_stages < len(self.stages):
+            factor = height // pred_original_sample.shape[-2]
+            pred_original_sample = upsample(pred_original_sample, factor)
 
         velocity = velocity_from_clean(sample, pred_original_sample, sigma).to(sample.dtype)
         if not return_dict:

@@ -133,6 +133,7 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         cross_attention_kwargs: dict | None = None,
         return_dict: bool = True,
         additional_features: torch.Tensor | None = None,
+        text_cache: dict | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -150,6 +151,9 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
             additional_features (`torch.Tensor` of shape `(B, hidden_size, H / patch_size, W / patch_size)`, *optional*):
                 Added to the first features: what a growth stage around this model has to say to it.
+            text_cache (`dict`, *optional*):
+                Pass the same dictionary, empty at first, in each call with the same text: the first call puts the
+                text's keys and values in it, the others skip computing them.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
@@ -178,14 +182,15 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
 
         # 3. Transformer, on tokens (B, N, hidden_size)
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()
-        if encoder_hidden_states is not None:
+        if encoder_hidden_states is not None and not text_cache:
             encoder_hidden_states = self.norm_encoder(encoder_hidden_states.to(self.dtype))
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         image_rotary_emb = get_image_rotary_emb(head_dim, grid_height, grid_width, sample.device)
 
-        for block in self.transformer_blocks:
+        for i, block in enumerate(self.transformer_blocks):
+            block_cache = None if text_cache is None else text_cache.setdefault(i, {})
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
                     block,
@@ -195,6 +200,7 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     encoder_attention_mask,
                     image_rotary_emb,
                     cross_attention_kwargs,
+                    block_cache,
                 )
             else:
                 hidden_states = block(
@@ -204,6 +210,7 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     encoder_attention_mask,
                     image_rotary_emb,
                     cross_attention_kwargs,
+                    block_cache,
                 )
         features = hidden_states.transpose(1, 2).unflatten(-1, (grid_height, grid_width)).contiguous()
 

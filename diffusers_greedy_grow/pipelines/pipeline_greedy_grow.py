@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
@@ -29,12 +30,15 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..flow import unshift_sigma
+from ..flow import handover_sigma, shift_sigma, unshift_sigma, velocity_from_clean
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.growable_unet_2d_condition import load_core
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
+
+# `core_first="auto"`: in a state that the stage is left out of, how much of the high band's variance may be the picture's.
+CORE_FIRST_BOUND = 0.01
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -67,6 +71,9 @@ class GreedyGrowPipeline(DiffusionPipeline):
             The tokenizer of `text_encoder`.
         max_sequence_length (`int`, defaults to 128):
             How many text tokens of a prompt are read.
+        high_band_variances (`tuple[float, ...]`, *optional*):
+            For each growth stage, the innermost first, the mean square over training pictures in [-1, 1] of what pooling
+            by its growth factor loses. `core_first="auto"` needs it; `training_examples/grow.py` measures it.
 
     Raises:
         `ValueError`: if the scheduler is no flow-matching scheduler, or the text encoder's width is not the model's
@@ -84,6 +91,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_sequence_length: int = 128,
+        high_band_variances: tuple[float, ...] | None = None,
     ):
         super().__init__()
         shift_name(scheduler)
@@ -95,7 +103,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
                     "pass the encoder that the model was trained with."
                 )
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(max_sequence_length=max_sequence_length)
+        self.register_to_config(max_sequence_length=max_sequence_length, high_band_variances=high_band_variances)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @classmethod
@@ -106,6 +114,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
         block_out_channels: tuple[int, ...] = (128, 256),
         layers_per_block: int = 1,
         init: str = "preserve",
+        high_band_variance: float | None = None,
         **kwargs,
     ) -> "GreedyGrowPipeline":
         r"""
@@ -118,6 +127,8 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 The pipeline to grow, or a local folder or Hub repository that holds it.
             sample_size, block_out_channels, layers_per_block, init:
                 See [`GrowableUNet2DConditionModel.from_core`].
+            high_band_variance (`float`, *optional*):
+                The new stage's entry of `high_band_variances`.
             kwargs:
                 Passed to [`~DiffusionPipeline.from_pretrained`] if `core` is a path or repository.
 
@@ -146,12 +157,21 @@ class GreedyGrowPipeline(DiffusionPipeline):
         name = shift_name(pipeline.scheduler)
         shift = pipeline.scheduler.config[name] * sample_size / pipeline.unet.config.sample_size
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{name: shift})
+        variances = None
+        if high_band_variance is not None and len(pipeline.unet.sample_sizes) > 1:
+            variances = pipeline.config.high_band_variances and (
+                *pipeline.config.high_band_variances,
+                high_band_variance,
+            )
+        elif high_band_variance is not None:
+            variances = (high_band_variance,)
         return cls(
             unet=unet,
             scheduler=scheduler,
             text_encoder=pipeline.text_encoder,
             tokenizer=pipeline.tokenizer,
             max_sequence_length=pipeline.config.max_sequence_length,
+            high_band_variances=variances,
         )
 
     @property
@@ -160,11 +180,19 @@ class GreedyGrowPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1.0 and self.unet.config.cross_attention_dim is not None
+        return (self._guidance_scale > 1.0 or self._guider is not None) and (
+            self.unet.config.cross_attention_dim is not None
+        )
 
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
+
+    def guide(self, pred: torch.Tensor, negative_pred: torch.Tensor) -> torch.Tensor:
+        """What guidance makes of the clean pictures predicted for the prompt and for the negative prompt."""
+        if self._guider is not None:
+            return self._guider.forward(pred, negative_pred).pred
+        return negative_pred + self._guidance_scale * (pred - negative_pred)
 
     def encode_prompt(
         self,
@@ -242,6 +270,9 @@ class GreedyGrowPipeline(DiffusionPipeline):
         negative_prompt_attention_mask,
         output_type,
         callback_on_step_end_tensor_inputs,
+        guider,
+        guidance_resolution,
+        core_first,
     ) -> None:
         """Raises a `ValueError` that names the argument at fault; see `__call__`."""
         config = self.unet.config
@@ -260,6 +291,25 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but holds "
                 f"{sorted(unknown)}."
             )
+
+        # How to sample
+        if guider is not None and (
+            not isinstance(guider, BaseGuidance)
+            or guider._input_predictions != ["pred_cond", "pred_uncond"]
+            or type(guider).prepare_models is not BaseGuidance.prepare_models
+        ):
+            raise ValueError(
+                f"`guider` is a {type(guider).__name__}; only guiders of diffusers fit that combine the prediction for the "
+                "prompt with that for the negative prompt, such as ClassifierFreeGuidance or AdaptiveProjectedGuidance."
+            )
+        if guidance_resolution not in ("full", "core"):
+            raise ValueError(f'`guidance_resolution={guidance_resolution!r}` is unknown: pass "full" or "core".')
+        if guidance_resolution == "core" and config.get("init") == "random":
+            raise ValueError(
+                '`guidance_resolution="core"` needs a core that draws pictures of its own; in a model grown with '
+                '`init="random"` it does not. Pass "full".'
+            )
+        self.get_handover_sigmas(core_first)
 
         # What to draw
         if config.cross_attention_dim is None:
@@ -286,8 +336,8 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 )
         else:
             batch_size = prompt_embeds.shape[0]
-            if guidance_scale > 1 and negative_prompt_embeds is None:
-                raise ValueError("`prompt_embeds` with `guidance_scale > 1` needs `negative_prompt_embeds`.")
+            if self.do_classifier_free_guidance and negative_prompt_embeds is None:
+                raise ValueError("`prompt_embeds` with guidance needs `negative_prompt_embeds`.")
             for name, tensor, shape in (
                 ("negative_prompt_embeds", negative_prompt_embeds, prompt_embeds.shape),
                 ("prompt_attention_mask", prompt_attention_mask, prompt_embeds.shape[:2]),
@@ -299,7 +349,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
                         f"{tuple(tensor.shape)}."
                     )
             masks = (prompt_attention_mask, negative_prompt_attention_mask)
-            if guidance_scale > 1 and (masks[0] is None) != (masks[1] is None):
+            if self.do_classifier_free_guidance and (masks[0] is None) != (masks[1] is None):
                 raise ValueError("Pass `prompt_attention_mask` and `negative_prompt_attention_mask` both or neither.")
 
         # What to start from
@@ -309,6 +359,36 @@ class GreedyGrowPipeline(DiffusionPipeline):
         shape = (batch_size, config.in_channels, height, width)
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` has to be of shape {shape} but is of shape {tuple(latents.shape)}.")
+
+    def get_handover_sigmas(self, core_first: float | str | None) -> list[float]:
+        """
+        The noise levels, of the model's own resolution, at which the growth stages join in, the innermost first; see
+        `core_first` of `__call__`.
+        """
+        sizes = self.unet.sample_sizes
+        if core_first is None:
+            return [1.0] * (len(sizes) - 1)
+        if self.unet.config.get("init") == "random":
+            raise ValueError(
+                f"`core_first={core_first!r}` needs a core that draws pictures of its own; in a model grown with "
+                '`init="random"` it does not. Pass None.'
+            )
+        if core_first == "auto":
+            variances = self.config.high_band_variances
+            if len(variances or ()) != len(sizes) - 1:
+                raise ValueError(
+                    '`core_first="auto"` needs the `high_band_variances` of the pictures that the model was trained on, one '
+                    f"for each growth stage, but the pipeline has {variances}. Pass a noise level, such as 0.8."
+                )
+            levels = [
+                handover_sigma(variance, size // inner_size, CORE_FIRST_BOUND)
+                for variance, inner_size, size in zip(variances or (), sizes, sizes[1:])
+            ]
+        elif isinstance(core_first, (int, float)) and 0 < core_first <= 1:
+            levels = [float(core_first)] * (len(sizes) - 1)
+        else:
+            raise ValueError(f'`core_first={core_first!r}` has to be "auto", a noise level in (0, 1], or None.')
+        return [shift_sigma(level, sizes[-1] / size) for level, size in zip(levels, sizes[1:])]  # type: ignore
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -332,6 +412,9 @@ class GreedyGrowPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        guider: BaseGuidance | None = None,
+        guidance_resolution: str = "full",
+        core_first: float | str | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Function invoked when calling the pipeline for generation.
@@ -375,6 +458,17 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 names in `callback_kwargs` replaces them.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Which tensors `callback_kwargs` holds, from `_callback_tensor_inputs`.
+            guider ([`~diffusers.guiders.BaseGuidance`], *optional*):
+                In place of `guidance_scale`, a guider of diffusers that combines two predictions of the clean picture:
+                `ClassifierFreeGuidance` with a rescale or an interval of steps, `AdaptiveProjectedGuidance`, ... Outside
+                of its interval a step costs half.
+            guidance_resolution (`str`, defaults to `"full"`):
+                `"core"` guides the core's prediction only, which decides what is in the picture; the growth stages run
+                once, for the prompt, in place of twice.
+            core_first (`float` or `str`, *optional*):
+                Leaves growth stages out while the noise hides what they would draw, down to this noise level in (0, 1]
+                of each stage's own resolution. `"auto"` takes it from `high_band_variances`, such that in the states
+                concerned at most 1 % of the high band's variance is the picture's. By default all stages run always.
 
         Examples:
 
@@ -389,6 +483,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
         width = width or self.unet.config.sample_size
 
         # 1. Check inputs
+        self._guidance_scale, self._guider = guidance_scale, guider
         self.check_inputs(
             prompt,
             negative_prompt,
@@ -406,8 +501,10 @@ class GreedyGrowPipeline(DiffusionPipeline):
             negative_prompt_attention_mask,
             output_type,
             callback_on_step_end_tensor_inputs,
+            guider,
+            guidance_resolution,
+            core_first,
         )
-        self._guidance_scale = guidance_scale
         device = self._execution_device
 
         # 2. Encode the prompt
@@ -446,29 +543,45 @@ class GreedyGrowPipeline(DiffusionPipeline):
             latents = latents.to(device=device, dtype=torch.float32)
 
         # 5. Denoising loop
+        handover_sigmas = self.get_handover_sigmas(core_first)
+        num_stages = [sum(t / 1000 <= level for level in handover_sigmas) for t in self.scheduler.timesteps.tolist()]
+        at_core = guidance_resolution == "core" and bool(handover_sigmas)
+        text_caches: dict[bool, dict] = {True: {}, False: {}}  # what the text alone decides, with and without guidance
         num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
-                if self.do_classifier_free_guidance:
+                sigma = t.to(torch.float32) / 1000
+                guided = self.do_classifier_free_guidance
+                if guider is not None:
+                    guider.set_state(step=i, num_inference_steps=len(timesteps), timestep=t)
+                    guider.prepare_inputs({})  # lets those with a memory begin it
+                    guided = guided and guider.num_conditions == 2
+
+                latent_model_input, kwargs = latents, {}
+                encoder_hidden_states, encoder_attention_mask = prompt_embeds, prompt_attention_mask
+                if handover_sigmas:
+                    kwargs["num_stages"] = num_stages[i]
+                if guided and at_core:
+                    kwargs["negative_encoder_hidden_states"] = negative_prompt_embeds
+                    kwargs["negative_encoder_attention_mask"] = negative_prompt_attention_mask
+                    kwargs["guide"] = self.guide
+                elif guided:
                     latent_model_input = torch.cat([latents, latents])
                     encoder_hidden_states = torch.cat([prompt_embeds, negative_prompt_embeds])
-                    encoder_attention_mask = None
                     if prompt_attention_mask is not None:
                         encoder_attention_mask = torch.cat([prompt_attention_mask, negative_prompt_attention_mask])
-                else:
-                    latent_model_input = latents
-                    encoder_hidden_states, encoder_attention_mask = prompt_embeds, prompt_attention_mask
 
-                velocity = self.unet(
+                pred_original_sample = self.unet(
                     latent_model_input,
-                    t.to(torch.float32).expand(latent_model_input.shape[0]),
+                    1000 * sigma.expand(latent_model_input.shape[0]),
                     encoder_hidden_states=encoder_hidden_states,
                     encoder_attention_mask=encoder_attention_mask,
-                    return_dict=False,
-                )[0]
-                if self.do_classifier_free_guidance:
-                    velocity, negative_velocity = velocity.chunk(2)
-                    velocity = negative_velocity + guidance_scale * (velocity - negative_velocity)
+                    text_cache=text_caches[guided],
+                    **kwargs,
+                ).pred_original_sample
+                if guided and not at_core:
+                    pred_original_sample = self.guide(*pred_original_sample.chunk(2))
+                velocity = velocity_from_clean(latents, pred_original_sample, sigma)
 
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
@@ -481,6 +594,8 @@ class GreedyGrowPipeline(DiffusionPipeline):
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
                     latents = callback_outputs.pop("latents", latents)
+                    if callback_outputs.keys() & {"prompt_embeds", "negative_prompt_embeds"}:
+                        text_caches = {True: {}, False: {}}
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
 

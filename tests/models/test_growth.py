@@ -48,6 +48,69 @@ def train(model, steps: int = 3, size: int = 32, lr: float = 1e-2):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Parts of the model
+
+
+@torch.no_grad()
+def test_stages_can_be_left_out(core):
+    inner = make_grown(core)
+    grown = make_grown(inner, 64, block_out_channels=(8,))
+    inputs = make_inputs(height=64, width=128)
+    inner.core.load_state_dict(grown.core.state_dict())
+    inner.stages[0].load_state_dict(grown.stages[0].state_dict())
+    for num_stages, model, factor in ((0, grown.core, 4), (1, inner, 2)):
+        output = grown(**inputs, num_stages=num_stages)
+        expected = upsample(inner_answer(model, inputs, factor), factor)
+        torch.testing.assert_close(output.pred_original_sample, expected, atol=1e-4, rtol=1e-4)
+        sigma = expand(inputs["timestep"] / 1000, expected).clamp(min=0.05)
+        torch.testing.assert_close(output.sample, (inputs["sample"] - expected) / sigma, atol=2e-3, rtol=1e-3)
+    assert torch.equal(grown(**inputs, num_stages=2).sample, grown(**inputs).sample)
+    for num_stages in (-1, 3):
+        with pytest.raises(ValueError, match=f"`num_stages={num_stages}` has to be from 0 to 2"):
+            grown(**inputs, num_stages=num_stages)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_stages", [1, 0])
+def test_guidance_at_the_core(num_stages):
+    grown = make_grown()
+    inputs = make_inputs(height=32, width=32)
+    texts = make_inputs(seed=1)
+    negative = {f"negative_{name}": texts[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+    seen = []
+
+    def guide(pred, negative_pred):
+        seen.append((pred, negative_pred))
+        return pred + 2 * (pred - negative_pred)
+
+    plain = grown(**inputs, num_stages=num_stages).pred_original_sample
+    guided = grown(**inputs, num_stages=num_stages, **negative, guide=guide).pred_original_sample
+    ((pred, negative_pred),) = seen
+    assert pred.shape == (2, 3, 16, 16) and not torch.allclose(pred, negative_pred, atol=0.01)
+    # The stage adds the same detail as without guidance.
+    expected = plain + 2 * upsample(pred - negative_pred, 2)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_text_cache_saves_the_projections(fused):
+    grown = make_grown()
+    if fused:
+        grown.fuse_qkv_projections()
+    inputs = make_inputs(height=32, width=32)
+    other_state = make_inputs(height=32, width=32, seed=1)["sample"]
+    cache, calls = {}, []
+    for block in grown.core.transformer_blocks:
+        (block.attn2.to_kv if fused else block.attn2.to_k).register_forward_hook(lambda *args: calls.append(args))
+    for i, sample in enumerate((inputs["sample"], other_state)):
+        expected = grown(**{**inputs, "sample": sample}).sample
+        calls.clear()
+        torch.testing.assert_close(grown(**{**inputs, "sample": sample}, text_cache=cache).sample, expected)
+        assert len(calls) == (len(grown.core.transformer_blocks) if i == 0 else 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The function is preserved
 
 
@@ -263,6 +326,16 @@ def test_random_growth_sends_gradients_across_the_frozen_core(core):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_random_growth_has_no_core_that_draws(core):
+    grown = make_grown(core, init="random")
+    inputs = make_inputs(height=32, width=32)
+    text = inputs["encoder_hidden_states"]
+    for arguments in ({"num_stages": 0}, {"negative_encoder_hidden_states": text, "guide": torch.add}):
+        with pytest.raises(ValueError, match="draws no pictures of its own"):
+            grown(**inputs, **arguments)
+
+
 def test_a_model_grown_at_random_grows_again(core):
     grown = make_grown(core, init="random")
     again = GrowableUNet2DConditionModel.from_core(grown, 64, block_out_channels=(8,)).eval()

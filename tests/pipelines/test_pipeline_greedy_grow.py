@@ -30,14 +30,21 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    SkipLayerGuidance,
+)
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from PIL import Image
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import descend, pool
+from diffusers_greedy_grow.flow import ascend, descend, pool, unshift_sigma
 
-from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline
+from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline, randomize
 
 
 PROMPTS = ["a large red circle", "a small blue square on a white background"]
@@ -176,10 +183,10 @@ def test_schedulers_agree(scheduler):
     euler = make_pipeline(make_grown(), shift=2.0)
     latents = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     kwargs = {"prompt": PROMPTS[0], "latents": latents, "guidance_scale": 1.0}
-    fine = draw(euler, num_inference_steps=200, **kwargs)
+    fine = draw(euler, num_inference_steps=400, **kwargs)
     other = GreedyGrowPipeline(euler.unet, scheduler, euler.text_encoder, euler.tokenizer)
     other.set_progress_bar_config(disable=True)
-    other = draw(other, num_inference_steps=100, **kwargs)
+    other = draw(other, num_inference_steps=200, **kwargs)
     coarse = draw(euler, num_inference_steps=5, **kwargs)
     assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
 
@@ -348,6 +355,170 @@ def test_bfloat16(pipeline, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Fewer and cheaper steps
+
+
+def count_pictures(pipeline: GreedyGrowPipeline) -> dict[str, int]:
+    """Counts from here on the pictures that pass through the core and through each stage."""
+    stages = {f"stage {i}": stage.encoder for i, stage in enumerate(pipeline.unet.stages)}
+    counts = {"core": 0, **dict.fromkeys(stages, 0)}
+
+    def count(name):
+        def hook(module, args):
+            counts[name] += len(args[0])
+
+        return hook
+
+    for name, module in {"core": pipeline.unet.core, **stages}.items():
+        module.register_forward_pre_hook(count(name))
+    return counts
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=2.0),
+        FlowMatchHeunDiscreteScheduler(shift=2.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+        FlowMatchLCMScheduler(shift=2.0),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_core_first_leaves_stages_out_with_any_scheduler(scheduler):
+    parts = make_pipeline(make_grown())
+    pipeline = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    counts = count_pictures(pipeline)
+    pictures = draw(pipeline, PROMPTS[0], num_inference_steps=8, guidance_scale=1.0, core_first=0.6)
+    assert pictures.isfinite().all()
+    assert counts["core"] == len(scheduler.timesteps)
+    assert 0 < counts["stage 0"] < counts["core"]
+    assert counts["stage 0"] == sum(t <= 600 for t in scheduler.timesteps.tolist())
+
+
+def test_the_state_at_the_handover_is_the_law():
+    """It is `n(sigma) U x_in + sigma H e`, with the state that the core alone arrives at, and with the first noise."""
+    core = make_pipeline(make_core())
+    grown = GreedyGrowPipeline.from_core(core, 32, block_out_channels=(8,))
+    randomize(grown.unet.stages)
+    grown.set_progress_bar_config(disable=True)
+    states = {16: [], 32: []}
+
+    def keep(pipe, step, t, tensors):
+        states[pipe.unet.config.sample_size].append(tensors["latents"])
+        return {}
+
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([1000.0, 900.0, 800.0, 700.0, 600.0])
+    core_timesteps = 1000 * unshift_sigma(timesteps / 1000, 2.0)
+    kwargs = {"guidance_scale": 2.0, "callback_on_step_end": keep}
+    draw(core, latents=descend(noise, torch.ones(2), 2)[0], timesteps=core_timesteps.tolist(), **kwargs)
+    draw(grown, latents=noise, timesteps=timesteps.tolist(), core_first=0.65, **kwargs)
+    expected, sigma = ascend(states[16][3], core_timesteps[4:].expand(2) / 1000, 2, noise)
+    torch.testing.assert_close(sigma, torch.full((2,), 0.6))
+    torch.testing.assert_close(states[32][3], expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(states[32][4], expected, atol=0.1)
+
+
+def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
+    grown = GreedyGrowPipeline.from_core(make_pipeline(), 32, block_out_channels=(8,), high_band_variance=0.02)
+    again = GreedyGrowPipeline.from_core(grown, 64, block_out_channels=(8,), high_band_variance=0.005)
+    again.save_pretrained(tmp_path)
+    again = GreedyGrowPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    inner, outer = again.get_handover_sigmas("auto")
+    # At its own level the inner stage's signal is 1 % of the noise in its high band.
+    level = inner / (2 - inner)
+    assert (1 - level) ** 2 * 0.02 == pytest.approx(0.01 * level**2 * 0.75)
+    assert (1 - outer) ** 2 * 0.005 == pytest.approx(0.01 * outer**2 * 0.75)
+    assert inner > outer
+
+    counts = count_pictures(again)
+    draw(again, PROMPTS[0], num_inference_steps=20, guidance_scale=1.0, core_first="auto")
+    assert counts["core"] == 20
+    assert counts["stage 0"] == sum(t <= 1000 * inner for t in again.scheduler.timesteps.tolist())
+    assert 0 < counts["stage 1"] < counts["stage 0"] < 20
+    with pytest.raises(
+        ValueError, match='`core_first="auto"` needs the `high_band_variances`.*but the pipeline has None'
+    ):
+        make_pipeline(make_grown())(PROMPTS[0], core_first="auto")
+
+
+def test_a_core_alone_is_its_own_core(pipeline):
+    expected = draw(pipeline)
+    assert torch.equal(draw(pipeline, core_first="auto", guidance_resolution="core"), expected)
+
+
+def test_guidance_at_the_core_runs_the_stages_once():
+    core = make_pipeline(make_core())
+    new = GreedyGrowPipeline.from_core(core, 32, block_out_channels=(8,))
+    new.set_progress_bar_config(disable=True)
+    full = draw(new, guidance_scale=3.0)
+    counts = count_pictures(new)
+    # A new stage adds nothing, so that it does not matter where guidance acts.
+    torch.testing.assert_close(draw(new, guidance_scale=3.0, guidance_resolution="core"), full, atol=1e-4, rtol=1e-4)
+    assert counts == {"core": 2 * 2 * 4, "stage 0": 2 * 4}
+
+    trained = make_pipeline(make_grown())
+    assert not torch.allclose(
+        draw(trained, guidance_scale=3.0, guidance_resolution="core"), draw(trained, guidance_scale=3.0), atol=0.1
+    )
+    kwargs = {"guidance_resolution": "core", "core_first": 0.6, "num_inference_steps": 8}
+    counts = count_pictures(trained)
+    assert draw(trained, **kwargs).isfinite().all()
+    assert counts["core"] == 2 * 2 * 8 and 0 < counts["stage 0"] < 2 * 8
+
+
+@pytest.mark.parametrize("guidance_resolution", ["full", "core"])
+def test_guiders_of_diffusers(guidance_resolution):
+    pipeline = make_pipeline(make_grown())
+    kwargs = {"num_inference_steps": 8, "guidance_resolution": guidance_resolution}
+    plain = draw(pipeline, guidance_scale=3.0, **kwargs)
+    torch.testing.assert_close(draw(pipeline, guider=ClassifierFreeGuidance(guidance_scale=3.0), **kwargs), plain)
+
+    others = [
+        ClassifierFreeGuidance(guidance_scale=3.0, guidance_rescale=0.7),
+        AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=-0.5),
+        ClassifierFreeZeroStarGuidance(guidance_scale=3.0),
+    ]
+    for guider in others:
+        pictures = draw(pipeline, guider=guider, **kwargs)
+        assert pictures.isfinite().all() and not torch.allclose(pictures, plain, atol=1e-2)
+
+    # Outside of its interval, a step costs half.
+    counts = count_pictures(pipeline)
+    draw(pipeline, guider=ClassifierFreeGuidance(guidance_scale=3.0, start=0.25, stop=0.5), **kwargs)
+    assert counts["core"] == 2 * (2 + 2 * 2 + 4)
+    unguided = ClassifierFreeGuidance(guidance_scale=3.0, enabled=False)
+    torch.testing.assert_close(draw(pipeline, guider=unguided, **kwargs), draw(pipeline, guidance_scale=1.0, **kwargs))
+
+
+def test_text_is_projected_once_per_call():
+    pipeline = make_pipeline(make_grown())
+    calls = []
+    for block in pipeline.unet.core.transformer_blocks:
+        block.attn2.to_k.register_forward_hook(lambda *args: calls.append(args))
+    expected = draw(pipeline)
+    assert len(calls) == len(pipeline.unet.core.transformer_blocks)
+
+    # A callback that changes the text changes the pictures from the next step on.
+    def change(pipe, step, t, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)} if step == 0 else {}
+
+    changed = draw(pipeline, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert not torch.allclose(changed, expected, atol=1e-2)
+    assert len(calls) == 3 * len(pipeline.unet.core.transformer_blocks)
+
+
+@pytest.mark.parametrize("arguments", [{"core_first": 0.8}, {"guidance_resolution": "core"}])
+def test_the_papers_growth_has_no_core_that_draws(arguments):
+    pipeline = make_pipeline(make_grown(init="random"))
+    with pytest.raises(ValueError, match="needs a core that draws pictures of its own"):
+        pipeline(PROMPTS[0], **arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Arguments
 
 
@@ -355,7 +526,7 @@ def test_the_arguments_are_those_of_the_pixel_pipeline_of_diffusers():
     theirs = list(inspect.signature(PRXPixelPipeline.__call__).parameters)
     theirs.remove("use_resolution_binning")
     ours = list(inspect.signature(GreedyGrowPipeline.__call__).parameters)
-    assert ours == theirs
+    assert ours == [*theirs, "guider", "guidance_resolution", "core_first"]
     encode = list(inspect.signature(GreedyGrowPipeline.encode_prompt).parameters.values())[1:]
     assert all(parameter.default is not inspect.Parameter.empty for parameter in encode)
 
@@ -393,6 +564,12 @@ EMBEDS = torch.zeros(2, 6, TEXT_DIM)
             "both or neither",
         ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*noise"),
+        ({"guidance_resolution": "half"}, "`guidance_resolution='half'` is unknown"),
+        ({"guider": 3.0}, "`guider` is a float; only guiders of diffusers"),
+        ({"guider": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, "`guider` is a AutoGuidance"),
+        ({"guider": SkipLayerGuidance(skip_layer_guidance_layers=[0])}, "`guider` is a SkipLayerGuidance"),
+        ({"core_first": 1.5}, r"`core_first=1.5` has to be \"auto\", a noise level in \(0, 1\], or None"),
+        ({"core_first": "full"}, "`core_first='full'` has to be"),
     ],
 )
 def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):

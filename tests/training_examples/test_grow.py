@@ -33,6 +33,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.flow import high_band
+from diffusers_greedy_grow.training import normalize
+from diffusers_greedy_grow.training.data import to_pixel_values
 
 from ..training.test_data import write_image_folder, write_parquet
 
@@ -137,6 +140,10 @@ def test_every_phase_ends_in_a_pipeline(finished):
         assert type(pipeline.unet) is kind and pipeline.scheduler.config.shift == shift
         image = pipeline("picture number 3", num_inference_steps=2).images[0]
         assert image.size == (size, size)
+    # Of the pictures, whose high band it is.
+    (variance,) = pipeline.config.high_band_variances
+    assert 0 < variance < 1
+    pipeline("picture number 3", num_inference_steps=2, core_first="auto", guidance_resolution="core")
 
 
 def test_growing_starts_from_the_averages_and_the_detail_phase_leaves_them_alone(finished):
@@ -166,6 +173,8 @@ def test_metrics_and_pictures(finished):
         assert any(name.startswith("loss_sigma_") for line in trained for name in line)
         assert [line["step"] for line in lines if "val_loss" in line] == list(range(6, steps + 1, 6))
     assert min(line["loss"] for line in metrics if "loss" in line) > 0
+    flops = [line["flops"] for line in metrics]
+    assert flops == sorted(flops) and flops[0] > 0
     for name in ("samples.png", "loss.png"):
         assert np.array(Image.open(output_dir / name)).std() > 1
     assert {path.name for path in (output_dir / "samples").iterdir()} == {
@@ -303,6 +312,28 @@ def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_pa
     assert grown["stages.0.conv_to_inner.weight"].any()
 
 
+def test_training_from_scratch(data, tmp_path):
+    """The baseline that growing has to beat: everything, the text encoder too, at the high resolution from the start."""
+    arguments = {"train_data_dir": data, "core_steps": 0, "detail_steps": 0, "joint_steps": 2, "core_lr_scale": 1.0}
+    launch(tmp_path / "short", **arguments)
+    launch(tmp_path / "long", **{**arguments, "joint_steps": 12})
+    assert {line["phase"] for line in read_metrics(tmp_path / "long")} == {"grown-16"}
+    for component in ("unet", "text_encoder"):
+        short, long = (weights(tmp_path / name / "grown-16", component) for name in ("short", "long"))
+        assert all(not torch.equal(short[name], long[name]) for name in short if long[name].ndim > 1), component
+
+
+def test_few_high_resolution_pictures(data, tmp_path):
+    """The core sees all pictures; above its resolution, one is all there is, and all that the growth goes by."""
+    arguments = {"train_data_dir": data, "core_steps": 2, "detail_steps": 1, "joint_steps": 0}
+    log = launch(tmp_path / "output", num_high_res_pictures=1, **arguments)
+    assert "57 pictures to train on, 1 of them above the core's resolution" in log
+    (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.high_band_variances
+    pictures = [to_pixel_values(Image.open(path), 16) for path in sorted(data.rglob("*.png"))]
+    variances = [high_band(normalize(picture[None], 1), 2).square().mean().item() for picture in pictures]
+    assert min(abs(variance - other) for other in variances) < 1e-6
+
+
 def test_shapes_by_default(tmp_path):
     small = {"shapes_pictures": 50, "num_scored_pictures": 24, "resolutions": [16, 64], "train_batch_size": 2}
     log = launch(tmp_path / "output", core_steps=2, detail_steps=1, joint_steps=1, **small)
@@ -383,7 +414,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
         ({"resume_from_checkpoint": "latest"}, "there is no checkpoint in"),
         ({"learning_rat": 1}, "learning_rat"),
         ({"logging_steps": 0}, "--logging_steps 0: has to be at least 1"),
-        ({"core_steps": 0}, "--core_steps 0: has to be at least 1"),
+        ({"core_steps": 0}, "--core_steps 0: to train from scratch, name two --resolutions and --detail_steps 0"),
+        ({"num_high_res_pictures": 0}, "--num_high_res_pictures 0: has to be at least 1"),
         ({"core": "x", "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
         ({"attention_backend": "flush"}, "--attention_backend flush: choose one of .*native"),

@@ -1,0 +1,118 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+What a run of `grow.py` came to: its held-out losses along the way, and of the pipelines that it left the shapes scorer and
+the sliced Wasserstein distance to real pictures, written to `result.json` in its folder.
+
+    python -m benchmarks.evaluate benchmarks/runs/some-run data_folder
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+import diffusers_greedy_grow  # noqa: F401
+from benchmarks.swd import sliced_wasserstein
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.training import CaptionedPictures, load_captioned_data, sample_generators
+from diffusers_greedy_grow.training.shapes_scorer import score_images
+
+
+NUM_PICTURES, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 96, 20, 3.0
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kwargs) -> torch.Tensor:
+    """Pictures `(B, 3, R, R)` in [0, 1], from the same noise whatever the pipeline."""
+    size = pipeline.unet.config.sample_size
+    noise = randn_tensor((len(captions), 3, size, size), generator=sample_generators((0,), 0, len(captions)))
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, **kwargs}
+    images = []
+    for i in range(0, len(captions), 8):
+        with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bfloat16):
+            batch = pipeline(captions[i : i + 8], latents=noise[i : i + 8], output_type="pt", **arguments)
+        images.append(batch.images.float().cpu())
+    return torch.cat(images)
+
+
+def score(images: torch.Tensor, captions: list[str], real: torch.Tensor) -> dict[str, float]:
+    """The shapes scorer's shares (where captions are of shapes), and the distances `swd_<pixels>`."""
+    scores = {f"swd_{size}": value for size, value in sliced_wasserstein(images, real).items()}
+    pictures = [(image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images]
+    try:
+        scores |= score_images(pictures, captions)
+    except ValueError:  # captions of something else
+        pass
+    return scores
+
+
+def held_out(data_folder: str, resolution: int, count: int = NUM_PICTURES) -> tuple[list[str], torch.Tensor]:
+    """Captions never trained on, and their pictures in [0, 1]."""
+    _, rows = load_captioned_data(None, data_folder, "image", "text", seed=0)
+    pictures = CaptionedPictures(rows, resolution)
+    count = min(count, len(pictures))
+    pixel_values = torch.stack([pictures[i]["pixel_values"] for i in range(count)])
+    return pictures.captions[:count], pixel_values.float() / 255
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("data_folder")
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
+    args = parser.parse_args()
+
+    metrics = read_metrics(args.folder)
+    curve = [line for line in metrics if "val_loss" in line]
+    timed = [line for line in metrics if "pictures_per_second" in line]
+    seconds: dict[str, float] = {}
+    pictures: dict[str, int] = {}
+    for line in timed:
+        phase = line["phase"]
+        seconds[phase] = (
+            seconds.get(phase, 0.0) + (line["pictures"] - pictures.get(phase, 0)) / line["pictures_per_second"]
+        )
+        pictures[phase] = line["pictures"]
+
+    scores = {}
+    for phase in seconds:
+        pipeline = GreedyGrowPipeline.from_pretrained(args.folder / phase)
+        if pipeline.unet.sample_sizes == (pipeline.unet.config.sample_size,):
+            continue  # a core: those grown from it are scored
+        started = time.perf_counter()
+        bfloat16 = args.mixed_precision == "bf16"
+        if bfloat16 and not torch.cuda.is_available():
+            pipeline.unet.set_attention_backend("_native_math")
+        captions, real = held_out(args.data_folder, pipeline.unet.config.sample_size)
+        scores[phase] = score(draw(pipeline, captions, bfloat16), captions, real)
+        print(f"{phase}: {scores[phase]} in {time.perf_counter() - started:.0f} s", flush=True)
+
+    result = {"pictures": pictures, "seconds": seconds, "curve": curve, "scores": scores}
+    temporary = args.folder / "result.tmp"
+    temporary.write_text(json.dumps(result, indent=1))
+    temporary.replace(args.folder / "result.json")
+
+
+if __name__ == "__main__":
+    main()

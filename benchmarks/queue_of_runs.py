@@ -1,0 +1,238 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Training runs as a queue: each run is `accelerate launch training_examples/grow.py` in a process of its own, followed by an
+evaluation of the pipelines that it leaves. What is finished is in the results file and not run again; what was stopped
+goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Lock
+
+import torch
+
+from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.training import PhasePlan, plan_phase
+from diffusers_greedy_grow.training.shapes import write_shapes
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+# glibc gives large tensors back to the system at once, and fetching them anew costs a tenth of a step at 128 px.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
+TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH = 128, 16
+
+
+@dataclass
+class Job:
+    """
+    One run: a unique `name`, the `arguments` of the `script`, and the name of the job whose pipeline it starts from.
+    `keys` say in the results what it is: arm, seed, growth factor.
+    """
+
+    name: str
+    arguments: dict
+    keys: dict
+    core: str | None = None
+    script: str = "training_examples/grow.py"
+    data: Path = field(default=Path())
+
+
+def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work_dir", default="benchmarks/runs", help="Where the runs keep their files.")
+    parser.add_argument("--workers", type=int, default=2, help="Runs at a time, one thread each on a CPU.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train_data_dir", help="Pictures to train on, in place of captioned shapes.")
+    parser.add_argument("--quick", action="store_true", help="A small version that takes minutes; no evidence.")
+    parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
+    precision = "bf16" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "no"
+    parser.add_argument("--mixed_precision", default=precision)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What runs cost
+
+
+@dataclass
+class Setting:
+    """The models of a comparison: one core, and the stage that is grown around it."""
+
+    resolution: int
+    block_out_channels: str
+    batch_size: int
+    core_resolution: int = 16
+    hidden_size: int = 128
+    num_layers: int = 6
+    num_attention_heads: int = 2
+    patch_size: int = 2
+
+    @property
+    def factor(self) -> int:
+        return self.resolution // self.core_resolution
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(int(channels) for channels in self.block_out_channels.split(","))
+
+    def core_arguments(self) -> dict:
+        names = ("hidden_size", "num_layers", "num_attention_heads", "patch_size")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "text_hidden_size": TEXT_HIDDEN_SIZE,
+            "max_sequence_length": MAX_SEQUENCE_LENGTH,
+            "resolutions": [self.core_resolution, self.resolution],
+            "block_out_channels": [self.block_out_channels],
+        }
+
+    def build_core(self) -> ShallowUNet2DModel:
+        return ShallowUNet2DModel(
+            sample_size=self.core_resolution,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_attention_heads=self.num_attention_heads,
+            cross_attention_dim=TEXT_HIDDEN_SIZE,
+        )
+
+    def plans(self, init: str = "preserve") -> dict[str, PhasePlan]:
+        """What a picture costs in each phase."""
+        with torch.device("meta"):
+            core = self.build_core()
+            grown = GrowableUNet2DConditionModel.from_core(
+                core, self.resolution, block_out_channels=self.channels, init=init
+            )
+            plans = {"core": plan_phase("core", core, self.core_resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)}
+            for kind in ("detail", "joint"):
+                (grown.freeze_core if kind == "detail" else grown.unfreeze_core)()
+                plans[kind] = plan_phase(kind, grown, self.resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)
+        return plans
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The queue
+
+
+def shapes_folder(work_dir: Path, image_size: int, num_train: int = 20000) -> Path:
+    """Captioned shapes, drawn once for all runs."""
+    folder = work_dir / f"shapes-{image_size}px-{num_train}"
+    if not (folder / "validation.parquet").exists():
+        print(f"Drawing {num_train} captioned shapes into {folder}.", flush=True)
+        write_shapes(folder, num_train=num_train, num_validation=256, image_size=image_size, texture_cells=16)
+    return folder
+
+
+def read_results(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["runs"] if path.exists() else []
+
+
+def write_results(path: Path, runs: list[dict], **more) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"runs": sorted(runs, key=lambda run: run["name"]), **more}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def run_queue(jobs: list[Job], args: argparse.Namespace, results: Path) -> list[dict]:
+    """
+    Runs what is not in `results` yet and adds it there.
+
+    Returns:
+        The records of `jobs`: `name`, `keys`, `curve` (the lines of metrics with a held-out loss), `seconds` of training and
+        `scores` of each pipeline that the run left.
+    """
+    work_dir = Path(args.work_dir)
+    wanted = {job.name for job in jobs}
+    records = {run["name"]: run for run in read_results(results)}
+    folders = {job.name: work_dir / job.name for job in jobs}
+    lock = Lock()
+
+    # Cores first: the others wait for theirs. A core whose folder is lost is trained again if it is still needed.
+    missing = [job for job in jobs if job.name not in records]
+    needed = {job.core for job in missing if job.core and not (folders[job.core] / "result.json").exists()}
+    queue = [job for job in jobs if job in missing or job.name in needed]
+    queue.sort(key=lambda job: job.name not in needed)
+    ready = {name: Event() for name in needed}
+
+    def finish(job: Job) -> None:
+        if job.core in ready:
+            ready[job.core].wait()
+        record = run_job(job, folders, args)
+        if job.name in ready:
+            ready[job.name].set()
+        with lock:
+            records[job.name] = record
+            write_results(results, list(records.values()))
+            left = len(wanted - set(records))
+            print(f"{time.strftime('%H:%M')} {job.name} is done, {left} to go.", flush=True)
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(finish, queue))
+    return [records[job.name] for job in jobs]
+
+
+def run_job(job: Job, folders: dict[str, Path], args: argparse.Namespace) -> dict:
+    folder = folders[job.name]
+    arguments = {
+        **job.arguments,
+        "train_data_dir": str(args.train_data_dir or job.data),
+        "output_dir": str(folder),
+        "mixed_precision": args.mixed_precision,
+        "num_scored_pictures": 0,
+    }
+    if job.core is not None:
+        arguments["core"] = str(folders[job.core] / "core")
+    if args.mixed_precision == "bf16" and not torch.cuda.is_available():
+        arguments["attention_backend"] = "_native_math"
+    if list((folder / "checkpoints").glob("*")):
+        arguments["resume_from_checkpoint"] = "latest"
+    else:
+        arguments["overwrite_output_dir"] = True
+    flags = []
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags += [f"--{name}", str(value)]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes=1",
+        "--num_cpu_threads_per_process=1",
+    ]
+    evaluate = [sys.executable, "-m", "benchmarks.evaluate", str(folder), arguments["train_data_dir"]]
+    evaluate.append(f"--mixed_precision={args.mixed_precision}")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
+        for command in ([*launch, "--dynamo_backend=no", job.script, *flags], evaluate):
+            finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            if finished.returncode:
+                raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to go on.")
+    return {"name": job.name, "keys": job.keys, **json.loads((folder / "result.json").read_text())}
