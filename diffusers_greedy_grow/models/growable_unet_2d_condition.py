@@ -167,27 +167,28 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         if init == "random":
             self.core.remove_shallow_parts()
 
-        self.stages = nn.ModuleList()
+        self.stage_arguments: list[dict] = []
         sample_sizes = (*inner_sample_sizes, sample_size)
         inner_patch_size, inner_in_channels, inner_out_channels = patch_size, hidden_size, hidden_size
         for i, channels in enumerate(block_out_channels):
             stage_patch_size = get_stage_patch_size(
                 sample_sizes[i], sample_sizes[i + 1], inner_patch_size, channels, layers_per_block[i]
             )
-            self.stages.append(
-                GrowthStage(
-                    in_channels=in_channels,
-                    out_channels=out_channels,
-                    patch_size=stage_patch_size,
-                    block_out_channels=channels,
-                    layers_per_block=layers_per_block[i],
-                    inner_in_channels=inner_in_channels,
-                    inner_out_channels=inner_out_channels,
-                    cross_attention_dim=cross_attention_dim,
-                    init=init if i == 0 else "preserve",
-                )
+            self.stage_arguments.append(
+                {
+                    "in_channels": in_channels,
+                    "out_channels": out_channels,
+                    "patch_size": stage_patch_size,
+                    "block_out_channels": channels,
+                    "layers_per_block": layers_per_block[i],
+                    "inner_in_channels": inner_in_channels,
+                    "inner_out_channels": inner_out_channels,
+                    "cross_attention_dim": cross_attention_dim,
+                    "init": init if i == 0 else "preserve",
+                }
             )
             inner_patch_size, inner_in_channels, inner_out_channels = stage_patch_size, channels[0], channels[0]
+        self.stages = nn.ModuleList([GrowthStage(**arguments) for arguments in self.stage_arguments])
 
         self.core_frozen = False
 
@@ -234,6 +235,7 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core.
             `OSError`: if there is no complete, undamaged core at `core`.
         """
+        is_loaded_here = isinstance(core, (str, Path))
         if isinstance(core, (str, Path)):
             core = load_core(core, **kwargs)
         elif kwargs:
@@ -253,27 +255,30 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
                 )
             stages = {name: core.config[name] for name in stages}
 
-        # 1. The configuration of the grown model: the core's, with one more stage
-        grown = cls(
-            sample_size=sample_size,
-            inner_sample_sizes=(*stages["inner_sample_sizes"], core.config.sample_size),
-            block_out_channels=(*stages["block_out_channels"], tuple(block_out_channels)),
-            layers_per_block=(*stages["layers_per_block"], layers_per_block),
-            init=stages["init"],
-            **{name: core.config[name] for name in CORE_CONFIG_NAMES},
-        )
+        # 1. The configuration of the grown model: the core's, with one more stage. No memory yet, nor random numbers.
+        with torch.device("meta"):
+            grown = cls(
+                sample_size=sample_size,
+                inner_sample_sizes=(*stages["inner_sample_sizes"], core.config.sample_size),
+                block_out_channels=(*stages["block_out_channels"], tuple(block_out_channels)),
+                layers_per_block=(*stages["layers_per_block"], layers_per_block),
+                init=stages["init"],
+                **{name: core.config[name] for name in CORE_CONFIG_NAMES},
+            )
 
-        # 2. Its weights: every parameter inside the new stage comes from the core, none may be missing or left over
-        grown = grown.to(device=core.device)
-        if grown.dtype != core.dtype:
-            grown = grown.to(dtype=core.dtype)
+        # 2. What is inside: every parameter comes from the core. One that was loaded for the purpose gives its tensors away.
+        inside = [(grown.core, core)]
         if isinstance(core, GrowableUNet2DConditionModel):
-            grown.core.load_state_dict(core.core.state_dict())
-            for grown_stage, core_stage in zip(grown.stages, core.stages):
-                grown_stage.load_state_dict(core_stage.state_dict())
-        else:
-            kept = set(grown.core.state_dict())
-            grown.core.load_state_dict({name: value for name, value in core.state_dict().items() if name in kept})
+            inside = [(grown.core, core.core), *zip(grown.stages, core.stages)]
+        for module, source in inside:
+            values = source.state_dict()
+            state = {name: values[name] if is_loaded_here else values[name].clone() for name in module.state_dict()}
+            module.load_state_dict(state, assign=True)
+
+        # 3. The new stage, random but for what has to be zero; what is kept in float32 in the core is so here
+        stage = GrowthStage(**grown.stage_arguments[-1]).to(device=core.device, dtype=core.dtype)
+        stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding))
+        grown.stages[-1] = stage
         return grown
 
     @property
