@@ -48,7 +48,7 @@ def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kw
     noise = randn_tensor((len(captions), 3, size, size), generator=sample_generators((0,), 0, len(captions)))
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, **kwargs}
-    images = []
+    images: list[torch.Tensor] = []
     for i in range(0, len(captions), 8):
         with torch.autocast(pipeline.device.type, torch.bfloat16, enabled=bfloat16):
             batch = pipeline(captions[i : i + 8], latents=noise[i : i + 8], output_type="pt", **arguments)

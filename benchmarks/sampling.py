@@ -1,0 +1,240 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Sampling: what each way to cheaper steps brings, alone and added to those before it, against the plain guided loop of 30
+steps in float32.
+
+    python -m benchmarks.sampling                                    # time: 16 -> 128 and 64 -> 512 px, random weights
+    python -m benchmarks.sampling --pipeline output/grown-128 --data data_folder        # pictures: scorer and distances
+    python -m benchmarks.sampling --quick
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.utils import logging
+
+from benchmarks.evaluate import held_out, score
+from benchmarks.tables import RESULTS, describe_machine, markdown, mean_and_deviation, write_json
+from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
+from diffusers_greedy_grow.training import build_small_text_encoder, sample_generators, train_small_tokenizer
+
+
+logging.set_verbosity_error()
+
+NUM_STEPS, GUIDANCE_SCALE = 30, 3.0
+# The core's size, patch, hidden size, layers and heads; the stage's size and channels; the batch.
+MODELS = {
+    "16 -> 128": (16, 2, 128, 6, 2, 128, (24, 32, 64, 96), 4),
+    "64 -> 512": (64, 4, 512, 8, 8, 512, (64, 128, 256), 1),
+}
+HIGH_BAND_VARIANCE = 0.02
+# What each step adds: settings of `sample`.
+STEPS = {
+    "text projected once": {"own_loop": False},
+    "guidance at the core": {"guidance_resolution": "core"},
+    "guidance in the first 60 % of steps": {"stop": 0.6},
+    "core first": {"core_first": "auto"},
+    "bfloat16": {"bfloat16": True},
+    "compiled blocks": {"compiled": True},
+}
+
+
+def build_pipeline(
+    core: int, patch: int, hidden: int, layers: int, heads: int, size: int, channels: tuple, batch: int
+):
+    """A grown pipeline with random weights, and prompts for one batch."""
+    prompts = ["a large red striped circle on a white background", "a small blue plain star on a gray background"]
+    tokenizer = train_small_tokenizer(prompts)
+    unet = ShallowUNet2DModel(
+        sample_size=core,
+        patch_size=patch,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_attention_heads=heads,
+        cross_attention_dim=128,
+    )
+    pipeline = GreedyGrowPipeline(
+        unet=unet,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        text_encoder=build_small_text_encoder(tokenizer, 128, 1),
+        tokenizer=tokenizer,
+    )
+    pipeline = GreedyGrowPipeline.from_core(
+        pipeline, size, block_out_channels=channels, high_band_variance=HIGH_BAND_VARIANCE
+    )
+    return pipeline, (prompts * batch)[:batch]
+
+
+@torch.no_grad()
+def plain_loop(pipeline: GreedyGrowPipeline, prompts: list[str], latents: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance as any pipeline does it: everything, twice, in each step. Pictures in [0, 1]."""
+    device = latents.device
+    text, mask, negative_text, negative_mask = pipeline.encode_prompt(prompts, device)
+    text, mask = torch.cat([text, negative_text]), torch.cat([mask, negative_mask])
+    pipeline.scheduler.set_timesteps(NUM_STEPS, device=device)
+    for t in pipeline.scheduler.timesteps:
+        states = torch.cat([latents, latents])
+        velocity = pipeline.unet(states, t.expand(len(states)), text, mask, return_dict=False)[0].float()
+        velocity, negative_velocity = velocity.chunk(2)
+        velocity = negative_velocity + GUIDANCE_SCALE * (velocity - negative_velocity)
+        latents = pipeline.scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return (latents / 2 + 0.5).clamp(0, 1)
+
+
+def sample(
+    pipeline: GreedyGrowPipeline,
+    prompts: list[str],
+    latents: torch.Tensor,
+    own_loop: bool = True,
+    bfloat16: bool = False,
+    compiled: bool = False,
+    stop: float = 1.0,
+    **kwargs,
+) -> torch.Tensor:
+    context = contextlib.nullcontext()
+    if bfloat16:
+        context = torch.autocast(latents.device.type, torch.bfloat16)
+    with context:
+        if own_loop and not kwargs and stop == 1.0:
+            return plain_loop(pipeline, prompts, latents)
+        if stop < 1.0:
+            kwargs["guider"] = ClassifierFreeGuidance(guidance_scale=GUIDANCE_SCALE, stop=stop)
+        images = pipeline(
+            prompts,
+            latents=latents,
+            num_inference_steps=NUM_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            output_type="pt",
+            **kwargs,
+        ).images
+    return images.float()
+
+
+def list_arms() -> dict[str, dict]:
+    """The plain loop, each step alone, and all steps up to each."""
+    arms: dict[str, dict] = {"plain loop": {}}
+    for name, settings in STEPS.items():
+        arms[name] = settings
+    together: dict = {}
+    for name, settings in STEPS.items():
+        together = {**together, **settings}
+        arms[f"... + {name}"] = dict(together)
+    return arms
+
+
+def set_up(pipeline: GreedyGrowPipeline, settings: dict) -> None:
+    """Compiled blocks and, for low precision without a GPU, the attention that is fastest there."""
+    plain_attention = "_native_math" if settings.get("bfloat16") and not torch.cuda.is_available() else "native"
+    pipeline.unet.set_attention_backend(plain_attention)
+    for module in pipeline.unet.modules():
+        module._compiled_call_impl = None
+    if settings.get("compiled"):
+        pipeline.unet.compile_repeated_blocks()
+
+
+def measure_time(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    rows = []
+    for name in args.models:
+        pipeline, prompts = build_pipeline(*MODELS[name])
+        pipeline.to(device).set_progress_bar_config(disable=True)
+        size = pipeline.unet.config.sample_size
+        generators = sample_generators((0,), 0, len(prompts))
+        latents = torch.stack([torch.randn(3, size, size, generator=generator) for generator in generators]).to(device)
+        seconds: dict[str, list[float]] = {arm: [] for arm in list_arms()}
+        for repeat in range(args.repeats + 1):  # the first one warms up and compiles
+            for arm, settings in list_arms().items():
+                set_up(pipeline, settings)
+                if settings.get("compiled"):
+                    sample(pipeline, prompts, latents, **settings)
+                started = time.perf_counter()
+                sample(pipeline, prompts, latents, **settings)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if repeat:
+                    seconds[arm].append(time.perf_counter() - started)
+        for arm in list_arms():
+            ratios = [plain / own for plain, own in zip(seconds["plain loop"], seconds[arm])]
+            rows.append(
+                {
+                    "pixels": name,
+                    "arm": arm,
+                    "seconds per picture": f"{statistics.median(seconds[arm]) / len(prompts):.3f}",
+                    "speed": f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def measure_pictures(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    pipeline = GreedyGrowPipeline.from_pretrained(args.pipeline).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    size = pipeline.unet.config.sample_size
+    captions, real = held_out(args.data, size, args.num_pictures)
+    scores: dict[str, list[dict]] = {}
+    arms = {arm: settings for arm, settings in list_arms().items() if not settings.get("compiled")}
+    if args.bfloat16:  # the same comparison, in the precision that a CPU with AMX is fast in
+        arms = {arm: {**settings, "bfloat16": True} for arm, settings in arms.items()}
+    for seed in args.seeds:
+        generators = sample_generators((seed,), 0, len(captions))
+        latents = torch.stack([torch.randn(3, size, size, generator=generator) for generator in generators]).to(device)
+        for arm, settings in arms.items():
+            set_up(pipeline, settings)
+            images = [
+                sample(pipeline, captions[i : i + 8], latents[i : i + 8], **settings).cpu()
+                for i in range(0, len(captions), 8)
+            ]
+            scores.setdefault(arm, []).append(score(torch.cat(images), captions, real))
+            print(arm, seed, json.dumps(scores[arm][-1]), flush=True)
+    return [
+        {"arm": arm, **{name: mean_and_deviation([run[name] for run in runs], 2) for name in runs[0]}}
+        for arm, runs in scores.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pipeline", help="A trained pipeline, to score its pictures.")
+    parser.add_argument("--data", help="The folder of captioned pictures that it was trained on.")
+    parser.add_argument("--num_pictures", type=int, default=96)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--bfloat16", action="store_true", help="Pictures: all arms in bfloat16.")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.models, args.repeats, args.num_pictures, args.seeds = args.models[:1], 1, 8, args.seeds[:2]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    if args.pipeline:
+        rows, name = measure_pictures(args, device), "sampling_pictures"
+    else:
+        rows, name = measure_time(args, device), "sampling"
+    print(markdown(rows))
+    if not args.quick:
+        write_json(RESULTS / f"{name}.json", {"machine": describe_machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+What a training and a sampling step cost, against diffusers' models in pixel space of the same number of parameters: same
+machine, batch, resolution and text, arms in turn.
+
+    python -m benchmarks.step_time                  # 64, 128 and 256 px
+    python -m benchmarks.step_time --core           # the core alone: its share of the machine's matrix-product peak
+    python -m benchmarks.step_time --quick
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.tables import RESULTS, describe_machine, markdown, spread, write_json
+from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+
+
+TEXT_DIM, NUM_TOKENS, GRID = 128, 32, 16
+CHANNELS = (48, 96)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The models
+
+
+def build_ours(resolution: int) -> GrowableUNet2DConditionModel:
+    """A core of a quarter of the resolution and 16 x 16 tokens, grown once."""
+    core = ShallowUNet2DModel(
+        sample_size=resolution // 4,
+        patch_size=resolution // 4 // GRID,
+        hidden_size=192,
+        num_layers=6,
+        num_attention_heads=3,
+        cross_attention_dim=TEXT_DIM,
+    )
+    return GrowableUNet2DConditionModel.from_core(core, resolution, block_out_channels=CHANNELS)
+
+
+def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel:
+    """Down to the same 16 x 16 grid, with text at it, as is usual in pixel space."""
+    levels = (resolution // GRID).bit_length()
+    channels = tuple(width * min(2**i, 4) for i in range(levels))
+    return UNet2DConditionModel(
+        sample_size=resolution,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        cross_attention_dim=TEXT_DIM,
+        attention_head_dim=4,
+        norm_num_groups=2,
+    )
+
+
+def build_unet_2d(resolution: int, width: int) -> UNet2DModel:
+    levels = (resolution // GRID).bit_length()
+    channels = tuple(width * min(2**i, 4) for i in range(levels))
+    return UNet2DModel(
+        sample_size=resolution,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        attention_head_dim=width,
+        norm_num_groups=2,
+    )
+
+
+def build_dit(resolution: int, width: int) -> DiTTransformer2DModel:
+    """As many tokens as our core has; a class in place of text."""
+    return DiTTransformer2DModel(
+        sample_size=resolution,
+        patch_size=resolution // GRID,
+        in_channels=3,
+        out_channels=3,
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=width,
+    )
+
+
+PEERS = {
+    "UNet2DConditionModel": build_unet_2d_condition,
+    "UNet2DModel": build_unet_2d,
+    "DiTTransformer2DModel": build_dit,
+}
+
+
+def build(name: str, resolution: int) -> torch.nn.Module:
+    """Ours, or a peer of the width that brings its parameters closest to ours."""
+    torch.manual_seed(0)
+    if name == "ours":
+        return build_ours(resolution)
+    with torch.device("meta"):
+        goal = build_ours(resolution).num_parameters()
+        widths = range(8, 200, 2)
+        width = min(widths, key=lambda width: abs(PEERS[name](resolution, width).num_parameters() - goal))
+    return PEERS[name](resolution, width)
+
+
+def call(model: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    if isinstance(model, UNet2DModel):
+        return model(sample, timestep, return_dict=False)[0]
+    if isinstance(model, DiTTransformer2DModel):
+        labels = torch.zeros(len(sample), dtype=torch.long, device=sample.device)
+        return model(sample, timestep.long(), labels, return_dict=False)[0]
+    return model(sample, timestep, text, return_dict=False)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def make_inputs(resolution: int, batch_size: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    sample = torch.randn(batch_size, 3, resolution, resolution, device=device)
+    timestep = torch.full((batch_size,), 500.0, device=device)
+    return sample, timestep, torch.randn(batch_size, NUM_TOKENS, TEXT_DIM, device=device)
+
+
+def count_flops(model: torch.nn.Module, resolution: int) -> int:
+    """Of one picture, forward and backward."""
+    meta = model.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        call(meta, *make_inputs(resolution, 1, "meta")).sum().backward()
+    return counter.get_total_flops()
+
+
+class Steps:
+    """Training and sampling steps of one model in bfloat16 autocast."""
+
+    def __init__(self, model: torch.nn.Module, resolution: int, batch_size: int, device: torch.device):
+        self.model, self.inputs = model.to(device), make_inputs(resolution, batch_size, device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        if device.type == "cpu" and hasattr(model, "set_attention_backend"):
+            model.set_attention_backend("_native_math")  # the fastest on a CPU, for the peers too
+
+    def train(self) -> None:
+        self.model.train()
+        with torch.autocast(self.inputs[0].device.type, torch.bfloat16):
+            loss = (call(self.model, *self.inputs).float() - self.inputs[0]).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        self.model.eval()
+        with torch.autocast(self.inputs[0].device.type, torch.bfloat16):
+            call(self.model, *self.inputs)
+
+
+def timed(function) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """The best that this machine makes of one large matrix product, in operations per second."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = [timed(lambda: a @ b) for _ in range(20)]
+    return 2 * size**3 / statistics.median(times[5:])
+
+
+def measure_memory(name: str, resolution: int, batch_size: int) -> float:
+    """Peak memory of a training step in MB: of a process of its own, less what it holds before building the model."""
+    command = [sys.executable, "-m", "benchmarks.step_time", "--memory", name, str(resolution), str(batch_size)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_memory(name: str, resolution: int, batch_size: int) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    steps = Steps(build(name, resolution), resolution, batch_size, device)
+    for _ in range(2):
+        steps.train()
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    peak = matmul_peak(device, torch.bfloat16)
+    print(f"matrix products: {peak / 1e12:.2f} TFLOP/s in bfloat16", flush=True)
+    rows = []
+    for resolution in args.resolutions:
+        names = ["ours", *PEERS]
+        flops = {name: count_flops(build(name, resolution), resolution) for name in names}
+        steps = {name: Steps(build(name, resolution), resolution, args.batch_size, device) for name in names}
+        train: dict[str, list[float]] = {name: [] for name in names}
+        sample: dict[str, list[float]] = {name: [] for name in names}
+        for repeat in range(args.repeats + 1):  # the first is for warming up
+            for name in names:
+                seconds = timed(steps[name].train), timed(steps[name].sample)
+                if repeat:
+                    train[name].append(seconds[0])
+                    sample[name].append(seconds[1])
+        for name in names:
+            middle = statistics.median(train[name])
+            ratios = [peer / ours for ours, peer in zip(train["ours"], train[name])]
+            sampling_ratios = [peer / ours for ours, peer in zip(sample["ours"], sample[name])]
+            rows.append(
+                {
+                    "px": resolution,
+                    "model": name,
+                    "parameters": f"{steps[name].model.num_parameters() / 1e6:.2f} M",
+                    "GFLOP per picture": f"{flops[name] / 1e9:.2f}",
+                    "training pictures/s": f"{args.batch_size / middle:.1f}",
+                    "ours is": f"{spread(ratios)} x",
+                    "sampling pictures/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
+                    "ours samples": f"{spread(sampling_ratios)} x",
+                    "share of peak": f"{flops[name] * args.batch_size / middle / peak:.1%}",
+                    "memory MB": f"{measure_memory(name, resolution, args.batch_size):.0f}",
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+        del steps
+    return rows
+
+
+def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """The core's training step at several widths, as a share of the peak of large matrix products."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        peak = matmul_peak(device, dtype)
+        for hidden_size in args.hidden_sizes:
+            model = ShallowUNet2DModel(
+                sample_size=64,
+                patch_size=4,
+                hidden_size=hidden_size,
+                num_layers=4,
+                num_attention_heads=hidden_size // 64,
+                cross_attention_dim=TEXT_DIM,
+            ).to(device)
+            if device.type == "cpu":
+                model.set_attention_backend("_native_math")
+            inputs = make_inputs(64, args.batch_size, device)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+            def step():
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):  # noqa: B023
+                    loss = call(model, *inputs).float().square().mean()  # noqa: B023
+                loss.backward()
+                optimizer.step()  # noqa: B023
+                optimizer.zero_grad()  # noqa: B023
+
+            times = [timed(step) for _ in range(args.repeats + 1)][1:]
+            flops = count_flops(model, 64) * args.batch_size
+            rows.append(
+                {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "hidden size": hidden_size,
+                    "peak TFLOP/s": f"{peak / 1e12:.2f}",
+                    "step TFLOP/s": spread([flops / seconds / 1e12 for seconds in times]),
+                    "share of peak": f"{flops / statistics.median(times) / peak:.0%}",
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[128, 512, 1024])
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--core", action="store_true", help="Measure the core alone.")
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.memory:
+        return print_memory(args.memory[0], int(args.memory[1]), int(args.memory[2]))
+    if args.quick:
+        args.resolutions, args.hidden_sizes, args.repeats = [64], [128], 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.core:
+        rows, name = measure_core(args, device), "step_time_core"
+    else:
+        rows, name = compare(args, device), "step_time"
+    print(markdown(rows))
+    if not args.quick:
+        write_json(RESULTS / f"{name}.json", {"machine": describe_machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
