@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from threading import Event, Thread
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
@@ -46,11 +47,11 @@ CHANNELS = (48, 96)
 # The models
 
 
-def build_ours(resolution: int) -> GrowableUNet2DConditionModel:
-    """A core of a quarter of the resolution and 16 x 16 tokens, grown once."""
+def build_ours(resolution: int, grid: int = GRID) -> GrowableUNet2DConditionModel:
+    """A core of a quarter of the resolution and `grid x grid` tokens, grown once."""
     core = ShallowUNet2DModel(
         sample_size=resolution // 4,
-        patch_size=resolution // 4 // GRID,
+        patch_size=resolution // 4 // grid,
         hidden_size=192,
         num_layers=6,
         num_attention_heads=3,
@@ -116,8 +117,11 @@ PEERS = {
 def build(name: str, resolution: int) -> torch.nn.Module:
     """Ours, or a peer of the width that brings its parameters closest to ours."""
     torch.manual_seed(0)
-    if name == "ours":
-        return build_ours(resolution)
+    if name.startswith("ours"):
+        model = build_ours(resolution, grid=8 if "8 x 8" in name else GRID)
+        if "detail" in name:
+            model.freeze_core()
+        return model
     with torch.device("meta"):
         goal = build_ours(resolution).num_parameters()
         widths = range(8, 200, 2)
@@ -157,7 +161,8 @@ class Steps:
 
     def __init__(self, model: torch.nn.Module, resolution: int, batch_size: int, device: torch.device):
         self.model, self.inputs = model.to(device), make_inputs(resolution, batch_size, device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         if device.type == "cpu" and hasattr(model, "set_attention_backend"):
             model.set_attention_backend("_native_math")  # the fastest on a CPU, for the peers too
 
@@ -199,15 +204,27 @@ def measure_memory(name: str, resolution: int, batch_size: int) -> float:
 
 def print_memory(name: str, resolution: int, batch_size: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak = resident()
+    done = Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident())
+
+    thread = Thread(target=watch)
+    thread.start()
     steps = Steps(build(name, resolution), resolution, batch_size, device)
     for _ in range(2):
         steps.train()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    done.set()
+    thread.join()
+    peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak - before
+    print(peak_bytes / 2**20)
+
+
+def resident() -> int:
+    return resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -215,7 +232,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
     print(f"matrix products: {peak / 1e12:.2f} TFLOP/s in bfloat16", flush=True)
     rows = []
     for resolution in args.resolutions:
-        names = ["ours", *PEERS]
+        names = ["ours", "ours, detail phase", "ours, 8 x 8 tokens", *PEERS]
         flops = {name: count_flops(build(name, resolution), resolution) for name in names}
         steps = {name: Steps(build(name, resolution), resolution, args.batch_size, device) for name in names}
         train: dict[str, list[float]] = {name: [] for name in names}
@@ -305,6 +322,8 @@ def main() -> None:
     if args.quick:
         args.resolutions, args.hidden_sizes, args.repeats = [64], [128], 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # As grow.py has it: attention in plain torch, without a detour through float32.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if args.core:
         rows, name = measure_core(args, device), "step_time_core"
     else:
