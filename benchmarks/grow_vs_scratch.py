@@ -23,6 +23,7 @@ Does growing pay? Growing against training from scratch and against a cascade, a
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.queue_of_runs import RESULTS, Job, Setting, add_queue_arguments, run_queue, shapes_folder
@@ -34,13 +35,31 @@ SETTINGS = {
     4: Setting(resolution=64, block_out_channels="24,48,96", batch_size=16),
     8: Setting(resolution=128, block_out_channels="24,32,64,96", batch_size=8),
 }
-TOTAL_FLOPS, CORE_FLOPS = 72e12, 30e12
-DETAIL_SHARES = {"ours, no detail phase": 0.0, "ours, short detail phase": 0.25, "ours, long detail phase": 0.75}
-PAPER_FROZEN_SHARE = 0.25
+TOTAL_FLOPS = 72e12
 
 
-def make_jobs(setting: Setting, seed: int, data: Path, scale: float, only: list[str] | None) -> list[Job]:
-    """The runs of one growth factor and seed; their cores are shared with the other factors."""
+@dataclass
+class Arm:
+    """How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core."""
+
+    name: str
+    init: str
+    core_share: float
+    frozen_share: float
+
+
+ARMS = (
+    Arm("scratch", "preserve", 0.0, 0.0),
+    Arm("paper's growth", "random", 5 / 12, 0.25),
+    Arm("ours, no detail phase", "preserve", 5 / 12, 0.0),
+    Arm("ours, short detail phase", "preserve", 5 / 12, 0.25),
+    Arm("ours, long detail phase", "preserve", 5 / 12, 0.75),
+    Arm("ours, small core share, long detail phase", "preserve", 5 / 24, 0.75),
+)
+
+
+def make_jobs(setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float) -> list[Job]:
+    """The run of one arm, growth factor and seed, and before it the core that it grows, which others share."""
     common = {
         **setting.core_arguments(),
         "seed": seed,
@@ -48,71 +67,67 @@ def make_jobs(setting: Setting, seed: int, data: Path, scale: float, only: list[
         "checkpointing_steps": 200,
         "checkpoints_total_limit": 1,
     }
-    name, factor = f"seed-{seed}", setting.factor
-    plans = {init: setting.plans(init) for init in ("preserve", "random")}
+    costs = setting.plans(arm.init)
+    core_steps = round(scale * TOTAL_FLOPS * arm.core_share / costs["core"].train_flops / 32)
+    flops = scale * TOTAL_FLOPS * (1 - arm.core_share)
+    frozen_steps = round(arm.frozen_share * flops / costs["detail"].train_flops / setting.batch_size)
+    joint_steps = round((1 - arm.frozen_share) * flops / costs["joint"].train_flops / setting.batch_size)
 
-    core_steps = round(scale * CORE_FLOPS / plans["preserve"]["core"].train_flops / 32)
-    core = Job(
-        name=f"core-h{setting.hidden_size}-l{setting.num_layers}-{core_steps}-{name}",
-        arguments={
-            **common,
-            "resolutions": [16, 128],
-            "core_steps": core_steps,
-            "detail_steps": [0],
-            "joint_steps": [0],
-            "validation_steps": max(core_steps // 4, 1),
-        },
-        keys={"arm": "core", "seed": seed, "flops": core_steps * 32 * plans["preserve"]["core"].train_flops},
-        data=data.parent / data.name.replace(f"{setting.resolution}px", "128px"),
-    )
-
-    def job(arm: str, init: str, flops: float, detail_share: float, **more) -> Job:
-        costs = plans[init]
-        detail_steps = round(detail_share * flops / costs["detail"].train_flops / setting.batch_size)
-        joint_steps = round((1 - detail_share) * flops / costs["joint"].train_flops / setting.batch_size)
-        words = arm.replace(",", "").replace(" ", "-")
-        return Job(
-            name=f"x{factor}-{words}-{detail_steps}-{joint_steps}-{name}",
+    jobs = []
+    if core_steps:
+        core = Job(
+            name=f"core-h{setting.hidden_size}-l{setting.num_layers}-{core_steps}-seed-{seed}",
             arguments={
                 **common,
-                "init": init,
-                "detail_steps": [detail_steps],
+                "resolutions": [16, 128],
+                "core_steps": core_steps,
+                "detail_steps": [0],
+                "joint_steps": [0],
+                "validation_steps": max(core_steps // 4, 1),
+            },
+            keys={"arm": "core", "seed": seed, "flops": core_steps * 32 * costs["core"].train_flops},
+            data=core_data,
+        )
+        jobs.append(core)
+    words = arm.name.replace(",", "").replace(" ", "-")
+    jobs.append(
+        Job(
+            name=f"x{setting.factor}-{words}-{frozen_steps}-{joint_steps}-seed-{seed}",
+            arguments={
+                **common,
+                "init": arm.init,
+                "detail_steps": [frozen_steps],
                 "joint_steps": [joint_steps],
                 "train_batch_size": [32, setting.batch_size],
-                "validation_steps": max((detail_steps + joint_steps) // 12, 1),
-                **more,
+                "validation_steps": max((frozen_steps + joint_steps) // 12, 1),
+                **({} if core_steps else {"core_steps": 0, "core_lr_scale": 1.0}),
             },
-            keys={"arm": arm, "seed": seed, "factor": factor},
-            core=None if "core_steps" in more else core.name,
+            keys={"arm": arm.name, "seed": seed, "factor": setting.factor},
+            core=core.name if core_steps else None,
             data=data,
         )
-
-    flops = scale * (TOTAL_FLOPS - CORE_FLOPS)
-    jobs = [core, job("scratch", "preserve", scale * TOTAL_FLOPS, 0.0, core_steps=0, core_lr_scale=1.0)]
-    jobs.append(job("paper's growth", "random", flops, PAPER_FROZEN_SHARE))
-    jobs += [job(arm, "preserve", flops, share) for arm, share in DETAIL_SHARES.items()]
-    return [run for run in jobs if only is None or run.keys["arm"] in [*only, "core"]]
+    )
+    return jobs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     add_queue_arguments(parser)
     parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
-    parser.add_argument("--arms", nargs="+", help="Only these.")
+    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Only these.")
     args = parser.parse_args()
     if args.quick:
         args.seeds = args.seeds[:1]
 
-    work_dir = Path(args.work_dir)
-    if not args.train_data_dir:
-        for resolution in {128, *(SETTINGS[factor].resolution for factor in args.factors)}:
-            shapes_folder(work_dir, resolution, 2000 if args.quick else 20000)
+    work_dir, num_pictures = Path(args.work_dir), 2000 if args.quick else 20000
     jobs: dict[str, Job] = {}
     for factor in args.factors:
+        data, core_data = (shapes_folder(work_dir, size, num_pictures) for size in (SETTINGS[factor].resolution, 128))
         for seed in args.seeds:
-            data = work_dir / f"shapes-{SETTINGS[factor].resolution}px-{2000 if args.quick else 20000}"
-            for job in make_jobs(SETTINGS[factor], seed, data, 0.01 if args.quick else 1.0, args.arms):
-                jobs.setdefault(job.name, job)
+            for arm in ARMS:
+                if arm.name in args.arms:
+                    new = make_jobs(SETTINGS[factor], arm, seed, data, core_data, 0.01 if args.quick else 1.0)
+                    jobs |= {job.name: job for job in new}
     results = work_dir / "quick.json" if args.quick else RESULTS / "grow_vs_scratch.json"
     run_queue(list(jobs.values()), args, results)
 
