@@ -23,10 +23,12 @@ Does growing pay? Growing against training from scratch and against a cascade, a
 """
 
 import argparse
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.queue_of_runs import RESULTS, Job, Setting, add_queue_arguments, run_queue, shapes_folder
+from benchmarks.queue_of_runs import Job, Setting, add_queue_arguments, read_results, run_queue, shapes_folder
+from benchmarks.tables import RESULTS, markdown, mean_and_deviation
 
 
 # All at 16 px inside; each stage ends at single pixels.
@@ -110,6 +112,116 @@ def make_jobs(setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path
     return jobs
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def total_curve(run: dict, core_flops: float) -> list[tuple[float, dict]]:
+    """The held-out losses of a run by the operations spent until then, on its core too."""
+    return [(core_flops + line["flops"], line) for line in run["curve"]]
+
+
+def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None:
+    """Where a curve first comes down to `loss`, between its points in a straight line."""
+    for (flops, line), (next_flops, next_line) in zip(curve, curve[1:]):
+        here, there = line["val_loss"], next_line["val_loss"]
+        if here <= loss:
+            return flops
+        if there <= loss:
+            return flops + (here - loss) / (here - there) * (next_flops - flops)
+    return None
+
+
+def collect(runs: list[dict], factor: int) -> dict[str, dict[int, tuple[list[tuple[float, dict]], dict]]]:
+    """By arm and seed, a run's curve and the scores of the last pipeline that it left."""
+    core_flops = {run["name"]: run["keys"]["flops"] for run in runs if run["keys"]["arm"] == "core"}
+    shares = {arm.name: arm.core_share for arm in ARMS}
+    collected: dict = {}
+    for run in runs:
+        keys = run["keys"]
+        if keys.get("factor") == factor:
+            nominal = shares[keys["arm"]] * TOTAL_FLOPS
+            spent = min(core_flops.values(), key=lambda flops: abs(flops - nominal)) if nominal else 0.0
+            scores = run["scores"][list(run["seconds"])[-1]]
+            collected.setdefault(keys["arm"], {})[keys["seed"]] = (total_curve(run, spent), scores)
+    return {arm.name: collected[arm.name] for arm in ARMS if arm.name in collected}
+
+
+def make_table(runs: list[dict], factor: int) -> list[dict]:
+    setting, rows = SETTINGS[factor], []
+    costs = setting.plans()
+    by_arm = collect(runs, factor)
+    for arm, seeds in by_arm.items():
+        ends = [curve[-1][1] for curve, _ in seeds.values()]
+        scores = [scores for _, scores in seeds.values()]
+        reached = []
+        for seed, (curve, _) in seeds.items():
+            if seed in by_arm.get("scratch", {}):
+                target = by_arm["scratch"][seed][0][-1]
+                flops = flops_to_reach(curve, target[1]["val_loss"])
+                reached.append(None if flops is None else flops / target[0])
+        row = {
+            "growth": f"16 -> {setting.resolution}",
+            "cost ratio": f"{costs['joint'].train_flops / costs['core'].train_flops:.1f}",
+            "arm": arm,
+            "seeds": len(seeds),
+            "loss": mean_and_deviation([line["val_loss"] for line in ends], 4),
+            "low band": mean_and_deviation([line["val_loss_low"] for line in ends], 4),
+            "high band": mean_and_deviation([line["val_loss_high"] for line in ends], 4),
+            "reaches scratch's loss at": ", ".join("never" if x is None else f"{x:.0%}" for x in reached),
+        }
+        for name in ("color", "shape", "texture"):
+            if name in scores[0]:
+                row[name] = mean_and_deviation([one[name] for one in scores], 2)
+        levels = [name for name in scores[0] if name.startswith("swd_")]
+        row["SWD " + " / ".join(name.removeprefix("swd_") for name in levels)] = " / ".join(
+            f"{statistics.mean(one[name] for one in scores):.0f}" for name in levels
+        )
+        rows.append(row)
+    return rows
+
+
+def draw_plot(runs: list[dict], path: Path) -> None:
+    """Above, held-out losses against compute; below, at the end, by noise level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    factors = [factor for factor in SETTINGS if collect(runs, factor)]
+    names = {"val_loss": "loss", "val_loss_low": "low band", "val_loss_high": "high band"}
+    figure, axes = plt.subplots(len(factors), 4, figsize=(18, 4 * len(factors)), squeeze=False)
+    for row, factor in zip(axes, factors):
+        for color, (arm, seeds) in zip(
+            plt.rcParams["axes.prop_cycle"].by_key()["color"], collect(runs, factor).items()
+        ):
+            for i, (curve, _) in enumerate(seeds.values()):
+                for axis, name in zip(row, names):
+                    x, y = zip(*[(flops / 1e12, line[name]) for flops, line in curve])
+                    axis.plot(x, y, color=color, alpha=0.8, label=arm if i == 0 else None)
+            last = [curve[-1][1] for curve, _ in seeds.values()]
+            bins = [name for name in last[0] if name.startswith("val_loss_sigma")]
+            means = [statistics.mean(line[name] for line in last if name in line) for name in bins]
+            row[3].plot(
+                [name.removeprefix("val_loss_sigma_").replace("_", "-") for name in bins], means, "o-", color=color
+            )
+        for axis, label in zip(row, [*names.values(), "loss at the end, by noise level"]):
+            axis.set_title(f"16 -> {SETTINGS[factor].resolution} px: {label}")
+            axis.set_yscale("log")
+        for axis in row[:3]:
+            axis.set_xlabel("TFLOP")
+        row[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def report(runs: list[dict], plot: Path) -> str:
+    tables = [markdown(make_table(runs, factor)) for factor in SETTINGS if collect(runs, factor)]
+    draw_plot(runs, plot)
+    return "\n\n".join(tables)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     add_queue_arguments(parser)
@@ -121,7 +233,7 @@ def main() -> None:
 
     work_dir, num_pictures = Path(args.work_dir), 2000 if args.quick else 20000
     jobs: dict[str, Job] = {}
-    for factor in args.factors:
+    for factor in [] if args.report else args.factors:
         data, core_data = (shapes_folder(work_dir, size, num_pictures) for size in (SETTINGS[factor].resolution, 128))
         for seed in args.seeds:
             for arm in ARMS:
@@ -129,7 +241,8 @@ def main() -> None:
                     new = make_jobs(SETTINGS[factor], arm, seed, data, core_data, 0.01 if args.quick else 1.0)
                     jobs |= {job.name: job for job in new}
     results = work_dir / "quick.json" if args.quick else RESULTS / "grow_vs_scratch.json"
-    run_queue(list(jobs.values()), args, results)
+    runs = read_results(results) if args.report else run_queue(list(jobs.values()), args, results)
+    print(report(runs, results.with_suffix(".png")))
 
 
 if __name__ == "__main__":

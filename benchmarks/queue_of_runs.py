@@ -38,7 +38,6 @@ from diffusers_greedy_grow.training.shapes import write_shapes
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 # glibc gives large tensors back to the system at once, and fetching them anew costs a tenth of a step at 128 px.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
