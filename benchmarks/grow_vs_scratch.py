@@ -27,8 +27,16 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.queue_of_runs import Job, Setting, add_queue_arguments, read_results, run_queue, shapes_folder
-from benchmarks.tables import RESULTS, markdown, mean_and_deviation
+from benchmarks.queue_of_runs import (
+    Job,
+    Setting,
+    add_queue_arguments,
+    core_job,
+    growth_job,
+    run_queue,
+    shapes_folder,
+)
+from benchmarks.tables import RESULTS, describe_machine, markdown, mean_and_deviation, write_json
 
 
 # All at 16 px inside; each stage ends at single pixels.
@@ -62,62 +70,22 @@ ARMS = (
 
 def make_jobs(setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float) -> list[Job]:
     """The run of one arm, growth factor and seed, and before it the core that it grows, which others share."""
-    common = {
-        **setting.core_arguments(),
-        "seed": seed,
-        "num_validation_pictures": 128,
-        "checkpointing_steps": 200,
-        "checkpoints_total_limit": 1,
-    }
-    costs = setting.plans(arm.init)
-    core_steps = round(scale * TOTAL_FLOPS * arm.core_share / costs["core"].train_flops / 32)
-    flops = scale * TOTAL_FLOPS * (1 - arm.core_share)
-    frozen_steps = round(arm.frozen_share * flops / costs["detail"].train_flops / setting.batch_size)
-    joint_steps = round((1 - arm.frozen_share) * flops / costs["joint"].train_flops / setting.batch_size)
-
-    jobs = []
-    if core_steps:
-        core = Job(
-            name=f"core-h{setting.hidden_size}-l{setting.num_layers}-{core_steps}-seed-{seed}",
-            arguments={
-                **common,
-                "resolutions": [16, 128],
-                "core_steps": core_steps,
-                "detail_steps": [0],
-                "joint_steps": [0],
-                "validation_steps": max(core_steps // 4, 1),
-            },
-            keys={"arm": "core", "seed": seed, "flops": core_steps * 32 * costs["core"].train_flops},
-            data=core_data,
-        )
-        jobs.append(core)
-    words = arm.name.replace(",", "").replace(" ", "-")
-    jobs.append(
-        Job(
-            name=f"x{setting.factor}-{words}-{frozen_steps}-{joint_steps}-seed-{seed}",
-            arguments={
-                **common,
-                "init": arm.init,
-                "detail_steps": [frozen_steps],
-                "joint_steps": [joint_steps],
-                "train_batch_size": [32, setting.batch_size],
-                "validation_steps": max((frozen_steps + joint_steps) // 12, 1),
-                **({} if core_steps else {"core_steps": 0, "core_lr_scale": 1.0}),
-            },
-            keys={"arm": arm.name, "seed": seed, "factor": setting.factor},
-            core=core.name if core_steps else None,
-            data=data,
-        )
+    flops = scale * TOTAL_FLOPS
+    core = core_job(setting, seed, flops * arm.core_share, core_data) if arm.core_share else None
+    growth = growth_job(
+        setting, arm.name, seed, flops * (1 - arm.core_share), arm.frozen_share, data, core, init=arm.init
     )
-    return jobs
+    return [core, growth] if core else [growth]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
 
-def total_curve(run: dict, core_flops: float) -> list[tuple[float, dict]]:
+def total_curve(run: dict, records: dict[str, dict]) -> list[tuple[float, dict]]:
     """The held-out losses of a run by the operations spent until then, on its core too."""
+    core = run["keys"].get("core")
+    core_flops = records[core]["keys"]["flops"] if core else 0.0
     return [(core_flops + line["flops"], line) for line in run["curve"]]
 
 
@@ -132,25 +100,20 @@ def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None
     return None
 
 
-def collect(runs: list[dict], factor: int) -> dict[str, dict[int, tuple[list[tuple[float, dict]], dict]]]:
+def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, tuple[list[tuple[float, dict]], dict]]]:
     """By arm and seed, a run's curve and the scores of the last pipeline that it left."""
-    core_flops = {run["name"]: run["keys"]["flops"] for run in runs if run["keys"]["arm"] == "core"}
-    shares = {arm.name: arm.core_share for arm in ARMS}
-    collected: dict = {}
-    for run in runs:
-        keys = run["keys"]
-        if keys.get("factor") == factor:
-            nominal = shares[keys["arm"]] * TOTAL_FLOPS
-            spent = min(core_flops.values(), key=lambda flops: abs(flops - nominal)) if nominal else 0.0
+    collected: dict = {arm.name: {} for arm in ARMS}
+    for run in records.values():
+        if run["keys"].get("factor") == factor:
             scores = run["scores"][list(run["seconds"])[-1]]
-            collected.setdefault(keys["arm"], {})[keys["seed"]] = (total_curve(run, spent), scores)
-    return {arm.name: collected[arm.name] for arm in ARMS if arm.name in collected}
+            collected[run["keys"]["arm"]][run["keys"]["seed"]] = (total_curve(run, records), scores)
+    return {arm: seeds for arm, seeds in collected.items() if seeds}
 
 
-def make_table(runs: list[dict], factor: int) -> list[dict]:
+def make_table(records: dict[str, dict], factor: int) -> list[dict]:
     setting, rows = SETTINGS[factor], []
     costs = setting.plans()
-    by_arm = collect(runs, factor)
+    by_arm = collect(records, factor)
     for arm, seeds in by_arm.items():
         ends = [curve[-1][1] for curve, _ in seeds.values()]
         scores = [scores for _, scores in seeds.values()]
@@ -181,19 +144,19 @@ def make_table(runs: list[dict], factor: int) -> list[dict]:
     return rows
 
 
-def draw_plot(runs: list[dict], path: Path) -> None:
+def draw_plot(records: dict[str, dict], path: Path) -> None:
     """Above, held-out losses against compute; below, at the end, by noise level."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    factors = [factor for factor in SETTINGS if collect(runs, factor)]
+    factors = [factor for factor in SETTINGS if collect(records, factor)]
     names = {"val_loss": "loss", "val_loss_low": "low band", "val_loss_high": "high band"}
     figure, axes = plt.subplots(len(factors), 4, figsize=(18, 4 * len(factors)), squeeze=False)
     for row, factor in zip(axes, factors):
         for color, (arm, seeds) in zip(
-            plt.rcParams["axes.prop_cycle"].by_key()["color"], collect(runs, factor).items()
+            plt.rcParams["axes.prop_cycle"].by_key()["color"], collect(records, factor).items()
         ):
             for i, (curve, _) in enumerate(seeds.values()):
                 for axis, name in zip(row, names):
@@ -216,12 +179,6 @@ def draw_plot(runs: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def report(runs: list[dict], plot: Path) -> str:
-    tables = [markdown(make_table(runs, factor)) for factor in SETTINGS if collect(runs, factor)]
-    draw_plot(runs, plot)
-    return "\n\n".join(tables)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     add_queue_arguments(parser)
@@ -233,16 +190,19 @@ def main() -> None:
 
     work_dir, num_pictures = Path(args.work_dir), 2000 if args.quick else 20000
     jobs: dict[str, Job] = {}
-    for factor in [] if args.report else args.factors:
+    for factor in args.factors:
         data, core_data = (shapes_folder(work_dir, size, num_pictures) for size in (SETTINGS[factor].resolution, 128))
         for seed in args.seeds:
             for arm in ARMS:
                 if arm.name in args.arms:
                     new = make_jobs(SETTINGS[factor], arm, seed, data, core_data, 0.01 if args.quick else 1.0)
                     jobs |= {job.name: job for job in new}
-    results = work_dir / "quick.json" if args.quick else RESULTS / "grow_vs_scratch.json"
-    runs = read_results(results) if args.report else run_queue(list(jobs.values()), args, results)
-    print(report(runs, results.with_suffix(".png")))
+    records = run_queue(list(jobs.values()), args)
+    tables = {factor: make_table(records, factor) for factor in SETTINGS if collect(records, factor)}
+    print("\n\n".join(markdown(rows) for rows in tables.values()))
+    if not args.quick:
+        write_json(RESULTS / "grow_vs_scratch.json", {"machine": describe_machine(), "tables": tables})
+        draw_plot(records, RESULTS / "grow_vs_scratch.png")
 
 
 if __name__ == "__main__":

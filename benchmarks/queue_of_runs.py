@@ -32,6 +32,7 @@ from threading import Event, Lock
 
 import torch
 
+from benchmarks.tables import RESULTS, write_json
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.training import PhasePlan, plan_phase
 from diffusers_greedy_grow.training.shapes import write_shapes
@@ -133,6 +134,73 @@ class Setting:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Runs of grow.py
+
+COMMON = {"num_validation_pictures": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
+CORE_BATCH_SIZE = 32
+
+
+def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
+    """A core trained for about `flops` operations, which growths of any factor share."""
+    cost = setting.plans()["core"].train_flops
+    steps = round(flops / cost / CORE_BATCH_SIZE)
+    return Job(
+        name=f"core-h{setting.hidden_size}-l{setting.num_layers}-{steps}-seed-{seed}",
+        arguments={
+            **COMMON,
+            **setting.core_arguments(),
+            "resolutions": [setting.core_resolution, 128],
+            "seed": seed,
+            "core_steps": steps,
+            "detail_steps": [0],
+            "joint_steps": [0],
+            "validation_steps": max(steps // 4, 1),
+        },
+        keys={"arm": "core", "seed": seed, "flops": steps * CORE_BATCH_SIZE * cost},
+        data=data,
+    )
+
+
+def growth_job(
+    setting: Setting,
+    arm: str,
+    seed: int,
+    flops: float,
+    frozen_share: float,
+    data: Path,
+    core: Job | None,
+    init: str = "preserve",
+    **more,
+) -> Job:
+    """
+    `flops` operations above the core's resolution, `frozen_share` of them with the core frozen; without a `core`,
+    everything is trained from scratch.
+    """
+    costs = setting.plans(init)
+    frozen_steps = round(frozen_share * flops / costs["detail"].train_flops / setting.batch_size)
+    joint_steps = round((1 - frozen_share) * flops / costs["joint"].train_flops / setting.batch_size)
+    words = [f"x{setting.factor}", arm.replace(",", "").replace(" ", "-"), frozen_steps, joint_steps, "seed", seed]
+    return Job(
+        name="-".join(map(str, words)),
+        arguments={
+            **COMMON,
+            **setting.core_arguments(),
+            "seed": seed,
+            "init": init,
+            "detail_steps": [frozen_steps],
+            "joint_steps": [joint_steps],
+            "train_batch_size": [CORE_BATCH_SIZE, setting.batch_size],
+            "validation_steps": max((frozen_steps + joint_steps) // 12, 1),
+            **({"core_steps": 0, "core_lr_scale": 1.0} if core is None else {}),
+            **more,
+        },
+        keys={"arm": arm, "seed": seed, "factor": setting.factor, "core": core.name if core else None},
+        core=core.name if core else None,
+        data=data,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The queue
 
 
@@ -145,28 +213,29 @@ def shapes_folder(work_dir: Path, image_size: int, num_train: int = 20000) -> Pa
     return folder
 
 
-def read_results(path: Path) -> list[dict]:
-    return json.loads(path.read_text())["runs"] if path.exists() else []
+def records_path(args: argparse.Namespace) -> Path:
+    """What has been run; all benchmarks share it, and with it the runs that they have in common."""
+    return Path(args.work_dir) / "quick.json" if args.quick else RESULTS / "runs.json"
 
 
-def write_results(path: Path, runs: list[dict], **more) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"runs": sorted(runs, key=lambda run: run["name"]), **more}, indent=1) + "\n")
-    temporary.replace(path)
+def read_records(args: argparse.Namespace) -> dict[str, dict]:
+    path = records_path(args)
+    return {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
 
 
-def run_queue(jobs: list[Job], args: argparse.Namespace, results: Path) -> list[dict]:
+def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     """
-    Runs what is not in `results` yet and adds it there.
+    Runs what has not been run yet, unless only the report is wanted.
 
     Returns:
-        The records of `jobs`: `name`, `keys`, `curve` (the lines of metrics with a held-out loss), `seconds` of training and
+        Of those `jobs` that have been run, the records by name: `keys`, `pictures` by phase, `curve` (the lines of metrics with a held-out loss), `seconds` of training and
         `scores` of each pipeline that the run left.
     """
     work_dir = Path(args.work_dir)
     wanted = {job.name for job in jobs}
-    records = {run["name"]: run for run in read_results(results)}
+    records = read_records(args)
+    if args.report:
+        return {name: record for name, record in records.items() if name in wanted}
     folders = {job.name: work_dir / job.name for job in jobs}
     lock = Lock()
 
@@ -184,14 +253,14 @@ def run_queue(jobs: list[Job], args: argparse.Namespace, results: Path) -> list[
         if job.name in ready:
             ready[job.name].set()
         with lock:
-            records[job.name] = record
-            write_results(results, list(records.values()))
+            records.update({**read_records(args), job.name: record})
+            write_json(records_path(args), sorted(records.values(), key=lambda record: record["name"]))
             left = len(wanted - set(records))
             print(f"{time.strftime('%H:%M')} {job.name} is done, {left} to go.", flush=True)
 
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(finish, queue))
-    return [records[job.name] for job in jobs]
+    return {name: record for name, record in records.items() if name in wanted}
 
 
 def run_job(job: Job, folders: dict[str, Path], args: argparse.Namespace) -> dict:

@@ -58,7 +58,7 @@ def describe_machine() -> str:
     return f"{device}, torch {torch.__version__}, diffusers {diffusers.__version__}"
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
