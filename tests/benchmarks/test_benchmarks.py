@@ -1,0 +1,128 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""The benchmarks' own arithmetic, and their queue of runs with real, small runs."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from benchmarks import grow_vs_scratch, sampling, step_time
+from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, growth_job, run_queue
+from benchmarks.swd import sliced_wasserstein
+from benchmarks.tables import markdown, mean_and_deviation, spread
+from diffusers_greedy_grow.training.shapes import write_shapes
+
+from ..testing_utils import make_grown, make_pipeline
+
+
+def test_sliced_wasserstein_sees_a_difference_at_its_level():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(16, 3, 16, 16, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    real = (real + 0.1 * torch.rand(16, 3, 64, 64, generator=generator)).clamp(0, 1)
+    assert set(sliced_wasserstein(real, real)) == {64, 32, 16}
+    same = sliced_wasserstein(real, real)
+    brighter = sliced_wasserstein(real * 0.5, real)
+    # What cancels in each 2 x 2 block shows at the finest level only.
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(32, 32)
+    checked = sliced_wasserstein(real + 0.2 * checks, real)
+    assert brighter[16] > 3 * same[16]
+    assert checked[64] > 3 * same[64] and checked[16] == pytest.approx(same[16], rel=1e-3)
+    with pytest.raises(ValueError, match="have to be of one shape"):
+        sliced_wasserstein(real, real[:8])
+
+
+def test_tables():
+    assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
+    assert mean_and_deviation([1.0, 3.0], 2) == "2.00 ± 1.41" and mean_and_deviation([1.0]) == "1.000"
+    assert markdown([{"a": 1, "b": 2}, {"a": 3}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
+
+
+def test_flops_to_reach():
+    curve = [(flops, {"val_loss": loss}) for flops, loss in ((10.0, 0.4), (20.0, 0.2), (30.0, 0.3), (40.0, 0.1))]
+    assert grow_vs_scratch.flops_to_reach(curve, 0.5) == 10.0
+    assert grow_vs_scratch.flops_to_reach(curve, 0.3) == pytest.approx(15.0)
+    assert grow_vs_scratch.flops_to_reach(curve, 0.15) == pytest.approx(37.5)
+    assert grow_vs_scratch.flops_to_reach(curve, 0.05) is None
+
+
+def test_the_arms_of_a_comparison_cost_the_same():
+    setting = grow_vs_scratch.SETTINGS[8]
+    for arm in grow_vs_scratch.ARMS:
+        jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None, 1.0)
+        costs, flops = setting.plans(arm.init), 0
+        for job in jobs:
+            arguments = job.arguments
+            core_batch, batch = arguments.get("train_batch_size", [32, 0])
+            if job.keys["arm"] == "core":
+                flops += arguments["core_steps"] * core_batch * costs["core"].train_flops
+            else:
+                flops += arguments["detail_steps"][0] * batch * costs["detail"].train_flops
+                flops += arguments["joint_steps"][0] * batch * costs["joint"].train_flops
+        assert flops == pytest.approx(grow_vs_scratch.TOTAL_FLOPS, rel=0.002), arm.name
+
+
+def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path):
+    setting = Setting(
+        resolution=32,
+        block_out_channels="8",
+        batch_size=4,
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+    )
+    data = write_shapes(tmp_path / "shapes", num_train=40, num_validation=24, image_size=32)
+    costs = setting.plans()
+    core = core_job(setting, 0, 3 * 32 * costs["core"].train_flops, data)
+    core.arguments["resolutions"] = [16, 32]
+    growth = growth_job(setting, "ours", 0, 8 * costs["joint"].train_flops, 0.5, data, core)
+    parser = argparse.ArgumentParser()
+    add_queue_arguments(parser)
+    args = parser.parse_args(["--work_dir", str(tmp_path), "--quick", "--mixed_precision", "no"])
+
+    records = run_queue([core, growth], args)
+    assert set(records) == {core.name, growth.name}
+    record = records[growth.name]
+    assert record["keys"] == {"arm": "ours", "seed": 0, "factor": 2, "core": core.name}
+    detail, joint = (growth.arguments[name][0] for name in ("detail_steps", "joint_steps"))
+    assert record["pictures"] == {"grown-32-detail": 4 * detail, "grown-32": 4 * joint} and joint == 1
+    assert record["curve"][-1]["flops"] == pytest.approx(8 * costs["joint"].train_flops, rel=0.5)
+    for scores in record["scores"].values():
+        assert set(scores) >= {"swd_32", "swd_16", "shape", "texture"}
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")}
+    assert len(before) == 2
+    again = run_queue([core, growth], args)
+    assert json.dumps(again, sort_keys=True) == json.dumps(records, sort_keys=True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
+
+
+def test_the_plain_loop_is_what_the_pipeline_does():
+    """The baseline of the sampling table draws the same pictures as the pipeline."""
+    pipeline = make_pipeline(make_grown(), shift=2.0)
+    latents = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prompts = ["a large red circle", "a small blue square"]
+    expected = sampling.sample(pipeline, prompts, latents, own_loop=False)
+    torch.testing.assert_close(sampling.plain_loop(pipeline, prompts, latents), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("resolution", [64, 128, 256])
+def test_peers_have_as_many_parameters(resolution):
+    with torch.device("meta"):
+        goal = step_time.build("ours", resolution).num_parameters()
+        for name in step_time.PEERS:
+            assert abs(step_time.build(name, resolution).num_parameters() / goal - 1) < 0.05, name
