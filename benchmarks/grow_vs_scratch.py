@@ -27,7 +27,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import cascade
 from benchmarks.queue_of_runs import (
+    MAX_SEQUENCE_LENGTH,
+    TEXT_HIDDEN_SIZE,
     Job,
     Setting,
     add_queue_arguments,
@@ -45,12 +48,17 @@ SETTINGS = {
     4: Setting(resolution=64, block_out_channels="24,48,96", batch_size=16),
     8: Setting(resolution=128, block_out_channels="24,32,64,96", batch_size=8),
 }
+# The super-resolution UNets of the cascades: as many parameters as the stages.
+CASCADE_CHANNELS = {2: (24, 40), 4: (24, 32, 48), 8: (16, 24, 40, 56)}
 TOTAL_FLOPS = 72e12
 
 
 @dataclass
 class Arm:
-    """How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core."""
+    """
+    How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core. `init` is
+    that of growing, or `"cascade"`.
+    """
 
     name: str
     init: str
@@ -61,6 +69,7 @@ class Arm:
 ARMS = (
     Arm("scratch", "preserve", 0.0, 0.0),
     Arm("paper's growth", "random", 5 / 12, 0.25),
+    Arm("cascade", "cascade", 5 / 12, 0.0),
     Arm("ours, no detail phase", "preserve", 5 / 12, 0.0),
     Arm("ours, short detail phase", "preserve", 5 / 12, 0.25),
     Arm("ours, long detail phase", "preserve", 5 / 12, 0.75),
@@ -72,6 +81,22 @@ def make_jobs(setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path
     """The run of one arm, growth factor and seed, and before it the core that it grows, which others share."""
     flops = scale * TOTAL_FLOPS
     core = core_job(setting, seed, flops * arm.core_share, core_data) if arm.core_share else None
+    if arm.init == "cascade":
+        channels, text = CASCADE_CHANNELS[setting.factor], (TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH)
+        cost = cascade.count_flops(setting.resolution, channels, *text)
+        steps = round(flops * (1 - arm.core_share) / cost / setting.batch_size)
+        arguments = {"resolution": setting.resolution, "block_out_channels": channels, "seed": seed}
+        return [
+            core,
+            Job(
+                name=f"x{setting.factor}-cascade-{steps}-seed-{seed}",
+                arguments={**arguments, "steps": steps, "batch_size": setting.batch_size},
+                keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": core.name},
+                core=core.name,
+                script="benchmarks/cascade.py",
+                data=data,
+            ),
+        ]
     growth = growth_job(
         setting, arm.name, seed, flops * (1 - arm.core_share), arm.frozen_share, data, core, init=arm.init
     )
@@ -115,7 +140,7 @@ def make_table(records: dict[str, dict], factor: int) -> list[dict]:
     costs = setting.plans()
     by_arm = collect(records, factor)
     for arm, seeds in by_arm.items():
-        ends = [curve[-1][1] for curve, _ in seeds.values()]
+        ends = [curve[-1][1] for curve, _ in seeds.values() if curve]
         scores = [scores for _, scores in seeds.values()]
         reached = []
         for seed, (curve, _) in seeds.items():
@@ -128,11 +153,13 @@ def make_table(records: dict[str, dict], factor: int) -> list[dict]:
             "cost ratio": f"{costs['joint'].train_flops / costs['core'].train_flops:.1f}",
             "arm": arm,
             "seeds": len(seeds),
-            "loss": mean_and_deviation([line["val_loss"] for line in ends], 4),
-            "low band": mean_and_deviation([line["val_loss_low"] for line in ends], 4),
-            "high band": mean_and_deviation([line["val_loss_high"] for line in ends], 4),
-            "reaches scratch's loss at": ", ".join("never" if x is None else f"{x:.0%}" for x in reached),
         }
+        names = {"loss": "val_loss", "low band": "val_loss_low", "high band": "val_loss_high"}
+        row |= {
+            label: mean_and_deviation([line[name] for line in ends], 4) if ends else ""
+            for label, name in names.items()
+        }
+        row["reaches scratch's loss at"] = ", ".join("never" if x is None else f"{x:.0%}" for x in reached if ends)
         for name in ("color", "shape", "texture"):
             if name in scores[0]:
                 row[name] = mean_and_deviation([one[name] for one in scores], 2)
@@ -158,11 +185,13 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
         for color, (arm, seeds) in zip(
             plt.rcParams["axes.prop_cycle"].by_key()["color"], collect(records, factor).items()
         ):
-            for i, (curve, _) in enumerate(seeds.values()):
+            for i, (curve, _) in enumerate((curve, scores) for curve, scores in seeds.values() if curve):
                 for axis, name in zip(row, names):
                     x, y = zip(*[(flops / 1e12, line[name]) for flops, line in curve])
                     axis.plot(x, y, color=color, alpha=0.8, label=arm if i == 0 else None)
-            last = [curve[-1][1] for curve, _ in seeds.values()]
+            last = [curve[-1][1] for curve, _ in seeds.values() if curve]
+            if not last:
+                continue
             bins = [name for name in last[0] if name.startswith("val_loss_sigma")]
             means = [statistics.mean(line[name] for line in last if name in line) for name in bins]
             row[3].plot(

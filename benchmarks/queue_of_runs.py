@@ -48,10 +48,13 @@ ENVIRONMENT = {
 TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH = 128, 16
 
 
+GROW = "training_examples/grow.py"
+
+
 @dataclass
 class Job:
     """
-    One run: a unique `name`, the `arguments` of the `script`, and the name of the job whose pipeline it starts from.
+    One run: a unique `name`, the `arguments` of the `script` (another than `grow.py` evaluates itself), and the name of the job whose pipeline it starts from.
     `keys` say in the results what it is: arm, seed, growth factor.
     """
 
@@ -59,7 +62,7 @@ class Job:
     arguments: dict
     keys: dict
     core: str | None = None
-    script: str = "training_examples/grow.py"
+    script: str = GROW
     data: Path = field(default=Path())
 
 
@@ -270,16 +273,17 @@ def run_job(job: Job, folders: dict[str, Path], args: argparse.Namespace) -> dic
         "train_data_dir": str(args.train_data_dir or job.data),
         "output_dir": str(folder),
         "mixed_precision": args.mixed_precision,
-        "num_scored_pictures": 0,
     }
     if job.core is not None:
         arguments["core"] = str(folders[job.core] / "core")
-    if args.mixed_precision == "bf16" and not torch.cuda.is_available():
-        arguments["attention_backend"] = "_native_math"
-    if list((folder / "checkpoints").glob("*")):
-        arguments["resume_from_checkpoint"] = "latest"
-    else:
-        arguments["overwrite_output_dir"] = True
+    if job.script == GROW:
+        arguments["num_scored_pictures"] = 0
+        if args.mixed_precision == "bf16" and not torch.cuda.is_available():
+            arguments["attention_backend"] = "_native_math"
+        if list((folder / "checkpoints").glob("*")):
+            arguments["resume_from_checkpoint"] = "latest"
+        else:
+            arguments["overwrite_output_dir"] = True
     flags = []
     for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
@@ -299,7 +303,8 @@ def run_job(job: Job, folders: dict[str, Path], args: argparse.Namespace) -> dic
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log:
-        for command in ([*launch, "--dynamo_backend=no", job.script, *flags], evaluate):
+        train = [*launch, "--dynamo_backend=no", job.script, *flags]
+        for command in [train, evaluate] if job.script == GROW else [train]:
             finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             if finished.returncode:
                 raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to go on.")

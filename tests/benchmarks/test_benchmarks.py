@@ -21,7 +21,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import grow_vs_scratch, sampling, step_time
+from benchmarks import cascade, grow_vs_scratch, sampling, step_time
 from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, growth_job, run_queue
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
@@ -64,9 +64,13 @@ def test_the_arms_of_a_comparison_cost_the_same():
     setting = grow_vs_scratch.SETTINGS[8]
     for arm in grow_vs_scratch.ARMS:
         jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None, 1.0)
-        costs, flops = setting.plans(arm.init), 0
+        costs, flops = setting.plans("preserve" if arm.init == "cascade" else arm.init), 0
         for job in jobs:
             arguments = job.arguments
+            if job.keys["arm"] == "cascade":
+                cost = cascade.count_flops(128, arguments["block_out_channels"], 128, 16)
+                flops += arguments["steps"] * arguments["batch_size"] * cost
+                continue
             core_batch, batch = arguments.get("train_batch_size", [32, 0])
             if job.keys["arm"] == "core":
                 flops += arguments["core_steps"] * core_batch * costs["core"].train_flops
@@ -109,6 +113,15 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path):
     again = run_queue([core, growth], args)
     assert json.dumps(again, sort_keys=True) == json.dumps(records, sort_keys=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
+
+
+@pytest.mark.parametrize("factor", grow_vs_scratch.SETTINGS)
+def test_the_cascade_is_as_large_as_the_grown_model(factor):
+    setting = grow_vs_scratch.SETTINGS[factor]
+    costs = setting.plans()
+    with torch.device("meta"):
+        unet = cascade.build_unet(setting.resolution, grow_vs_scratch.CASCADE_CHANNELS[factor], 128)
+    assert costs["core"].parameters + unet.num_parameters() == pytest.approx(costs["joint"].parameters, rel=0.05)
 
 
 def test_the_plain_loop_is_what_the_pipeline_does():

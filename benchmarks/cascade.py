@@ -1,0 +1,178 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+The cascade that growing is to replace: a core, and a super-resolution UNet of diffusers that is trained apart from it on
+pictures and their averages (Ho et al., 2022: with noise on the averages, so that it forgives the core's mistakes).
+`grow_vs_scratch` runs it as one of its arms.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.evaluate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw, held_out, score
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.flow import add_noise, expand, pool, sample_sigma, upsample, velocity_from_clean
+from diffusers_greedy_grow.training import CaptionedPictures, EpochOrder, load_captioned_data, normalize
+
+
+# Noise on the averages while training, uniform up to this; none while sampling.
+AUGMENTATION = 0.2
+
+
+def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: int) -> UNet2DConditionModel:
+    """Reads the noisy picture and the enlarged low-resolution one; text comes in at the smallest grid."""
+    levels = len(channels)
+    return UNet2DConditionModel(
+        sample_size=resolution,
+        in_channels=6,
+        out_channels=3,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def count_flops(resolution: int, channels: tuple[int, ...], cross_attention_dim: int, num_tokens: int) -> int:
+    """Of one picture, forward and backward."""
+    with torch.device("meta"):
+        unet = build_unet(resolution, channels, cross_attention_dim)
+        inputs = torch.empty(1, 6, resolution, resolution), torch.empty(1)
+        with FlopCounterMode(display=False) as counter:
+            unet(*inputs, torch.empty(1, num_tokens, cross_attention_dim)).sample.sum().backward()
+    return counter.get_total_flops()
+
+
+def predict(unet, x: torch.Tensor, sigma: torch.Tensor, low: torch.Tensor, factor: int, **text) -> torch.Tensor:
+    """The clean picture: the enlarged low-resolution one and what the UNet adds."""
+    enlarged = upsample(low, factor)
+    detail = unet(torch.cat([x, enlarged], dim=1), 1000 * sigma, return_dict=False, **text)[0]
+    return enlarged + detail.float()
+
+
+def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
+    embeds, mask, _, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+
+
+@torch.no_grad()
+def enlarge(unet, pipeline: GreedyGrowPipeline, low: torch.Tensor, captions: list[str], factor: int) -> torch.Tensor:
+    """Pictures in [0, 1] from low-resolution ones in [0, 1]."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=float(factor))
+    scheduler.set_timesteps(NUM_INFERENCE_STEPS, device=low.device)
+    generator = torch.Generator().manual_seed(0)
+    low = 2 * low - 1
+    x = torch.randn(*low.shape[:2], low.shape[2] * factor, low.shape[3] * factor, generator=generator).to(low.device)
+    text = encode(pipeline, captions)
+    for t in scheduler.timesteps:
+        sigma = (t / 1000).expand(len(x))
+        velocity = velocity_from_clean(x, predict(unet, x, sigma, low, factor, **text), sigma)
+        x = scheduler.step(velocity, t, x, return_dict=False)[0]
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--core", required=True)
+    parser.add_argument("--train_data_dir", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--block_out_channels", type=int, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed_precision", default="no")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bfloat16 = args.mixed_precision == "bf16"
+    pipeline = GreedyGrowPipeline.from_pretrained(args.core).to(device)
+    factor = args.resolution // pipeline.unet.config.sample_size
+    unet = build_unet(args.resolution, tuple(args.block_out_channels), pipeline.unet.config.cross_attention_dim)
+    unet.to(device).train()
+    if bfloat16 and device.type == "cpu":
+        unet.set_attention_backend("_native_math")
+        pipeline.unet.set_attention_backend("_native_math")
+
+    rows, _ = load_captioned_data(None, args.train_data_dir, "image", "text", seed=0)
+    pictures = CaptionedPictures(rows, args.resolution)
+    order = EpochOrder(len(pictures), 0, args.steps * args.batch_size, seed=(args.seed, 1))
+    loader = torch.utils.data.DataLoader(pictures, batch_size=args.batch_size, sampler=order)
+    # As grow.py has it.
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
+    warmup = min(100, args.steps // 10)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=args.steps)
+    ema = EMAModel(unet.parameters(), decay=0.998)
+    started = time.perf_counter()
+    for step, batch in enumerate(loader):
+        x0 = normalize(batch["pixel_values"].to(device), 1)
+        sigma = sample_sigma(len(x0), float(factor), logit_mean=1.0, device=device)
+        low = pool(x0, factor)
+        low = low + AUGMENTATION * expand(torch.rand(len(x0), device=device), low) * torch.randn_like(low)
+        captions = ["" if drop else text for drop, text in zip(torch.rand(len(x0)) < 0.1, batch["caption"])]
+        x = add_noise(x0, torch.randn_like(x0), sigma)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.no_grad():
+                text = encode(pipeline, captions)
+            clean = predict(unet, x, sigma, low, factor, **text)
+        loss = ((clean - x0) / expand(sigma, x0).clamp(min=0.05)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        if step % 50 == 0:
+            print(f"step {step}: loss {loss.item():.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+    seconds = time.perf_counter() - started
+    ema.copy_to(unet.parameters())
+    unet.eval()
+
+    captions, real = held_out(args.train_data_dir, args.resolution)
+    low = draw(pipeline, captions, bfloat16, guidance_scale=GUIDANCE_SCALE)
+    images = []
+    for i in range(0, len(captions), 8):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            images.append(enlarge(unet, pipeline, low[i : i + 8].to(device), captions[i : i + 8], factor).cpu())
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    result = {
+        "pictures": {"cascade": args.steps * args.batch_size},
+        "seconds": {"cascade": seconds},
+        "curve": [],  # its loss, given the true low resolution, compares with nobody's
+        "scores": {"cascade": score(torch.cat(images), captions, real)},
+    }
+    unet.save_pretrained(args.output_dir / "super-resolution")
+    (args.output_dir / "result.tmp").write_text(json.dumps(result, indent=1))
+    (args.output_dir / "result.tmp").replace(args.output_dir / "result.json")
+
+
+if __name__ == "__main__":
+    main()
