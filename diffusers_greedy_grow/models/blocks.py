@@ -60,27 +60,21 @@ class GreedyGrowAttnProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        text_cache: dict[str, torch.Tensor] | None = None,
+        text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if attn.is_cross_attention:
-            query = attn.to_q(hidden_states)
-            if text_cache:
-                key, value = text_cache["key"], text_cache["value"]
-            elif attn.fused_projections:
-                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-            else:
-                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        elif attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        if text_key_value is not None:
+            query, (key, value) = attn.to_q(hidden_states), text_key_value
+        elif attn.is_cross_attention:
+            query, (key, value) = attn.to_q(hidden_states), attn.project_text(encoder_hidden_states)
         else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-
-        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim)))
-        if not text_cache:
+            if attn.fused_projections:
+                query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            else:
+                query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
             key = attn.norm_k(key.unflatten(-1, (-1, attn.head_dim)))
             value = value.unflatten(-1, (-1, attn.head_dim))
-            if text_cache is not None:
-                text_cache["key"], text_cache["value"] = key, value
+
+        query = attn.norm_q(query.unflatten(-1, (-1, attn.head_dim)))
         if image_rotary_emb is not None:
             query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
 
@@ -124,17 +118,25 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
         self.set_processor(GreedyGrowAttnProcessor())
 
+    def project_text(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of text `(B, L, cross_attention_dim)`, each `(B, L, heads, head_dim)`."""
+        if self.fused_projections:
+            key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        else:
+            key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        return self.norm_k(key.unflatten(-1, (-1, self.head_dim))), value.unflatten(-1, (-1, self.head_dim))
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        text_cache: dict[str, torch.Tensor] | None = None,
+        text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
         return self.processor(
-            self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, text_cache, **kwargs
+            self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, text_key_value, **kwargs
         )
 
 
@@ -190,8 +192,13 @@ class GreedyGrowTransformerBlock(nn.Module):
         encoder_attention_mask: torch.Tensor | None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
         cross_attention_kwargs: dict | None,
-        text_cache: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
+        text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+        return_text: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """
+        Returns the hidden states; with `return_text` also the text's keys and values, to be given as `text_key_value` in
+        further calls with the same text.
+        """
         # `modulation` (B, 6, dim) and the table may be kept in float32 around low-precision layers.
         modulation = (self.scale_shift_table + modulation).to(hidden_states.dtype)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
@@ -202,17 +209,20 @@ class GreedyGrowTransformerBlock(nn.Module):
         hidden_states = hidden_states + gate_attn * attn_output
 
         if self.attn2 is not None:
+            if return_text and text_key_value is None:
+                text_key_value = self.attn2.project_text(encoder_hidden_states)
             attn_output = self.attn2(
                 self.norm2(hidden_states),
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
-                text_cache=text_cache,
+                text_key_value=text_key_value,
                 **attention_kwargs,
             )
             hidden_states = hidden_states + attn_output
 
         norm_hidden_states = self.norm3(hidden_states) * (1 + scale_ff) + shift_ff
-        return hidden_states + gate_ff * self.ff(norm_hidden_states)
+        hidden_states = hidden_states + gate_ff * self.ff(norm_hidden_states)
+        return (hidden_states, text_key_value) if return_text else hidden_states
 
 
 # ----------------------------------------------------------------------------------------------------------------------

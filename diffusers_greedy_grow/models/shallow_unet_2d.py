@@ -190,7 +190,6 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         image_rotary_emb = get_image_rotary_emb(head_dim, grid_height, grid_width, sample.device)
 
         for i, block in enumerate(self.transformer_blocks):
-            block_cache = None if text_cache is None else text_cache.setdefault(i, {})
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
                     block,
@@ -200,7 +199,17 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     encoder_attention_mask,
                     image_rotary_emb,
                     cross_attention_kwargs,
-                    block_cache,
+                )
+            elif text_cache is not None:
+                hidden_states, text_cache[i] = block(
+                    hidden_states,
+                    modulation,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    image_rotary_emb,
+                    cross_attention_kwargs,
+                    text_key_value=text_cache.get(i),
+                    return_text=True,
                 )
             else:
                 hidden_states = block(
@@ -210,7 +219,6 @@ class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                     encoder_attention_mask,
                     image_rotary_emb,
                     cross_attention_kwargs,
-                    block_cache,
                 )
         features = hidden_states.transpose(1, 2).unflatten(-1, (grid_height, grid_width)).contiguous()
 
