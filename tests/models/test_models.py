@@ -211,6 +211,15 @@ def test_compile_repeated_blocks(core):
     core.compile_repeated_blocks(fullgraph=True)
     torch.testing.assert_close(core(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
+    # As a pipeline calls it: two graphs, one that projects the text and one that is given it, whichever the block.
+    text_cache: dict = {}
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+        core(**inputs, text_cache=text_cache)
+        core(**inputs, text_cache=text_cache)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            torch.testing.assert_close(core(**inputs, text_cache=text_cache).sample, expected, atol=1e-4, rtol=1e-3)
+
 
 @torch.no_grad()
 def test_attention_is_diffusers(grown):
