@@ -57,23 +57,26 @@ TOTAL_FLOPS = 72e12
 class Arm:
     """
     How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core. `init` is
-    that of growing, or `"cascade"`.
+    that of growing, or `"cascade"`. `logit_mean` says at which noise levels it trains above the core's resolution: 1 is
+    where the core trains, -1 is less noise.
     """
 
     name: str
     init: str
     core_share: float
     frozen_share: float
+    logit_mean: float
 
 
 ARMS = (
-    Arm("scratch", "preserve", 0.0, 0.0),
-    Arm("paper's growth", "random", 5 / 12, 0.25),
-    Arm("cascade", "cascade", 5 / 12, 0.0),
-    Arm("ours, no detail phase", "preserve", 5 / 12, 0.0),
-    Arm("ours, short detail phase", "preserve", 5 / 12, 0.25),
-    Arm("ours, long detail phase", "preserve", 5 / 12, 0.75),
-    Arm("ours, small core share, long detail phase", "preserve", 5 / 24, 0.75),
+    Arm("scratch", "preserve", 0.0, 0.0, 1.0),
+    Arm("paper's growth", "random", 5 / 12, 0.25, 1.0),
+    Arm("cascade", "cascade", 5 / 12, 0.0, 1.0),
+    Arm("ours, no detail phase", "preserve", 5 / 12, 0.0, -1.0),
+    Arm("ours, short detail phase", "preserve", 5 / 12, 0.25, -1.0),
+    Arm("ours, long detail phase", "preserve", 5 / 12, 0.75, -1.0),
+    Arm("ours, detail phase only", "preserve", 5 / 12, 1.0, -1.0),
+    Arm("ours, long detail phase, small core share", "preserve", 5 / 24, 0.75, 1.0),
 )
 
 
@@ -86,20 +89,20 @@ def make_jobs(setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path
         cost = cascade.count_flops(setting.resolution, channels, *text)
         steps = round(flops * (1 - arm.core_share) / cost / setting.batch_size)
         arguments = {"resolution": setting.resolution, "block_out_channels": channels, "seed": seed}
+        arguments |= {"steps": steps, "batch_size": setting.batch_size, "logit_mean": arm.logit_mean}
         return [
             core,
             Job(
-                name=f"x{setting.factor}-cascade-{steps}-seed-{seed}",
-                arguments={**arguments, "steps": steps, "batch_size": setting.batch_size},
+                name=f"x{setting.factor}-{arm.name.replace(', ', '-')}-{steps}-seed-{seed}",
+                arguments=arguments,
                 keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": core.name},
                 core=core.name,
                 script="benchmarks/cascade.py",
                 data=data,
             ),
         ]
-    growth = growth_job(
-        setting, arm.name, seed, flops * (1 - arm.core_share), arm.frozen_share, data, core, init=arm.init
-    )
+    growth_flops, more = flops * (1 - arm.core_share), {"init": arm.init, "logit_mean": [1.0, arm.logit_mean]}
+    growth = growth_job(setting, arm.name, seed, growth_flops, arm.frozen_share, data, core, **more)
     return [core, growth] if core else [growth]
 
 

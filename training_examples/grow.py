@@ -175,7 +175,13 @@ class TrainingArguments:
     adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
     ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
-    logit_mean: float = field(default=1.0, metadata={"help": "Mean of logit(sigma) at the core's resolution."})
+    logit_mean: list[float] = field(
+        default_factory=lambda: [1.0, -1.0],
+        metadata={
+            "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
+            "are over the first one's levels, whichever resolution trains."
+        },
+    )
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma)."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     attention_backend: str | None = field(
@@ -237,6 +243,7 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         (training, "joint_steps", len(sizes) - 1),
         (training, "train_batch_size", len(sizes)),
         (training, "learning_rate", len(sizes)),
+        (training, "logit_mean", len(sizes)),
     ):
         given, default = getattr(owner, name), type(owner).__dataclass_fields__[name].default_factory()
         if len(given) > count and given != default:
@@ -478,11 +485,16 @@ def encode_captions(
 
 
 def draw_noise(
-    generators: list[torch.Generator], shape: torch.Size, shift: float, args: TrainingArguments, device: torch.device
+    generators: list[torch.Generator],
+    shape: torch.Size,
+    shift: float,
+    logit_mean: float,
+    logit_std: float,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each picture's noise and noise level, from its own generator."""
     noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-    sigma = [sample_sigma(1, shift, args.logit_mean, args.logit_std, generator) for generator in generators]
+    sigma = [sample_sigma(1, shift, logit_mean, logit_std, generator) for generator in generators]
     return noise, torch.cat(sigma).to(device)
 
 
@@ -581,7 +593,9 @@ def train_phase(
                 micro_step % args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
             )
             generators = sample_generators((args.seed, phase.index, step), place * batch_size, len(x0))
-            noise, sigma = draw_noise(generators, x0.shape, shift, args, device)
+            noise, sigma = draw_noise(
+                generators, x0.shape, shift, args.logit_mean[phase.stage], args.logit_std, device
+            )
             dropped = [
                 torch.rand(1, generator=generator).item() < run.data_args.caption_dropout for generator in generators
             ]
@@ -683,7 +697,9 @@ def validate(
         pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
         x0 = normalize(pixel_values, pool_factor)
         generators = sample_generators((run.args.seed, VALIDATION, phase.stage), start, len(x0))
-        noise, sigma = draw_noise(generators, x0.shape, shift, run.args, accelerator.device)
+        noise, sigma = draw_noise(
+            generators, x0.shape, shift, run.args.logit_mean[0], run.args.logit_std, accelerator.device
+        )
         captions = [row["caption"] for row in rows]
         with accelerator.autocast():
             conditions = encode_captions(pipeline, pipeline.text_encoder, captions, accelerator.device)

@@ -444,6 +444,22 @@ def test_values_for_each_resolution_or_stage(tmp_path):
     assert model.resolutions == [8, 16] and training.seed == 3 and training.core_steps == 9
 
 
+def test_noise_levels_for_each_resolution(finished, data, tmp_path):
+    """Those of the grown model's training change nothing before it, nor what the held-out loss is taken over."""
+    launch(tmp_path / "output", train_data_dir=data, logit_mean=[1.0, -9.0])
+    other, own = read_metrics(finished[0]), read_metrics(tmp_path / "output")
+
+    def losses(metrics: list[dict], phase: str) -> list[float]:
+        return [line["loss"] for line in metrics if line["phase"] == phase and "loss" in line]
+
+    def held_out_levels(metrics: list[dict]) -> list[set[str]]:
+        return [{name for name in line if "val_loss_sigma" in name} for line in metrics if "val_loss" in line]
+
+    assert losses(own, "core") == losses(other, "core")
+    assert losses(own, "grown-16-detail") != losses(other, "grown-16-detail")
+    assert held_out_levels(own) == held_out_levels(other)
+
+
 def test_unknown_names_in_a_config_file(tmp_path):
     (tmp_path / "config.yaml").write_text("core_stepps: 3\n")
     assert "has unknown arguments: ['core_stepps']" in refuse(tmp_path / "output", config=tmp_path / "config.yaml")
