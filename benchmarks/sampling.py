@@ -47,8 +47,8 @@ MODELS = {
     "16 -> 128": (16, 2, 128, 6, 2, 128, (24, 32, 64, 96), 4),
     "64 -> 512": (64, 4, 512, 8, 8, 512, (64, 128, 256), 1),
 }
-# What grow.py measures on captioned shapes, 16 -> 128; natural pictures at 64 -> 512 px have less.
-HIGH_BAND_VARIANCE = 0.04
+# What grow.py measures on captioned shapes between 16 and 32 px.
+DETAIL_VARIANCE = 0.0275
 # What each step adds: settings of `sample`.
 STEPS = {
     "text projected once": {"own_loop": False},
@@ -81,7 +81,7 @@ def build_pipeline(
         tokenizer=tokenizer,
     )
     pipeline = GreedyGrowPipeline.from_core(
-        pipeline, size, block_out_channels=channels, high_band_variance=HIGH_BAND_VARIANCE
+        pipeline, size, block_out_channels=channels, detail_variance=DETAIL_VARIANCE
     )
     return pipeline, (prompts * batch)[:batch]
 

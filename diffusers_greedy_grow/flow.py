@@ -144,20 +144,43 @@ def ascend(
     return low + expand(sigma, noise) * high_band(noise, factor), sigma
 
 
-def handover_sigma(high_band_variance: float, factor: int, bound: float) -> float:
+def coarsest_step(factor: int) -> int:
+    """The smallest factor above 1 that divides `factor`: from the low resolution, one step up."""
+    return next(step for step in range(2, factor + 1) if factor % step == 0)
+
+
+def detail_variance(x0: torch.Tensor, factor: int) -> float:
+    """
+    How much detail there is just above a low resolution: the mean square of what the picture has at [`coarsest_step`]
+    times the low resolution and not below. There pictures have the most, and it emerges from the noise first.
+
+    Args:
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Pictures in [-1, 1].
+        factor (`int`): How many times smaller the low resolution is.
+    """
+    step = coarsest_step(factor)
+    return high_band(pool(x0, factor // step), step).square().mean().item()
+
+
+def handover_sigma(variance: float, factor: int, bound: float) -> float:
     """
     The noise level down to which a state's high band is noise, up to `bound`, so that a low-resolution model is enough.
 
-    The high band of a state, `(1 - sigma) H x0 + sigma H e`, has the picture's variance `(1 - sigma)**2 v` and the noise's
-    `sigma**2 (1 - 1 / factor**2)`. Above the level returned, the first is at most `bound` times the second.
+    Of a state pooled to `step` times the low resolution, with the noise level `sigma` there, the high band
+    `(1 - sigma) H x0 + sigma H e` has the picture's variance `(1 - sigma)**2 v` and the noise's
+    `sigma**2 (1 - 1 / step**2)`. Above the level returned, the first is at most `bound` times the second.
 
     Args:
-        high_band_variance (`float`): `v`, the mean square of `H x0` over pictures in [-1, 1].
+        variance (`float`): `v`, the [`detail_variance`] of the pictures.
         factor (`int`): The growth factor.
         bound (`float`): For example 0.01.
+
+    Returns:
+        `float`: A level of the high resolution.
     """
-    noise_over_signal = math.sqrt(high_band_variance / (bound * (1 - 1 / factor**2)))
-    return noise_over_signal / (1 + noise_over_signal)
+    step = coarsest_step(factor)
+    noise_over_signal = math.sqrt(variance / (bound * (1 - 1 / step**2)))
+    return shift_sigma(noise_over_signal / (1 + noise_over_signal), factor // step)  # type: ignore
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, HfArgumentParser
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.flow import descend, high_band, sample_sigma
+from diffusers_greedy_grow.flow import descend, detail_variance, sample_sigma
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import tokenize
 from diffusers_greedy_grow.training import (
@@ -334,19 +334,18 @@ def grow_pipeline(
     pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, data: torch.utils.data.Dataset
 ) -> GreedyGrowPipeline:
     factor = phase.resolution // pipeline.unet.config.sample_size
-    variance = measure_high_band(data, phase.resolution, factor)
+    variance = measure_detail(data, phase.resolution, factor)
     stage = stage_arguments(phase, model_args)
-    return GreedyGrowPipeline.from_core(pipeline, phase.resolution, high_band_variance=variance, **stage)
+    return GreedyGrowPipeline.from_core(pipeline, phase.resolution, detail_variance=variance, **stage)
 
 
-def measure_high_band(data: torch.utils.data.Dataset, resolution: int, factor: int, count: int = 512) -> float:
-    """The mean square of the first pictures' high band at `resolution`: what `core_first="auto"` goes by."""
-    squares = []
+def measure_detail(data: torch.utils.data.Dataset, resolution: int, factor: int, count: int = 512) -> float:
+    """[`detail_variance`] of the first pictures at `resolution`: what `core_first="auto"` goes by."""
+    variances = []
     for i in range(min(count, len(data))):
         pixel_values = data[i]["pixel_values"].unsqueeze(0)
-        x0 = normalize(pixel_values, pixel_values.shape[-1] // resolution)
-        squares.append(high_band(x0, factor).square().mean().item())
-    return sum(squares) / len(squares)
+        variances.append(detail_variance(normalize(pixel_values, pixel_values.shape[-1] // resolution), factor))
+    return sum(variances) / len(variances)
 
 
 def stage_arguments(phase: Phase, model_args: ModelArguments) -> dict:

@@ -30,14 +30,15 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..flow import handover_sigma, shift_sigma, unshift_sigma, velocity_from_clean
+from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.growable_unet_2d_condition import load_core
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
-# `core_first="auto"`: in a state that the stage is left out of, how much of the high band's variance may be the picture's.
+# `core_first="auto"`: in a state that a stage is left out of, how large the picture's share of the variance may be in the
+# coarsest detail that the stage draws.
 CORE_FIRST_BOUND = 0.01
 
 EXAMPLE_DOC_STRING = """
@@ -71,9 +72,9 @@ class GreedyGrowPipeline(DiffusionPipeline):
             The tokenizer of `text_encoder`.
         max_sequence_length (`int`, defaults to 128):
             How many text tokens of a prompt are read.
-        high_band_variances (`tuple[float, ...]`, *optional*):
-            For each growth stage, the innermost first, the mean square over training pictures in [-1, 1] of what pooling
-            by its growth factor loses. `core_first="auto"` needs it; `training_examples/grow.py` measures it.
+        detail_variances (`tuple[float, ...]`, *optional*):
+            For each growth stage, the innermost first, [`~flow.detail_variance`] of the training pictures by its growth
+            factor. `core_first="auto"` needs it; `training_examples/grow.py` measures it.
 
     Raises:
         `ValueError`: if the scheduler is no flow-matching scheduler, or the text encoder's width is not the model's
@@ -91,7 +92,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_sequence_length: int = 128,
-        high_band_variances: tuple[float, ...] | None = None,
+        detail_variances: tuple[float, ...] | None = None,
     ):
         super().__init__()
         shift_name(scheduler)
@@ -103,7 +104,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
                     "pass the encoder that the model was trained with."
                 )
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(max_sequence_length=max_sequence_length, high_band_variances=high_band_variances)
+        self.register_to_config(max_sequence_length=max_sequence_length, detail_variances=detail_variances)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     @classmethod
@@ -114,7 +115,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
         block_out_channels: tuple[int, ...] = (128, 256),
         layers_per_block: int = 1,
         init: str = "preserve",
-        high_band_variance: float | None = None,
+        detail_variance: float | None = None,
         **kwargs,
     ) -> "GreedyGrowPipeline":
         r"""
@@ -127,8 +128,8 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 The pipeline to grow, or a local folder or Hub repository that holds it.
             sample_size, block_out_channels, layers_per_block, init:
                 See [`GrowableUNet2DConditionModel.from_core`].
-            high_band_variance (`float`, *optional*):
-                The new stage's entry of `high_band_variances`.
+            detail_variance (`float`, *optional*):
+                The new stage's entry of `detail_variances`.
             kwargs:
                 Passed to [`~DiffusionPipeline.from_pretrained`] if `core` is a path or repository.
 
@@ -158,20 +159,20 @@ class GreedyGrowPipeline(DiffusionPipeline):
         shift = pipeline.scheduler.config[name] * sample_size / pipeline.unet.config.sample_size
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{name: shift})
         variances = None
-        if high_band_variance is not None and len(pipeline.unet.sample_sizes) > 1:
-            variances = pipeline.config.high_band_variances and (
-                *pipeline.config.high_band_variances,
-                high_band_variance,
+        if detail_variance is not None and len(pipeline.unet.sample_sizes) > 1:
+            variances = pipeline.config.detail_variances and (
+                *pipeline.config.detail_variances,
+                detail_variance,
             )
-        elif high_band_variance is not None:
-            variances = (high_band_variance,)
+        elif detail_variance is not None:
+            variances = (detail_variance,)
         return cls(
             unet=unet,
             scheduler=scheduler,
             text_encoder=pipeline.text_encoder,
             tokenizer=pipeline.tokenizer,
             max_sequence_length=pipeline.config.max_sequence_length,
-            high_band_variances=variances,
+            detail_variances=variances,
         )
 
     @property
@@ -374,10 +375,10 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 '`init="random"` it does not. Pass None.'
             )
         if core_first == "auto":
-            variances = self.config.high_band_variances
+            variances = self.config.detail_variances
             if len(variances or ()) != len(sizes) - 1:
                 raise ValueError(
-                    '`core_first="auto"` needs the `high_band_variances` of the pictures that the model was trained on, one '
+                    '`core_first="auto"` needs the `detail_variances` of the pictures that the model was trained on, one '
                     f"for each growth stage, but the pipeline has {variances}. Pass a noise level, such as 0.8."
                 )
             levels = [
@@ -467,8 +468,9 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 once, for the prompt, in place of twice.
             core_first (`float` or `str`, *optional*):
                 Leaves growth stages out while the noise hides what they would draw, down to this noise level in (0, 1]
-                of each stage's own resolution. `"auto"` takes it from `high_band_variances`, such that in the states
-                concerned at most 1 % of the high band's variance is the picture's. By default all stages run always.
+                of each stage's own resolution. `"auto"` takes it from `detail_variances`, such that in the states
+                concerned the picture's part of the coarsest detail has at most 1 % of the noise's variance. By default
+                all stages run always.
 
         Examples:
 
@@ -581,6 +583,11 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 ).pred_original_sample
                 if guided and not at_core:
                     pred_original_sample = self.guide(*pred_original_sample.chunk(2))
+                if i and num_stages[i] > num_stages[i - 1]:
+                    # The law's state has the detail of its picture, which the stages have just been the first to say.
+                    sizes = self.unet.sample_sizes
+                    detail = high_band(pred_original_sample, sizes[-1] // sizes[num_stages[i - 1]])
+                    latents = latents + (1 - sigma) * detail
                 velocity = velocity_from_clean(latents, pred_original_sample, sigma)
 
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]

@@ -42,7 +42,7 @@ from PIL import Image
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import ascend, descend, pool, unshift_sigma
+from diffusers_greedy_grow.flow import ascend, descend, high_band, pool, unshift_sigma
 
 from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline, randomize
 
@@ -398,7 +398,10 @@ def test_core_first_leaves_stages_out_with_any_scheduler(scheduler):
 
 
 def test_the_state_at_the_handover_is_the_law():
-    """It is `n(sigma) U x_in + sigma H e`, with the state that the core alone arrives at, and with the first noise."""
+    """
+    It is `n(sigma) U x_in + sigma H e`, with the state that the core alone arrives at, and with the first noise. The stage
+    sees that, and after its first step the state has its detail as the law has it, `(1 - sigma) H x0 + sigma H e`.
+    """
     core = make_pipeline(make_core())
     grown = GreedyGrowPipeline.from_core(core, 32, block_out_channels=(8,))
     randomize(grown.unet.stages)
@@ -409,26 +412,31 @@ def test_the_state_at_the_handover_is_the_law():
         states[pipe.unet.config.sample_size].append(tensors["latents"])
         return {}
 
+    predictions = []
+    grown.unet.register_forward_hook(lambda *arguments: predictions.append(arguments[-1].pred_original_sample))
     noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    timesteps = torch.tensor([1000.0, 900.0, 800.0, 700.0, 600.0])
+    timesteps = torch.tensor([1000.0, 900.0, 800.0, 700.0, 600.0, 500.0])
     core_timesteps = 1000 * unshift_sigma(timesteps / 1000, 2.0)
     kwargs = {"guidance_scale": 2.0, "callback_on_step_end": keep}
     draw(core, latents=descend(noise, torch.ones(2), 2)[0], timesteps=core_timesteps.tolist(), **kwargs)
     draw(grown, latents=noise, timesteps=timesteps.tolist(), core_first=0.65, **kwargs)
-    expected, sigma = ascend(states[16][3], core_timesteps[4:].expand(2) / 1000, 2, noise)
+    expected, sigma = ascend(states[16][3], core_timesteps[[4, 4]] / 1000, 2, noise)
     torch.testing.assert_close(sigma, torch.full((2,), 0.6))
     torch.testing.assert_close(states[32][3], expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(states[32][4], expected, atol=0.1)
+    picture = grown.guide(*predictions[4].chunk(2))
+    detail = 0.5 * high_band(picture, 2) + 0.5 * high_band(noise, 2)
+    torch.testing.assert_close(high_band(states[32][4], 2), detail, atol=1e-4, rtol=1e-4)
+    assert high_band(picture, 2).std() > 0.1
 
 
 def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
-    grown = GreedyGrowPipeline.from_core(make_pipeline(), 32, block_out_channels=(8,), high_band_variance=0.02)
-    again = GreedyGrowPipeline.from_core(grown, 64, block_out_channels=(8,), high_band_variance=0.005)
+    grown = GreedyGrowPipeline.from_core(make_pipeline(), 32, block_out_channels=(8,), detail_variance=0.02)
+    again = GreedyGrowPipeline.from_core(grown, 64, block_out_channels=(8,), detail_variance=0.005)
     again.save_pretrained(tmp_path)
     again = GreedyGrowPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     inner, outer = again.get_handover_sigmas("auto")
-    # At its own level the inner stage's signal is 1 % of the noise in its high band.
+    # At its own level the inner stage's signal is 1 % of the noise in its detail.
     level = inner / (2 - inner)
     assert (1 - level) ** 2 * 0.02 == pytest.approx(0.01 * level**2 * 0.75)
     assert (1 - outer) ** 2 * 0.005 == pytest.approx(0.01 * outer**2 * 0.75)
@@ -440,7 +448,7 @@ def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
     assert counts["stage 0"] == sum(t <= 1000 * inner for t in again.scheduler.timesteps.tolist())
     assert 0 < counts["stage 1"] < counts["stage 0"] < 20
     with pytest.raises(
-        ValueError, match='`core_first="auto"` needs the `high_band_variances`.*but the pipeline has None'
+        ValueError, match='`core_first="auto"` needs the `detail_variances`.*but the pipeline has None'
     ):
         make_pipeline(make_grown())(PROMPTS[0], core_first="auto")
 

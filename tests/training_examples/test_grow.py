@@ -33,7 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.flow import high_band
+from diffusers_greedy_grow.flow import detail_variance
 from diffusers_greedy_grow.training import normalize
 from diffusers_greedy_grow.training.data import to_pixel_values
 
@@ -141,7 +141,7 @@ def test_every_phase_ends_in_a_pipeline(finished):
         image = pipeline("picture number 3", num_inference_steps=2).images[0]
         assert image.size == (size, size)
     # Of the pictures, whose high band it is.
-    (variance,) = pipeline.config.high_band_variances
+    (variance,) = pipeline.config.detail_variances
     assert 0 < variance < 1
     pipeline("picture number 3", num_inference_steps=2, core_first="auto", guidance_resolution="core")
 
@@ -328,9 +328,9 @@ def test_few_high_resolution_pictures(data, tmp_path):
     arguments = {"train_data_dir": data, "core_steps": 2, "detail_steps": 1, "joint_steps": 0}
     log = launch(tmp_path / "output", num_high_res_pictures=1, **arguments)
     assert "57 pictures to train on, 1 of them above the core's resolution" in log
-    (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.high_band_variances
+    (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances
     pictures = [to_pixel_values(Image.open(path), 16) for path in sorted(data.rglob("*.png"))]
-    variances = [high_band(normalize(picture[None], 1), 2).square().mean().item() for picture in pictures]
+    variances = [detail_variance(normalize(picture[None], 1), 2) for picture in pictures]
     assert min(abs(variance - other) for other in variances) < 1e-6
 
 
