@@ -15,11 +15,13 @@
 
 """
 The cascade that growing is to replace: a core, and a super-resolution UNet of diffusers that is trained apart from it on
-pictures and their averages (Ho et al., 2022: with noise on the averages, so that it forgives the core's mistakes).
+pictures and their averages, with noise of a random strength on the averages so that it forgives the core's mistakes (as Ho
+et al., 2022, but without telling the UNet the strength). Guidance acts in the core only.
 `grow_vs_scratch` runs it as one of its arms.
 """
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -32,8 +34,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evaluate import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, draw, held_out, score
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import add_noise, expand, pool, sample_sigma, upsample, velocity_from_clean
-from diffusers_greedy_grow.training import CaptionedPictures, EpochOrder, load_captioned_data, normalize
+from diffusers_greedy_grow.flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma, upsample, velocity_from_clean
+from diffusers_greedy_grow.training import (
+    CaptionedPictures,
+    EpochOrder,
+    load_captioned_data,
+    normalize,
+    sample_generators,
+)
 
 
 # Noise on the averages while training, uniform up to this; none while sampling.
@@ -58,6 +66,7 @@ def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: 
     )
 
 
+@functools.cache
 def count_flops(resolution: int, channels: tuple[int, ...], cross_attention_dim: int, num_tokens: int) -> int:
     """Of one picture, forward and backward."""
     with torch.device("meta"):
@@ -81,13 +90,13 @@ def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch
 
 
 @torch.no_grad()
-def enlarge(unet, pipeline: GreedyGrowPipeline, low: torch.Tensor, captions: list[str], factor: int) -> torch.Tensor:
-    """Pictures in [0, 1] from low-resolution ones in [0, 1]."""
+def enlarge(
+    unet, pipeline: GreedyGrowPipeline, low: torch.Tensor, x: torch.Tensor, captions: list[str], factor: int
+) -> torch.Tensor:
+    """Pictures in [0, 1] from low-resolution ones in [0, 1] and noise `x`."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=float(factor))
-    scheduler.set_timesteps(NUM_INFERENCE_STEPS, device=low.device)
-    generator = torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(NUM_INFERENCE_STEPS, device=x.device)
     low = 2 * low - 1
-    x = torch.randn(*low.shape[:2], low.shape[2] * factor, low.shape[3] * factor, generator=generator).to(low.device)
     text = encode(pipeline, captions)
     for t in scheduler.timesteps:
         sigma = (t / 1000).expand(len(x))
@@ -123,7 +132,7 @@ def main() -> None:
         unet.set_attention_backend("_native_math")
         pipeline.unet.set_attention_backend("_native_math")
 
-    rows, _ = load_captioned_data(None, args.train_data_dir, "image", "text", seed=0)
+    rows, _ = load_captioned_data(None, args.train_data_dir, "image", "text")
     pictures = CaptionedPictures(rows, args.resolution)
     order = EpochOrder(len(pictures), 0, args.steps * args.batch_size, seed=(args.seed, 1))
     loader = torch.utils.data.DataLoader(pictures, batch_size=args.batch_size, sampler=order)
@@ -144,7 +153,7 @@ def main() -> None:
             with torch.no_grad():
                 text = encode(pipeline, captions)
             clean = predict(unet, x, sigma, low, factor, **text)
-        loss = ((clean - x0) / expand(sigma, x0).clamp(min=0.05)).square().mean()
+        loss = ((clean - x0) / expand(sigma, x0).clamp(min=SIGMA_MIN)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -159,10 +168,14 @@ def main() -> None:
 
     captions, real = held_out(args.train_data_dir, args.resolution)
     low = draw(pipeline, captions, bfloat16, guidance_scale=GUIDANCE_SCALE)
+    noise = torch.stack(
+        [torch.randn(real.shape[1:], generator=generator) for generator in sample_generators((0,), 0, len(captions))]
+    )
     images = []
     for i in range(0, len(captions), 8):
+        batch = low[i : i + 8].to(device), noise[i : i + 8].to(device), captions[i : i + 8]
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            images.append(enlarge(unet, pipeline, low[i : i + 8].to(device), captions[i : i + 8], factor).cpu())
+            images.append(enlarge(unet, pipeline, *batch, factor).cpu())
     args.output_dir.mkdir(parents=True, exist_ok=True)
     result = {
         "pictures": {"cascade": args.steps * args.batch_size},

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-import diffusers_greedy_grow  # noqa: F401
 from benchmarks.swd import sliced_wasserstein
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training import CaptionedPictures, load_captioned_data, sample_generators
@@ -57,19 +56,24 @@ def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kw
 
 
 def score(images: torch.Tensor, captions: list[str], real: torch.Tensor) -> dict[str, float]:
-    """The shapes scorer's shares (where captions are of shapes), and the distances `swd_<pixels>`."""
+    """
+    The shapes scorer's shares (where captions are of shapes), and the distances `swd_<pixels>`. No textures below 64 px:
+    there the scorer gets a quarter of those of true pictures wrong.
+    """
     scores = {f"swd_{size}": value for size, value in sliced_wasserstein(images, real).items()}
     pictures = [(image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images]
     try:
         scores |= score_images(pictures, captions)
     except ValueError:  # captions of something else
         pass
+    if images.shape[-1] < 64:
+        scores.pop("texture", None)
     return scores
 
 
 def held_out(data_folder: str, resolution: int, count: int = NUM_PICTURES) -> tuple[list[str], torch.Tensor]:
     """Captions never trained on, and their pictures in [0, 1]."""
-    _, rows = load_captioned_data(None, data_folder, "image", "text", seed=0)
+    _, rows = load_captioned_data(None, data_folder, "image", "text")
     pictures = CaptionedPictures(rows, resolution)
     count = min(count, len(pictures))
     pixel_values = torch.stack([pictures[i]["pixel_values"] for i in range(count)])
@@ -102,7 +106,9 @@ def main() -> None:
             continue  # a core: those grown from it are scored
         started = time.perf_counter()
         bfloat16 = args.mixed_precision == "bf16"
-        if bfloat16 and not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            pipeline.to("cuda")
+        elif bfloat16:
             pipeline.unet.set_attention_backend("_native_math")
         captions, real = held_out(args.data_folder, pipeline.unet.config.sample_size)
         scores[phase] = score(draw(pipeline, captions, bfloat16), captions, real)

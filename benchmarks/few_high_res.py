@@ -22,17 +22,18 @@ How few high-resolution pictures are enough? All captions at the core's resoluti
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.grow_vs_scratch import SETTINGS, TOTAL_FLOPS
-from benchmarks.queue_of_runs import Job, add_queue_arguments, core_job, growth_job, run_queue, shapes_folder
-from benchmarks.tables import RESULTS, describe_machine, markdown, mean_and_deviation, write_json
+from benchmarks import grow_vs_scratch
+from benchmarks.grow_vs_scratch import SETTINGS
+from benchmarks.queue_of_runs import Job, add_queue_arguments, count_pictures, find_data, places, run_queue
+from benchmarks.tables import markdown, mean_and_deviation, write_json
 
 
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
-CORE_SHARE = 5 / 12
-# Arm: share of the growth's operations on the frozen core; `None` for training from scratch.
-ARMS = {"scratch": None, "ours, detail phase only": 1.0, "ours, long detail phase": 0.75}
+# With all pictures, these are the runs of grow_vs_scratch.
+ARMS = {arm.name: arm for arm in grow_vs_scratch.ARMS if arm.name in ("scratch", "ours, detail phase only")}
 
 
 def arm_name(arm: str, share: float) -> str:
@@ -40,26 +41,23 @@ def arm_name(arm: str, share: float) -> str:
 
 
 def make_jobs(seed: int, share: float, data: Path, num_pictures: int, scale: float) -> list[Job]:
-    setting, flops = SETTINGS[8], scale * TOTAL_FLOPS
-    core = core_job(setting, seed, flops * CORE_SHARE, data)
     more = {} if share == 1.0 else {"num_high_res_pictures": round(share * num_pictures)}
-    jobs = [core]
-    for arm, frozen_share in ARMS.items():
-        if frozen_share is None:
-            jobs.append(growth_job(setting, arm_name(arm, share), seed, flops, 0.0, data, None, **more))
-        else:
-            growth_flops = flops * (1 - CORE_SHARE)
-            jobs.append(
-                growth_job(setting, arm_name(arm, share), seed, growth_flops, frozen_share, data, core, **more)
-            )
-    return jobs
+    arms = [replace(arm, name=arm_name(name, share)) for name, arm in ARMS.items()]
+    return [
+        job for arm in arms for job in grow_vs_scratch.make_jobs(SETTINGS[8], arm, seed, data, data, scale, **more)
+    ]
+
+
+def find_runs(records: dict[str, dict], arm: str, share: float) -> list[dict]:
+    keys = {"arm": arm_name(arm, share), "factor": 8}
+    return [run for run in records.values() if keys.items() <= run["keys"].items()]
 
 
 def make_table(records: dict[str, dict]) -> list[dict]:
     rows = []
     for share in SHARES:
         for arm in ARMS:
-            runs = [run for run in records.values() if run["keys"]["arm"] == arm_name(arm, share)]
+            runs = find_runs(records, arm, share)
             if not runs:
                 continue
             ends = [run["curve"][-1] for run in runs]
@@ -87,12 +85,9 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
     names = {"val_loss": "loss", "val_loss_low": "low band", "val_loss_high": "high band"}
     for axis, (name, label) in zip(axes, names.items()):
-        for arm, marker in zip(ARMS, "os^"):
+        for arm, marker in zip(ARMS, "os"):
             points = [
-                (100 * share, run["curve"][-1][name])
-                for share in SHARES
-                for run in records.values()
-                if run["keys"]["arm"] == arm_name(arm, share)
+                (100 * share, run["curve"][-1][name]) for share in SHARES for run in find_runs(records, arm, share)
             ]
             if points:
                 axis.plot(*zip(*points), marker, label=arm, alpha=0.7)
@@ -110,17 +105,16 @@ def main() -> None:
     add_queue_arguments(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, choices=SHARES)
     args = parser.parse_args()
-    num_pictures, scale = (2000, 0.01) if args.quick else (20000, 1.0)
-    seeds, shares = (args.seeds[:1], [0.1]) if args.quick else (args.seeds, args.shares)
+    seeds, shares, scale = (args.seeds[:1], [0.1], 0.01) if args.quick else (args.seeds, args.shares, 1.0)
 
-    data = shapes_folder(Path(args.work_dir), 128, num_pictures)
+    data = find_data(args, 128)
+    num_pictures = 0 if args.report else count_pictures(data)
     jobs = [job for seed in seeds for share in shares for job in make_jobs(seed, share, data, num_pictures, scale)]
     records = run_queue(list({job.name: job for job in jobs}.values()), args)
-    rows = make_table(records)
+    rows, (_, results) = make_table(records), places(args)
     print(markdown(rows))
-    if not args.quick:
-        write_json(RESULTS / "few_high_res.json", {"machine": describe_machine(), "rows": rows})
-        draw_plot(records, RESULTS / "few_high_res.png")
+    write_json(results / "few_high_res.json", {"rows": rows})
+    draw_plot(records, results / "few_high_res.png")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,12 @@ from benchmarks.queue_of_runs import (
     Setting,
     add_queue_arguments,
     core_job,
+    find_data,
     growth_job,
+    places,
     run_queue,
-    shapes_folder,
 )
-from benchmarks.tables import RESULTS, describe_machine, markdown, mean_and_deviation, write_json
+from benchmarks.tables import markdown, mean_and_deviation, write_json
 
 
 # All at 16 px inside; each stage ends at single pixels.
@@ -66,6 +67,7 @@ class Arm:
     core_share: float
     frozen_share: float
     logit_mean: float
+    num_seeds: int = 3
 
 
 ARMS = (
@@ -80,30 +82,49 @@ ARMS = (
 )
 
 
-def make_jobs(setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float) -> list[Job]:
-    """The run of one arm, growth factor and seed, and before it the core that it grows, which others share."""
+def make_jobs(
+    setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float = 1.0, **more
+) -> list[Job]:
+    """The run of one arm and seed, and before it the core that it grows, which others share; `more` is for grow.py."""
     flops = scale * TOTAL_FLOPS
     core = core_job(setting, seed, flops * arm.core_share, core_data) if arm.core_share else None
     if arm.init == "cascade":
-        channels, text = CASCADE_CHANNELS[setting.factor], (TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH)
-        cost = cascade.count_flops(setting.resolution, channels, *text)
-        steps = round(flops * (1 - arm.core_share) / cost / setting.batch_size)
-        arguments = {"resolution": setting.resolution, "block_out_channels": channels, "seed": seed}
-        arguments |= {"steps": steps, "batch_size": setting.batch_size, "logit_mean": arm.logit_mean}
-        return [
+        run = cascade_job(setting, arm, seed, flops * (1 - arm.core_share), data, core)
+    else:
+        run = growth_job(
+            setting,
+            arm.name,
+            seed,
+            flops * (1 - arm.core_share),
+            arm.frozen_share,
+            data,
             core,
-            Job(
-                name=f"x{setting.factor}-{arm.name.replace(', ', '-')}-{steps}-seed-{seed}",
-                arguments=arguments,
-                keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": core.name},
-                core=core.name,
-                script="benchmarks/cascade.py",
-                data=data,
-            ),
-        ]
-    growth_flops, more = flops * (1 - arm.core_share), {"init": arm.init, "logit_mean": [1.0, arm.logit_mean]}
-    growth = growth_job(setting, arm.name, seed, growth_flops, arm.frozen_share, data, core, **more)
-    return [core, growth] if core else [growth]
+            logit_mean=arm.logit_mean,
+            init=arm.init,
+            **more,
+        )
+    return [core, run] if core else [run]
+
+
+def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path, core: Job) -> Job:
+    channels = CASCADE_CHANNELS[setting.factor]
+    cost = cascade.count_flops(setting.resolution, channels, TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH)
+    steps = round(flops / cost / setting.batch_size)
+    return Job(
+        name=f"x{setting.factor}-{arm.name.replace(', ', '-').replace(' ', '-')}-{steps}-seed-{seed}",
+        arguments={
+            "resolution": setting.resolution,
+            "block_out_channels": channels,
+            "seed": seed,
+            "steps": steps,
+            "batch_size": setting.batch_size,
+            "logit_mean": arm.logit_mean,
+        },
+        keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": core.name},
+        data=data,
+        core=core.name,
+        script="benchmarks/cascade.py",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,7 +153,7 @@ def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, tuple[
     """By arm and seed, a run's curve and the scores of the last pipeline that it left."""
     collected: dict = {arm.name: {} for arm in ARMS}
     for run in records.values():
-        if run["keys"].get("factor") == factor:
+        if run["keys"].get("factor") == factor and run["keys"]["arm"] in collected:
             scores = run["scores"][list(run["seconds"])[-1]]
             collected[run["keys"]["arm"]][run["keys"]["seed"]] = (total_curve(run, records), scores)
     return {arm: seeds for arm, seeds in collected.items() if seeds}
@@ -217,24 +238,23 @@ def main() -> None:
     parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Only these.")
     args = parser.parse_args()
-    if args.quick:
-        args.seeds = args.seeds[:1]
+    seeds, scale = (args.seeds[:1], 0.01) if args.quick else (args.seeds, 1.0)
 
-    work_dir, num_pictures = Path(args.work_dir), 2000 if args.quick else 20000
     jobs: dict[str, Job] = {}
+    core_data = find_data(args, 128)
     for factor in args.factors:
-        data, core_data = (shapes_folder(work_dir, size, num_pictures) for size in (SETTINGS[factor].resolution, 128))
-        for seed in args.seeds:
+        data = find_data(args, SETTINGS[factor].resolution)
+        for seed in seeds:
             for arm in ARMS:
-                if arm.name in args.arms:
-                    new = make_jobs(SETTINGS[factor], arm, seed, data, core_data, 0.01 if args.quick else 1.0)
-                    jobs |= {job.name: job for job in new}
+                if arm.name in args.arms and seed < arm.num_seeds:
+                    jobs |= {job.name: job for job in make_jobs(SETTINGS[factor], arm, seed, data, core_data, scale)}
     records = run_queue(list(jobs.values()), args)
     tables = {factor: make_table(records, factor) for factor in SETTINGS if collect(records, factor)}
-    print("\n\n".join(markdown(rows) for rows in tables.values()))
-    if not args.quick:
-        write_json(RESULTS / "grow_vs_scratch.json", {"machine": describe_machine(), "tables": tables})
-        draw_plot(records, RESULTS / "grow_vs_scratch.png")
+    print("\n\n".join(markdown(rows) for rows in tables.values()) or markdown([]))
+    _, results = places(args)
+    write_json(results / "grow_vs_scratch.json", {"tables": tables})
+    if tables:
+        draw_plot(records, results / "grow_vs_scratch.png")
 
 
 if __name__ == "__main__":

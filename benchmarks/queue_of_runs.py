@@ -20,21 +20,23 @@ goes on from its last checkpoint.
 """
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
 import torch
 
-from benchmarks.tables import RESULTS, write_json
+from benchmarks.tables import RESULTS, describe_machine, write_json
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.training import PhasePlan, plan_phase
+from diffusers_greedy_grow.training import PhasePlan, load_captioned_data, plan_phase, sorted_checkpoints
 from diffusers_greedy_grow.training.shapes import write_shapes
 
 
@@ -46,24 +48,23 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH = 128, 16
-
-
 GROW = "training_examples/grow.py"
 
 
 @dataclass
 class Job:
     """
-    One run: a unique `name`, the `arguments` of the `script` (another than `grow.py` evaluates itself), and the name of the job whose pipeline it starts from.
-    `keys` say in the results what it is: arm, seed, growth factor.
+    One run: a unique `name`, the `arguments` of the `script` (another than `grow.py` evaluates itself), the `data` it
+    trains on, and the name of the job whose pipeline it starts from. `keys` say in the results what it is: arm, seed,
+    growth factor.
     """
 
     name: str
     arguments: dict
     keys: dict
+    data: Path
     core: str | None = None
     script: str = GROW
-    data: Path = field(default=Path())
 
 
 def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,14 +75,42 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="A small version that takes minutes; no evidence.")
     parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
     precision = "bf16" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "no"
-    parser.add_argument("--mixed_precision", default=precision)
+    parser.add_argument("--mixed_precision", default=precision, choices=["no", "bf16"])
+
+
+def places(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The folders of runs and of results. Those of other data than shapes, or of `--quick`, mix with no others."""
+    work_dir = Path(args.work_dir)
+    if args.quick:
+        return work_dir / "quick", work_dir / "quick"
+    if args.train_data_dir:
+        name = Path(args.train_data_dir).stem
+        return work_dir / name, RESULTS / name
+    return work_dir, RESULTS
+
+
+def find_data(args: argparse.Namespace, image_size: int) -> Path:
+    """The folder that is trained on: captioned shapes, drawn once for all runs, or the user's own pictures."""
+    if args.train_data_dir:
+        return Path(args.train_data_dir)
+    num_train = 2000 if args.quick else 20000
+    folder = Path(args.work_dir) / f"shapes-{image_size}px-{num_train}"
+    if not args.report and not (folder / "validation.parquet").exists():
+        print(f"Drawing {num_train} captioned shapes into {folder}.", flush=True)
+        write_shapes(folder, num_train=num_train, num_validation=256, image_size=image_size, texture_cells=16)
+    return folder
+
+
+def count_pictures(data: Path) -> int:
+    """Of its training part."""
+    return len(load_captioned_data(None, str(data), "image", "text")[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What runs cost
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setting:
     """The models of a comparison: one core, and the stage that is grown around it."""
 
@@ -124,16 +153,21 @@ class Setting:
 
     def plans(self, init: str = "preserve") -> dict[str, PhasePlan]:
         """What a picture costs in each phase."""
-        with torch.device("meta"):
-            core = self.build_core()
-            grown = GrowableUNet2DConditionModel.from_core(
-                core, self.resolution, block_out_channels=self.channels, init=init
-            )
-            plans = {"core": plan_phase("core", core, self.core_resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)}
-            for kind in ("detail", "joint"):
-                (grown.freeze_core if kind == "detail" else grown.unfreeze_core)()
-                plans[kind] = plan_phase(kind, grown, self.resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)
-        return plans
+        return count_costs(self, init)
+
+
+@functools.cache
+def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
+    with torch.device("meta"):
+        core = setting.build_core()
+        grown = GrowableUNet2DConditionModel.from_core(
+            core, setting.resolution, block_out_channels=setting.channels, init=init
+        )
+        plans = {"core": plan_phase("core", core, setting.core_resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)}
+        for kind in ("detail", "joint"):
+            (grown.freeze_core if kind == "detail" else grown.unfreeze_core)()
+            plans[kind] = plan_phase(kind, grown, setting.resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)
+    return plans
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,6 +188,7 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
             **setting.core_arguments(),
             "resolutions": [setting.core_resolution, 128],
             "seed": seed,
+            "logit_mean": [1.0],
             "core_steps": steps,
             "detail_steps": [0],
             "joint_steps": [0],
@@ -172,12 +207,14 @@ def growth_job(
     frozen_share: float,
     data: Path,
     core: Job | None,
+    logit_mean: float = -1.0,
     init: str = "preserve",
     **more,
 ) -> Job:
     """
     `flops` operations above the core's resolution, `frozen_share` of them with the core frozen; without a `core`,
-    everything is trained from scratch.
+    everything is trained from scratch. `logit_mean` says at which noise levels: 1 is where the core trains, -1 is less
+    noise.
     """
     costs = setting.plans(init)
     frozen_steps = round(frozen_share * flops / costs["detail"].train_flops / setting.batch_size)
@@ -190,6 +227,7 @@ def growth_job(
             **setting.core_arguments(),
             "seed": seed,
             "init": init,
+            "logit_mean": [1.0, logit_mean],
             "detail_steps": [frozen_steps],
             "joint_steps": [joint_steps],
             "train_batch_size": [CORE_BATCH_SIZE, setting.batch_size],
@@ -207,39 +245,39 @@ def growth_job(
 # The queue
 
 
-def shapes_folder(work_dir: Path, image_size: int, num_train: int = 20000) -> Path:
-    """Captioned shapes, drawn once for all runs."""
-    folder = work_dir / f"shapes-{image_size}px-{num_train}"
-    if not (folder / "validation.parquet").exists():
-        print(f"Drawing {num_train} captioned shapes into {folder}.", flush=True)
-        write_shapes(folder, num_train=num_train, num_validation=256, image_size=image_size, texture_cells=16)
-    return folder
-
-
-def records_path(args: argparse.Namespace) -> Path:
-    """What has been run; all benchmarks share it, and with it the runs that they have in common."""
-    return Path(args.work_dir) / "quick.json" if args.quick else RESULTS / "runs.json"
-
-
-def read_records(args: argparse.Namespace) -> dict[str, dict]:
-    path = records_path(args)
+def read_records(path: Path) -> dict[str, dict]:
     return {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
 
 
 def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     """
-    Runs what has not been run yet, unless only the report is wanted.
+    Runs those `jobs` that have not been run yet, or none with `--report`.
 
     Returns:
-        Of those `jobs` that have been run, the records by name: `keys`, `pictures` by phase, `curve` (the lines of metrics with a held-out loss), `seconds` of training and
-        `scores` of each pipeline that the run left.
+        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `pictures` by phase, `curve` (the
+        lines of metrics with a held-out loss), `seconds` of training and `scores` of each pipeline that the run left.
+
+    Raises:
+        `ValueError`: if a job has been run with other arguments, which its record would pass off as these.
+        `RuntimeError`: if a run fails. The other ones are finished first.
     """
-    work_dir = Path(args.work_dir)
-    wanted = {job.name for job in jobs}
-    records = read_records(args)
+    work_dir, results = places(args)
+    path = results / "runs.json"  # shared by all benchmarks, and with it the runs that they have in common
+    if args.quick and not args.report:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    records = read_records(path)
     if args.report:
-        return {name: record for name, record in records.items() if name in wanted}
+        return records
     folders = {job.name: work_dir / job.name for job in jobs}
+    definitions = {job.name: define(job, args) for job in jobs}
+    for job in jobs:
+        ran = records.get(job.name, {}).get("arguments", definitions[job.name])
+        different = {name for name in ran | definitions[job.name] if ran.get(name) != definitions[job.name].get(name)}
+        if different:
+            raise ValueError(
+                f"{job.name} has been run with other values of {sorted(different)}: to run it again, remove it from {path} "
+                f"and remove {folders[job.name]}."
+            )
     lock = Lock()
 
     # Cores first: the others wait for theirs. A core whose folder is lost is trained again if it is still needed.
@@ -250,37 +288,48 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     ready = {name: Event() for name in needed}
 
     def finish(job: Job) -> None:
-        if job.core in ready:
-            ready[job.core].wait()
-        record = run_job(job, folders, args)
-        if job.name in ready:
-            ready[job.name].set()
+        try:
+            if job.core in ready:
+                ready[job.core].wait()
+                if not (folders[job.core] / "result.json").exists():
+                    raise RuntimeError(f"{job.name} cannot be run: {job.core} failed.")
+            record = run_job(job, definitions[job.name], folders)
+        finally:
+            if job.name in ready:
+                ready[job.name].set()
         with lock:
-            records.update({**read_records(args), job.name: record})
-            write_json(records_path(args), sorted(records.values(), key=lambda record: record["name"]))
-            left = len(wanted - set(records))
+            records.update({**read_records(path), job.name: record})
+            write_json(path, sorted(records.values(), key=lambda record: record["name"]))
+            left = sum(job.name not in records for job in jobs)
             print(f"{time.strftime('%H:%M')} {job.name} is done, {left} to go.", flush=True)
 
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(finish, queue))
-    return {name: record for name, record in records.items() if name in wanted}
+    return records
 
 
-def run_job(job: Job, folders: dict[str, Path], args: argparse.Namespace) -> dict:
+def define(job: Job, args: argparse.Namespace) -> dict:
+    """All that a run's result depends on."""
+    arguments = {**job.arguments, "data": job.data.name, "mixed_precision": args.mixed_precision}
+    return json.loads(json.dumps(arguments | ({"core": job.core} if job.core else {})))
+
+
+def run_job(job: Job, definition: dict, folders: dict[str, Path]) -> dict:
     folder = folders[job.name]
+    precision = definition["mixed_precision"]
     arguments = {
         **job.arguments,
-        "train_data_dir": str(args.train_data_dir or job.data),
+        "train_data_dir": str(job.data),
         "output_dir": str(folder),
-        "mixed_precision": args.mixed_precision,
+        "mixed_precision": precision,
     }
     if job.core is not None:
         arguments["core"] = str(folders[job.core] / "core")
     if job.script == GROW:
         arguments["num_scored_pictures"] = 0
-        if args.mixed_precision == "bf16" and not torch.cuda.is_available():
+        if precision == "bf16" and not torch.cuda.is_available():
             arguments["attention_backend"] = "_native_math"
-        if list((folder / "checkpoints").glob("*")):
+        if sorted_checkpoints(folder / "checkpoints"):
             arguments["resume_from_checkpoint"] = "latest"
         else:
             arguments["overwrite_output_dir"] = True
@@ -291,21 +340,15 @@ def run_job(job: Job, folders: dict[str, Path], args: argparse.Namespace) -> dic
         elif value is not None:
             flags += [f"--{name}", str(value)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes=1",
-        "--num_cpu_threads_per_process=1",
-    ]
-    evaluate = [sys.executable, "-m", "benchmarks.evaluate", str(folder), arguments["train_data_dir"]]
-    evaluate.append(f"--mixed_precision={args.mixed_precision}")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--dynamo_backend=no"]
+    train = [*launcher, "--num_cpu_threads_per_process=1", job.script, *flags]
+    evaluate = [sys.executable, "-m", "benchmarks.evaluate", str(folder), str(job.data)]
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log:
-        train = [*launch, "--dynamo_backend=no", job.script, *flags]
-        for command in [train, evaluate] if job.script == GROW else [train]:
+        for command in [train, [*evaluate, f"--mixed_precision={precision}"]] if job.script == GROW else [train]:
             finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             if finished.returncode:
                 raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to go on.")
-    return {"name": job.name, "keys": job.keys, **json.loads((folder / "result.json").read_text())}
+    result = json.loads((folder / "result.json").read_text())
+    return {"name": job.name, "keys": job.keys, "arguments": definition, "machine": describe_machine(), **result}

@@ -15,7 +15,7 @@
 
 """
 Does a deeper core align better? Cores of one, two and four times the transformer's parameters, trained on the same
-pictures and grown with the same encoder and decoder.
+pictures and grown with the same encoder and decoder, 16 -> 128 px.
 
     python -m benchmarks.scale_core                 # stops and goes on where it was
     python -m benchmarks.scale_core --quick
@@ -26,35 +26,57 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.grow_vs_scratch import SETTINGS
-from benchmarks.queue_of_runs import Job, add_queue_arguments, core_job, growth_job, run_queue, shapes_folder
-from benchmarks.tables import RESULTS, describe_machine, markdown, mean_and_deviation, write_json
+from benchmarks.grow_vs_scratch import ARMS, SETTINGS, TOTAL_FLOPS
+from benchmarks.queue_of_runs import (
+    Job,
+    Setting,
+    add_queue_arguments,
+    core_job,
+    find_data,
+    growth_job,
+    places,
+    run_queue,
+)
+from benchmarks.tables import markdown, mean_and_deviation, write_json
 
 
-LAYERS = (4, 8, 16)
-CORE_PICTURES, GROWTH_PICTURES = 36000, 12000
+# The core is frozen while the stage trains, so that its alignment is what the pictures show. With the usual number of
+# layers, these are the runs of grow_vs_scratch, and as many pictures with the others.
+(ARM,) = (arm for arm in ARMS if arm.name == "ours, detail phase only")
+LAYERS = (3, 6, 12)
 
 
 def arm_name(num_layers: int) -> str:
-    return f"{num_layers} layers"
+    return ARM.name if num_layers == SETTINGS[8].num_layers else f"{ARM.name}, {num_layers} layers"
 
 
-def make_jobs(num_layers: int, seed: int, data: Path, core_data: Path, scale: float) -> list[Job]:
-    """The core is frozen while the stage trains, so that its alignment is what the pictures show."""
-    setting = replace(SETTINGS[4], num_layers=num_layers)
-    costs = setting.plans()
-    core = core_job(setting, seed, scale * CORE_PICTURES * costs["core"].train_flops, core_data)
-    flops = scale * GROWTH_PICTURES * costs["detail"].train_flops
-    return [core, growth_job(setting, arm_name(num_layers), seed, flops, 1.0, data, core)]
+def make_setting(num_layers: int) -> Setting:
+    return replace(SETTINGS[8], num_layers=num_layers)
+
+
+def make_jobs(num_layers: int, seed: int, data: Path, scale: float) -> list[Job]:
+    setting = make_setting(num_layers)
+    core_flops, growth_flops = (
+        scale * TOTAL_FLOPS * share * setting.plans()[phase].train_flops / SETTINGS[8].plans()[phase].train_flops
+        for phase, share in (("core", ARM.core_share), ("detail", 1 - ARM.core_share))
+    )
+    core = core_job(setting, seed, core_flops, data)
+    growth = growth_job(setting, arm_name(num_layers), seed, growth_flops, 1.0, data, core, ARM.logit_mean)
+    return [core, growth]
+
+
+def find_runs(records: dict[str, dict], num_layers: int) -> list[dict]:
+    keys = {"arm": arm_name(num_layers), "factor": 8}
+    return [run for run in records.values() if keys.items() <= run["keys"].items()]
 
 
 def make_table(records: dict[str, dict]) -> list[dict]:
     rows = []
     for num_layers in LAYERS:
-        runs = [run for run in records.values() if run["keys"]["arm"] == arm_name(num_layers)]
+        runs = find_runs(records, num_layers)
         if not runs:
             continue
-        parts = replace(SETTINGS[4], num_layers=num_layers).plans()
+        parts = make_setting(num_layers).plans()
         ends = [run["curve"][-1] for run in runs]
         scores = [run["scores"][list(run["seconds"])[-1]] for run in runs]
         rows.append(
@@ -86,10 +108,10 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             points = [
                 (num_layers, run["scores"][list(run["seconds"])[-1]][name])
                 for num_layers in LAYERS
-                for run in records.values()
-                if run["keys"]["arm"] == arm_name(num_layers)
+                for run in find_runs(records, num_layers)
             ]
-            axis.plot(*zip(*points), "o", label=name, alpha=0.7)
+            if points:
+                axis.plot(*zip(*points), "o", label=name, alpha=0.7)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("layers of the core")
         axis.set_title(title)
@@ -103,16 +125,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     add_queue_arguments(parser)
     args = parser.parse_args()
-    num_pictures, scale = (2000, 0.01) if args.quick else (20000, 1.0)
-    data, core_data = (shapes_folder(Path(args.work_dir), size, num_pictures) for size in (64, 128))
-    seeds = args.seeds[:1] if args.quick else args.seeds
-    jobs = [job for seed in seeds for n in LAYERS for job in make_jobs(n, seed, data, core_data, scale)]
+    data, (_, results) = find_data(args, 128), places(args)
+    seeds, scale = (args.seeds[:1], 0.01) if args.quick else (args.seeds, 1.0)
+    jobs = [job for seed in seeds for n in LAYERS for job in make_jobs(n, seed, data, scale)]
     records = run_queue(jobs, args)
     rows = make_table(records)
     print(markdown(rows))
-    if not args.quick:
-        write_json(RESULTS / "scale_core.json", {"machine": describe_machine(), "rows": rows})
-        draw_plot(records, RESULTS / "scale_core.png")
+    write_json(results / "scale_core.json", {"rows": rows})
+    draw_plot(records, results / "scale_core.png")
 
 
 if __name__ == "__main__":

@@ -317,13 +317,13 @@ def main() -> None:
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    # As grow.py has it: attention in plain torch, without a detour through float32.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if args.memory:
         return print_memory(args.memory[0], int(args.memory[1]), int(args.memory[2]))
     if args.quick:
         args.resolutions, args.hidden_sizes, args.repeats = [64], [128], 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # As grow.py has it: attention in plain torch, without a detour through float32.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if args.core:
         rows, name = measure_core(args, device), "step_time_core"
     else:

@@ -42,6 +42,8 @@ def mean_and_deviation(values: list[float], digits: int = 3) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
+    if not rows:
+        return "Nothing has been run yet."
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]

@@ -253,18 +253,21 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         [parse_channels(channels) for channels in model.block_out_channels]
     except ValueError:
         parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
-    positive = ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
-    for name in (*positive, "gradient_accumulation_steps"):
-        if getattr(training, name) < 1:
+    counts = ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
+    for name in (*counts, "gradient_accumulation_steps", "num_inference_steps", "train_batch_size"):
+        if np.min(getattr(training, name)) < 1:
             parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
+    for name in ("core_steps", "detail_steps", "joint_steps", "learning_rate", "core_lr_scale", "logit_std"):
+        if np.min(getattr(training, name), initial=0) < 0:
+            parser.error(f"--{name} {getattr(training, name)}: cannot be negative.")
     if model.core is None and training.core_steps < 1 and (len(sizes) != 2 or training.detail_steps[0]):
         parser.error(
             f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
         )
     if data.num_high_res_pictures is not None and data.num_high_res_pictures < 1:
         parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
-    if model.core is not None and not sum(training.detail_steps + training.joint_steps):
-        parser.error("There is nothing to train: with --core, name a larger resolution and its --detail_steps.")
+    if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
+        parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
     for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
         values = [choice.value for choice in choices]
         if getattr(training, name) not in (None, *values):
@@ -899,7 +902,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         train_data_dir = data_args.train_data_dir
     train_rows, validation_rows = load_captioned_data(
-        data_args.dataset_name, train_data_dir, data_args.image_column, data_args.caption_column, args.seed
+        data_args.dataset_name, train_data_dir, data_args.image_column, data_args.caption_column
     )
     train_data = CaptionedPictures(train_rows, model_args.resolutions[-1])
     validation_data = CaptionedPictures(validation_rows, model_args.resolutions[-1])

@@ -206,7 +206,7 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         **kwargs,
     ) -> "GrowableUNet2DConditionModel":
         r"""
-        Grows a model: a new stage of `sample_size` around a copy of `core`.
+        Grows a model: a new stage of `sample_size` around a copy of `core`, whose adapters have to be unloaded.
 
         Args:
             core ([`ShallowUNet2DModel`], [`GrowableUNet2DConditionModel`], `str` or `Path`):
@@ -232,7 +232,8 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             [`GrowableUNet2DConditionModel`] in the dtype and on the device of the core.
 
         Raises:
-            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core.
+            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or it has adapters.
+            `TypeError`: if there are `kwargs` although `core` is a loaded model.
             `OSError`: if there is no complete, undamaged core at `core`.
         """
         is_loaded_here = isinstance(core, (str, Path))
@@ -244,6 +245,11 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             raise ValueError(
                 "`core` has to be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
                 f"but is a {type(core).__name__}."
+            )
+        if getattr(core, "peft_config", None):
+            raise ValueError(
+                f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "
+                "`core.unload_lora()`, and load them into the grown model."
             )
 
         stages: dict = {"inner_sample_sizes": (), "block_out_channels": (), "layers_per_block": (), "init": init}
@@ -385,8 +391,8 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
 
         Raises:
-            `ValueError`: if a stage or a core is asked for an answer that it cannot give by itself, since with
-            `init="random"` the first stage and the core are one.
+            `ValueError`: if text, sides or `num_stages` do not fit, or if a stage or a core is asked for an answer that it
+            cannot give by itself, since with `init="random"` the first stage and the core are one.
         """
         check_text(self.config.cross_attention_dim, encoder_hidden_states)
         batch_size, _, height, width = sample.shape
@@ -398,6 +404,8 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         num_stages = len(self.stages) if num_stages is None else num_stages
         if not 0 <= num_stages <= len(self.stages):
             raise ValueError(f"`num_stages={num_stages}` has to be from 0 to {len(self.stages)}.")
+        if (guide is None) != (negative_encoder_hidden_states is None):
+            raise ValueError("`guide` and `negative_encoder_hidden_states` need each other: pass both or neither.")
         if not self._preserves(0) and (num_stages == 0 or guide is not None):
             raise ValueError(
                 f"`num_stages={num_stages}` and `guide={guide}`: the core of a model grown with `init='random'` draws no "

@@ -14,6 +14,7 @@
 
 """Text to image, in pixel space, with a core or with a model grown from it."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,14 @@ class GreedyGrowPipeline(DiffusionPipeline):
             raise ValueError(f"`height={height}` and `width={width}` have to be positive multiples of {cell}.")
         if timesteps is None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
             raise ValueError(f"`num_inference_steps={num_inference_steps}` has to be a positive integer.")
+        if timesteps is not None:
+            falling = all(later < earlier for earlier, later in zip(timesteps, timesteps[1:]))
+            if not len(timesteps) or not falling or not 0 < timesteps[-1] <= timesteps[0] <= 1000:
+                raise ValueError(f"`timesteps={list(timesteps)}` have to fall, from 1000 at most to above 0.")
+            if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"`timesteps` cannot be set for a {type(self.scheduler).__name__}: pass `num_inference_steps`."
+                )
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt={num_images_per_prompt}` has to be a positive integer.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -529,12 +538,11 @@ class GreedyGrowPipeline(DiffusionPipeline):
             batch_size = num_images_per_prompt
 
         # 3. Prepare timesteps
+        schedule: dict = {"num_inference_steps": num_inference_steps}
         if timesteps is not None:
             shift = self.scheduler.config[shift_name(self.scheduler)]
-            sigmas = unshift_sigma(np.array(timesteps) / 1000, shift)
-            timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, device=device, sigmas=sigmas)
-        else:
-            timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device)
+            schedule = {"sigmas": unshift_sigma(np.array(timesteps) / 1000, shift)}
+        timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, device=device, **schedule)
         self._num_timesteps = len(timesteps)
 
         # 4. Prepare the noise. It is the picture that emerges, so it stays in float32 whatever the model runs in.
@@ -546,7 +554,9 @@ class GreedyGrowPipeline(DiffusionPipeline):
 
         # 5. Denoising loop
         handover_sigmas = self.get_handover_sigmas(core_first)
-        num_stages = [sum(t / 1000 <= level for level in handover_sigmas) for t in self.scheduler.timesteps.tolist()]
+        num_stages = [sum(t / 1000 <= level for level in handover_sigmas) for t in timesteps.tolist()]
+        # A step of several evaluations (Heun's) has the same stages in all of them.
+        num_stages = [num_stages[i - i % self.scheduler.order] for i in range(len(timesteps))]
         at_core = guidance_resolution == "core" and bool(handover_sigmas)
         text_caches: dict[bool, dict] = {True: {}, False: {}}  # what the text alone decides, with and without guidance
         num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
@@ -584,10 +594,13 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 if guided and not at_core:
                     pred_original_sample = self.guide(*pred_original_sample.chunk(2))
                 if i and num_stages[i] > num_stages[i - 1]:
-                    # The law's state has the detail of its picture, which the stages have just been the first to say.
+                    # The law's state has the detail of its picture in it, which these stages are the first to say. A
+                    # solver that remembers earlier steps would go back to its own state without it: it starts anew.
                     sizes = self.unet.sample_sizes
                     detail = high_band(pred_original_sample, sizes[-1] // sizes[num_stages[i - 1]])
                     latents = latents + (1 - sigma) * detail
+                    retrieve_timesteps(self.scheduler, device=device, **schedule)
+                    self.scheduler.set_begin_index(i)
                 velocity = velocity_from_clean(latents, pred_original_sample, sigma)
 
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]

@@ -28,10 +28,11 @@ from ..flow import pool
 
 
 def load_captioned_data(
-    dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str, seed: int
+    dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str
 ) -> tuple[Dataset, Dataset]:
     """
-    Loads pictures with captions and splits off what is not trained on.
+    Loads pictures with captions and splits off what is not trained on: data with no `validation` or `test` of its own has
+    5 % held out, 256 at most, and always the same ones.
 
     Args:
         dataset_name (`str`, *optional*):
@@ -41,8 +42,6 @@ def load_captioned_data(
             with parquet files, or one parquet file.
         image_column (`str`), caption_column (`str`):
             The columns to read.
-        seed (`int`):
-            For the split, if the data has no `validation` or `test` of its own: then 5 % are held out, 256 at most.
 
     Returns:
         The training and the validation rows, with the columns `image` and `text`.
@@ -89,7 +88,7 @@ def load_captioned_data(
     if len(splits["train"]) < 2:
         raise ValueError("The data has fewer than two rows: there is nothing to train on and to hold out.")
     held_out = min(256, max(1, len(splits["train"]) // 20))
-    split = splits["train"].train_test_split(test_size=held_out, seed=seed)
+    split = splits["train"].train_test_split(test_size=held_out, seed=0)
     return split["train"], split["test"]
 
 

@@ -17,17 +17,21 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cascade, grow_vs_scratch, sampling, step_time
+from benchmarks import cascade, few_high_res, grow_vs_scratch, queue_of_runs, sampling, scale_core, step_time
 from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, growth_job, run_queue
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
 from diffusers_greedy_grow.training.shapes import write_shapes
 
 from ..testing_utils import make_grown, make_pipeline
+
+
+SETTING = grow_vs_scratch.SETTINGS[8]
 
 
 def test_sliced_wasserstein_sees_a_difference_at_its_level():
@@ -61,13 +65,13 @@ def test_flops_to_reach():
 
 
 def test_the_arms_of_a_comparison_cost_the_same():
-    setting = grow_vs_scratch.SETTINGS[8]
+    setting = SETTING
     for arm in grow_vs_scratch.ARMS:
-        jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None, 1.0)
+        jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None)
         costs, flops = setting.plans("preserve" if arm.init == "cascade" else arm.init), 0
         for job in jobs:
             arguments = job.arguments
-            if job.keys["arm"] == "cascade":
+            if job.keys["arm"].startswith("cascade"):
                 cost = cascade.count_flops(128, arguments["block_out_channels"], 128, 16)
                 flops += arguments["steps"] * arguments["batch_size"] * cost
                 continue
@@ -80,7 +84,8 @@ def test_the_arms_of_a_comparison_cost_the_same():
         assert flops == pytest.approx(grow_vs_scratch.TOTAL_FLOPS, rel=0.002), arm.name
 
 
-def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path):
+def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_of_runs, "RESULTS", tmp_path / "results")
     setting = Setting(
         resolution=32,
         block_out_channels="8",
@@ -96,7 +101,7 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path):
     growth = growth_job(setting, "ours", 0, 8 * costs["joint"].train_flops, 0.5, data, core)
     parser = argparse.ArgumentParser()
     add_queue_arguments(parser)
-    args = parser.parse_args(["--work_dir", str(tmp_path), "--quick", "--mixed_precision", "no"])
+    args = parser.parse_args(["--work_dir", str(tmp_path), "--mixed_precision", "no"])
 
     records = run_queue([core, growth], args)
     assert set(records) == {core.name, growth.name}
@@ -106,13 +111,54 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path):
     assert record["pictures"] == {"grown-32-detail": 4 * detail, "grown-32": 4 * joint} and joint == 1
     assert record["curve"][-1]["flops"] == pytest.approx(8 * costs["joint"].train_flops, rel=0.5)
     for scores in record["scores"].values():
-        assert set(scores) >= {"swd_32", "swd_16", "shape", "texture"}
+        assert set(scores) >= {"swd_32", "swd_16", "shape"} and "texture" not in scores
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")}
     assert len(before) == 2
     again = run_queue([core, growth], args)
     assert json.dumps(again, sort_keys=True) == json.dumps(records, sort_keys=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
+
+    # What has been run with other arguments is not passed off as this.
+    growth.arguments["logit_mean"] = [1.0, 0.5]
+    with pytest.raises(ValueError, match=rf"{growth.name} has been run with other values of \['logit_mean'\]"):
+        run_queue([growth], args)
+
+
+def test_a_failed_core_stops_what_grows_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue_of_runs, "RESULTS", tmp_path / "results")
+    setting = grow_vs_scratch.SETTINGS[2]
+    core, growth = grow_vs_scratch.make_jobs(
+        setting, grow_vs_scratch.ARMS[3], 0, tmp_path / "no", tmp_path / "no", 0.01
+    )
+    parser = argparse.ArgumentParser()
+    add_queue_arguments(parser)
+    with pytest.raises(RuntimeError, match=f"{core.name} failed: see .*log.txt"):
+        run_queue([core, growth], parser.parse_args(["--work_dir", str(tmp_path)]))
+    assert not (tmp_path / growth.name).exists() and not (tmp_path / "results").exists()
+
+
+def test_results_of_other_data_or_of_a_trial_do_not_mix(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_queue_arguments(parser)
+    given = [[], ["--quick"], ["--train_data_dir", "data/emoji.parquet"]]
+    work_dirs, results = zip(*(queue_of_runs.places(parser.parse_args(flags)) for flags in given))
+    assert len(set(work_dirs)) == len(set(results)) == 3 and results[0] == queue_of_runs.RESULTS
+
+
+def test_a_name_means_the_same_run_in_all_benchmarks():
+    definitions = {}
+    parser = argparse.ArgumentParser()
+    add_queue_arguments(parser)
+    data = Path("shapes-128px-20000")
+    jobs = [job for arm in grow_vs_scratch.ARMS for job in grow_vs_scratch.make_jobs(SETTING, arm, 1, data, data)]
+    for share in few_high_res.SHARES:
+        jobs += few_high_res.make_jobs(1, share, data, 20000, 1.0)
+    jobs += [job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(num_layers, 1, data, 1.0)]
+    for job in jobs:
+        definition = queue_of_runs.define(job, parser.parse_args([]))
+        assert definitions.setdefault(job.name, definition) == definition
+    assert len(definitions) < len(jobs)
 
 
 @pytest.mark.parametrize("factor", grow_vs_scratch.SETTINGS)

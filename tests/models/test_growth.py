@@ -19,6 +19,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
@@ -326,7 +327,6 @@ def test_random_growth_sends_gradients_across_the_frozen_core(core):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_random_growth_has_no_core_that_draws(core):
     grown = make_grown(core, init="random")
     inputs = make_inputs(height=32, width=32)
@@ -336,6 +336,15 @@ def test_random_growth_has_no_core_that_draws(core):
             grown(**inputs, **arguments)
 
 
+@torch.no_grad()
+def test_guidance_at_the_core_needs_text_and_a_guide(grown):
+    inputs = make_inputs(height=32, width=32)
+    for arguments in ({"negative_encoder_hidden_states": inputs["encoder_hidden_states"]}, {"guide": torch.add}):
+        with pytest.raises(ValueError, match="need each other: pass both or neither"):
+            grown(**inputs, **arguments)
+
+
+@torch.no_grad()
 def test_a_model_grown_at_random_grows_again(core):
     grown = make_grown(core, init="random")
     again = GrowableUNet2DConditionModel.from_core(grown, 64, block_out_channels=(8,)).eval()
@@ -348,6 +357,14 @@ def test_a_model_grown_at_random_grows_again(core):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What to grow from
+
+
+def test_a_core_with_an_adapter(core):
+    core.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="style")
+    with pytest.raises(ValueError, match=r"`core` has the adapters \['style'\].*`core.unload_lora\(\)`"):
+        GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(8,))
+    core.unload_lora()
+    GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(8,))
 
 
 @torch.no_grad()

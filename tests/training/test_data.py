@@ -72,19 +72,18 @@ def check(rows, i):
 
 def test_image_folder(tmp_path):
     folder = write_image_folder(tmp_path / "pictures")
-    train, validation = load_captioned_data(None, str(folder), "image", "text", seed=0)
+    train, validation = load_captioned_data(None, str(folder), "image", "text")
     assert (len(train), len(validation)) == (38, 2)
     assert not set(train["text"]) & set(validation["text"])
     check(train, 5)
     check(validation, 1)
-    again, _ = load_captioned_data(None, str(folder), "image", "text", seed=0)
-    other, _ = load_captioned_data(None, str(folder), "image", "text", seed=1)
-    assert again["text"] == train["text"] and other["text"] != train["text"]
+    again, _ = load_captioned_data(None, str(folder), "image", "text")
+    assert again["text"] == train["text"]
 
 
 def test_one_parquet_file(tmp_path):
     write_parquet(tmp_path / "data.parquet", caption_column="caption")
-    train, validation = load_captioned_data(None, str(tmp_path / "data.parquet"), "picture", "caption", seed=0)
+    train, validation = load_captioned_data(None, str(tmp_path / "data.parquet"), "picture", "caption")
     assert (len(train), len(validation)) == (38, 2)
     check(train, 0)
 
@@ -93,28 +92,28 @@ def test_one_parquet_file(tmp_path):
 def test_a_folder_of_parquet_files_with_its_own_split(tmp_path, name):
     write_parquet(tmp_path / "train.parquet", 10)
     write_parquet(tmp_path / f"{name}.parquet", 4)
-    train, validation = load_captioned_data(None, str(tmp_path), "picture", "text", seed=0)
+    train, validation = load_captioned_data(None, str(tmp_path), "picture", "text")
     assert (len(train), len(validation)) == (10, 4)
     check(validation, 3)
 
 
 def test_bad_sources(tmp_path):
     with pytest.raises(ValueError, match="either `dataset_name` or `train_data_dir`"):
-        load_captioned_data(None, None, "image", "text", seed=0)
+        load_captioned_data(None, None, "image", "text")
     with pytest.raises(ValueError, match="`train_data_dir='nowhere'` does not exist"):
-        load_captioned_data(None, "nowhere", "image", "text", seed=0)
+        load_captioned_data(None, "nowhere", "image", "text")
     write_parquet(tmp_path / "train.parquet", 10)
     with pytest.raises(ValueError, match=r"`image_column='image'` is not in the train split.*\['picture', 'text'\]"):
-        load_captioned_data(None, str(tmp_path), "image", "text", seed=0)
+        load_captioned_data(None, str(tmp_path), "image", "text")
     with pytest.raises(ValueError, match="`caption_column='caption'` is not in the train split"):
-        load_captioned_data(None, str(tmp_path), "picture", "caption", seed=0)
+        load_captioned_data(None, str(tmp_path), "picture", "caption")
     with pytest.raises(ValueError, match="`image_column='text'` holds .* not images"):
-        load_captioned_data(None, str(tmp_path), "text", "text", seed=0)
+        load_captioned_data(None, str(tmp_path), "text", "text")
     with pytest.raises(ValueError, match="`caption_column='picture'` holds .* not strings"):
-        load_captioned_data(None, str(tmp_path), "picture", "picture", seed=0)
+        load_captioned_data(None, str(tmp_path), "picture", "picture")
     write_parquet(tmp_path / "one.parquet", 1)
     with pytest.raises(ValueError, match="fewer than two rows"):
-        load_captioned_data(None, str(tmp_path / "one.parquet"), "picture", "text", seed=0)
+        load_captioned_data(None, str(tmp_path / "one.parquet"), "picture", "text")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def test_pictures_are_cropped_scaled_and_upright():
 
 
 def test_captioned_pictures(tmp_path):
-    train, _ = load_captioned_data(None, str(write_image_folder(tmp_path / "a")), "image", "text", seed=0)
+    train, _ = load_captioned_data(None, str(write_image_folder(tmp_path / "a")), "image", "text")
     cached, uncached = CaptionedPictures(train, 16), CaptionedPictures(train, 16, max_cache_bytes=0)
     assert len(cached) == 38
     for _ in range(2):  # the second time from memory
