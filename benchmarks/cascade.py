@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--logit_mean", type=float, default=1.0)
+    parser.add_argument("--wide", type=int, default=0, help="As `growth_job` has it.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", default="no")
     args = parser.parse_args()
@@ -144,7 +144,7 @@ def main() -> None:
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         x0 = normalize(batch["pixel_values"].to(device), 1)
-        sigma = sample_sigma(len(x0), float(factor), logit_mean=args.logit_mean, device=device)
+        sigma = sample_sigma(len(x0), float(factor), *((0.0, 2.0) if args.wide else (1.0, 1.0)), device=device)
         low = pool(x0, factor)
         low = low + AUGMENTATION * expand(torch.rand(len(x0), device=device), low) * torch.randn_like(low)
         captions = ["" if drop else text for drop, text in zip(torch.rand(len(x0)) < 0.1, batch["caption"])]
@@ -153,7 +153,8 @@ def main() -> None:
             with torch.no_grad():
                 text = encode(pipeline, captions)
             clean = predict(unet, x, sigma, low, factor, **text)
-        loss = ((clean - x0) / expand(sigma, x0).clamp(min=SIGMA_MIN)).square().mean()
+        scale = 1.0 if args.wide else expand(sigma, x0).clamp(min=SIGMA_MIN)
+        loss = ((clean - x0) / scale).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

@@ -175,6 +175,8 @@ def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
 
 COMMON = {"num_validation_pictures": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
 CORE_BATCH_SIZE = 32
+NARROW = {"logit_mean": [1.0], "logit_std": [1.0], "loss_weighting": ["velocity"]}
+WIDE = {"logit_mean": [1.0, 0.0], "logit_std": [1.0, 2.0], "loss_weighting": ["velocity", "clean"]}
 
 
 def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
@@ -188,7 +190,7 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
             **setting.core_arguments(),
             "resolutions": [setting.core_resolution, 128],
             "seed": seed,
-            "logit_mean": [1.0],
+            **NARROW,
             "core_steps": steps,
             "detail_steps": [0],
             "joint_steps": [0],
@@ -207,14 +209,14 @@ def growth_job(
     frozen_share: float,
     data: Path,
     core: Job | None,
-    logit_mean: float = -1.0,
+    wide: bool = True,
     init: str = "preserve",
     **more,
 ) -> Job:
     """
     `flops` operations above the core's resolution, `frozen_share` of them with the core frozen; without a `core`,
-    everything is trained from scratch. `logit_mean` says at which noise levels: 1 is where the core trains, -1 is less
-    noise.
+    everything is trained from scratch. `wide` trains on all noise levels and the clean picture's error, else on the core's
+    noise levels and the velocity's error, as the core does.
     """
     costs = setting.plans(init)
     frozen_steps = round(frozen_share * flops / costs["detail"].train_flops / setting.batch_size)
@@ -227,7 +229,7 @@ def growth_job(
             **setting.core_arguments(),
             "seed": seed,
             "init": init,
-            "logit_mean": [1.0, logit_mean],
+            **(WIDE if wide else NARROW),
             "detail_steps": [frozen_steps],
             "joint_steps": [joint_steps],
             "train_batch_size": [CORE_BATCH_SIZE, setting.batch_size],

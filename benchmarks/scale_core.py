@@ -61,7 +61,7 @@ def make_jobs(num_layers: int, seed: int, data: Path, scale: float) -> list[Job]
         for phase, share in (("core", ARM.core_share), ("detail", 1 - ARM.core_share))
     )
     core = core_job(setting, seed, core_flops, data)
-    growth = growth_job(setting, arm_name(num_layers), seed, growth_flops, 1.0, data, core, ARM.logit_mean)
+    growth = growth_job(setting, arm_name(num_layers), seed, growth_flops, 1.0, data, core, ARM.wide)
     return [core, growth]
 
 

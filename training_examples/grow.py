@@ -176,13 +176,19 @@ class TrainingArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
     ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
     logit_mean: list[float] = field(
-        default_factory=lambda: [1.0, -1.0],
+        default_factory=lambda: [1.0, 0.0],
         metadata={
             "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
             "are over the first one's levels, whichever resolution trains."
         },
     )
-    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit(sigma)."})
+    logit_std: list[float] = field(
+        default_factory=lambda: [1.0, 2.0], metadata={"help": "Its standard deviation, at each resolution."}
+    )
+    loss_weighting: list[str] = field(
+        default_factory=lambda: ["velocity", "clean"],
+        metadata={"help": 'Whose error trains each resolution: the "velocity" or the "clean" picture.'},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     attention_backend: str | None = field(
         default=None,
@@ -244,6 +250,8 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         (training, "train_batch_size", len(sizes)),
         (training, "learning_rate", len(sizes)),
         (training, "logit_mean", len(sizes)),
+        (training, "logit_std", len(sizes)),
+        (training, "loss_weighting", len(sizes)),
     ):
         given, default = getattr(owner, name), type(owner).__dataclass_fields__[name].default_factory()
         if len(given) > count and given != default:
@@ -272,6 +280,8 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         values = [choice.value for choice in choices]
         if getattr(training, name) not in (None, *values):
             parser.error(f"--{name} {getattr(training, name)}: choose one of {', '.join(values)}.")
+    if not {*training.loss_weighting} <= {"velocity", "clean"}:
+        parser.error(f'--loss_weighting {training.loss_weighting}: choose "velocity" or "clean".')
     if model.init not in ("preserve", "random"):
         parser.error(f'--init {model.init}: choose "preserve" or "random".')
     if model.init == "random" and len(sizes) > 2:
@@ -490,13 +500,14 @@ def draw_noise(
     generators: list[torch.Generator],
     shape: torch.Size,
     shift: float,
-    logit_mean: float,
-    logit_std: float,
+    args: TrainingArguments,
+    stage: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each picture's noise and noise level, from its own generator."""
+    """Each picture's noise and, from the levels at which `stage` trains, its noise level, from its own generator."""
     noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-    sigma = [sample_sigma(1, shift, logit_mean, logit_std, generator) for generator in generators]
+    mean, deviation = args.logit_mean[stage], args.logit_std[stage]
+    sigma = [sample_sigma(1, shift, mean, deviation, generator) for generator in generators]
     return noise, torch.cat(sigma).to(device)
 
 
@@ -595,16 +606,15 @@ def train_phase(
                 micro_step % args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
             )
             generators = sample_generators((args.seed, phase.index, step), place * batch_size, len(x0))
-            noise, sigma = draw_noise(
-                generators, x0.shape, shift, args.logit_mean[phase.stage], args.logit_std, device
-            )
+            noise, sigma = draw_noise(generators, x0.shape, shift, args, phase.stage, device)
             dropped = [
                 torch.rand(1, generator=generator).item() < run.data_args.caption_dropout for generator in generators
             ]
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
             with accelerator.autocast():
                 conditions = encode_captions(pipeline, trained_text_encoder, captions, device)
-                losses = flow_loss(model, x0, noise, sigma, band_factor, **conditions)
+                weighting = args.loss_weighting[phase.stage]
+                losses = flow_loss(model, x0, noise, sigma, band_factor, weighting, **conditions)
             if not torch.isfinite(losses.loss):
                 raise_not_finite(run, phase, step, losses.sigma)
             accelerator.backward(losses.loss)
@@ -699,9 +709,7 @@ def validate(
         pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
         x0 = normalize(pixel_values, pool_factor)
         generators = sample_generators((run.args.seed, VALIDATION, phase.stage), start, len(x0))
-        noise, sigma = draw_noise(
-            generators, x0.shape, shift, run.args.logit_mean[0], run.args.logit_std, accelerator.device
-        )
+        noise, sigma = draw_noise(generators, x0.shape, shift, run.args, 0, accelerator.device)
         captions = [row["caption"] for row in rows]
         with accelerator.autocast():
             conditions = encode_captions(pipeline, pipeline.text_encoder, captions, accelerator.device)

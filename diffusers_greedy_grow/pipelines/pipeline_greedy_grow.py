@@ -554,7 +554,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
 
         # 5. Denoising loop
         handover_sigmas = self.get_handover_sigmas(core_first)
-        num_stages = [sum(t / 1000 <= level for level in handover_sigmas) for t in timesteps.tolist()]
+        num_stages = [sum(t / 1000 <= level for level in handover_sigmas) for t in self.scheduler.timesteps.tolist()]
         # A step of several evaluations (Heun's) has the same stages in all of them.
         num_stages = [num_stages[i - i % self.scheduler.order] for i in range(len(timesteps))]
         at_core = guidance_resolution == "core" and bool(handover_sigmas)

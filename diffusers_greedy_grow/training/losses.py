@@ -31,9 +31,9 @@ class FlowLoss:
     The loss of one batch.
 
     Args:
-        loss (`torch.Tensor` of shape `()`): The mean, to train on.
+        loss (`torch.Tensor` of shape `()`): The mean, weighted, to train on.
         low (`torch.Tensor` of shape `(B,)`), high (`torch.Tensor` of shape `(B,)`):
-            Each picture's loss in the low band (pooled) and in the high band (the rest); they add up to its loss.
+            Each picture's error of the velocity in the low band (pooled) and in the high band (the rest).
         sigma (`torch.Tensor` of shape `(B,)`): Each picture's noise level.
     """
 
@@ -49,11 +49,15 @@ def flow_loss(
     noise: torch.Tensor,
     sigma: torch.Tensor,
     band_factor: int,
+    weighting: str = "velocity",
     **conditions: torch.Tensor,
 ) -> FlowLoss:
     r"""
     Mean squared error of the predicted flow velocity, which is that of the clean picture over
-    `max(sigma, SIGMA_MIN) ** 2` (Li & He, JiT, 2025, section 4).
+    `max(sigma, SIGMA_MIN) ** 2` (Li & He, JiT, 2025, section 4), or of the clean picture.
+
+    The second gives low noise less weight. A stage needs to see all noise levels, but at low noise the detail is in its
+    input: by the velocity's error, learning to copy it drowns out learning what the text and the core say of it.
 
     Args:
         model: A [`ShallowUNet2DModel`], a [`GrowableUNet2DConditionModel`], or either prepared by accelerate.
@@ -61,14 +65,17 @@ def flow_loss(
         noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal.
         sigma (`torch.Tensor` of shape `(B,)`): Noise levels in (0, 1].
         band_factor (`int`): The pooling that parts the low band from the high one: the growth factor.
+        weighting (`str`, defaults to `"velocity"`): `"velocity"`, or `"clean"` to train on the clean picture's error.
         conditions: `encoder_hidden_states` and `encoder_attention_mask`.
     """
     output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions)
-    error = (output.pred_original_sample - x0).float() / expand(sigma, x0).clamp(min=SIGMA_MIN)
+    scale = sigma.clamp(min=SIGMA_MIN)
+    error = (output.pred_original_sample - x0).float() / expand(scale, x0)
     total = error.square().mean(dim=(1, 2, 3))
     # Nearest-neighbour upsampling keeps the mean square, and the two bands are orthogonal.
     low = pool(error.detach(), band_factor).square().mean(dim=(1, 2, 3))
-    return FlowLoss(loss=total.mean(), low=low, high=total.detach() - low, sigma=sigma)
+    weighted = {"velocity": total, "clean": scale**2 * total}[weighting]
+    return FlowLoss(loss=weighted.mean(), low=low, high=total.detach() - low, sigma=sigma)
 
 
 class LossMeter:

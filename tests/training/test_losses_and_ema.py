@@ -64,6 +64,11 @@ def test_the_loss_is_that_of_the_velocity(grown):
     torch.testing.assert_close(losses.loss, (losses.low + losses.high).mean())
     assert losses.loss.requires_grad and not losses.low.requires_grad
 
+    # By the clean picture's error, what is reported stays that of the velocity.
+    clean = flow_loss(grown, x0, noise, sigma, 2, "clean", **inputs)
+    torch.testing.assert_close(clean.loss, (output.pred_original_sample - x0).square().mean())
+    torch.testing.assert_close((clean.low, clean.high), (losses.low, losses.high))
+
     error = (output.pred_original_sample - x0) / sigma.clamp(min=SIGMA_MIN)[:, None, None, None]
     torch.testing.assert_close(losses.low, pool(error, 2).square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(losses.high, high_band(error, 2).square().mean(dim=(1, 2, 3)), atol=1e-6, rtol=1e-4)

@@ -418,6 +418,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
         ({"num_high_res_pictures": 0}, "--num_high_res_pictures 0: has to be at least 1"),
         ({"core": "x", "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
         ({"core_steps": 0, "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
+        ({"loss_weighting": ["velocity", "snr"]}, r"--loss_weighting .* choose \"velocity\" or \"clean\""),
         ({"joint_steps": -3}, r"--joint_steps \[-3\]: cannot be negative"),
         ({"train_batch_size": [4, 0]}, r"--train_batch_size \[4, 0\]: has to be at least 1"),
         ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: cannot be negative"),
@@ -451,7 +452,7 @@ def test_values_for_each_resolution_or_stage(tmp_path):
 
 def test_noise_levels_for_each_resolution(finished, data, tmp_path):
     """Those of the grown model's training change nothing before it, nor what the held-out loss is taken over."""
-    launch(tmp_path / "output", train_data_dir=data, logit_mean=[1.0, -9.0])
+    launch(tmp_path / "output", train_data_dir=data, logit_mean=[1.0, -9.0], logit_std=[1.0, 0.5])
     other, own = read_metrics(finished[0]), read_metrics(tmp_path / "output")
 
     def losses(metrics: list[dict], phase: str) -> list[float]:
