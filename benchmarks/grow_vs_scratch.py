@@ -20,15 +20,22 @@ Does growing pay? Growing against training from scratch and against a cascade, a
     python -m benchmarks.grow_vs_scratch --factors 8    # 16 -> 128 px only
     python -m benchmarks.grow_vs_scratch --quick        # minutes, to see that it works
     python -m benchmarks.grow_vs_scratch --report       # the table and plot again, from results/
+    python -m benchmarks.grow_vs_scratch --pictures     # what the arms draw, as a grid
 """
 
 import argparse
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusers import UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+
 from benchmarks import cascade
+from benchmarks.evaluate import draw, held_out
 from benchmarks.queue_of_runs import (
+    GROW,
     MAX_SEQUENCE_LENGTH,
     TEXT_HIDDEN_SIZE,
     Job,
@@ -41,6 +48,8 @@ from benchmarks.queue_of_runs import (
     run_queue,
 )
 from benchmarks.tables import markdown, mean_and_deviation, write_json
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.training import draw_samples
 
 
 # All at 16 px inside; each stage ends at single pixels.
@@ -238,11 +247,32 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_grid(jobs: list[Job], args: argparse.Namespace, path: Path, num_captions: int = 6) -> None:
+    """One row for each of the `jobs` that has been run: its last pipeline's pictures, for the same captions and noise."""
+    rows, (work_dir, _) = {}, places(args)
+    bfloat16 = args.mixed_precision == "bf16"
+    captions, _ = held_out(str(jobs[0].data), SETTINGS[jobs[0].keys["factor"]].resolution, num_captions)
+    for job in jobs:
+        folder = work_dir / job.name
+        if not (folder / "result.json").exists():
+            continue
+        if job.script == GROW:
+            last = list(json.loads((folder / "result.json").read_text())["scores"])[-1]
+            images = draw(GreedyGrowPipeline.from_pretrained(folder / last), captions, bfloat16)
+        else:
+            unet = UNet2DConditionModel.from_pretrained(folder / "super-resolution")
+            core = GreedyGrowPipeline.from_pretrained(work_dir / job.core / "core")
+            images = cascade.draw_cascade(unet, core, captions, bfloat16)
+        rows[job.keys["arm"]] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+    draw_samples(rows, captions, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     add_queue_arguments(parser)
     parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Only these.")
+    parser.add_argument("--pictures", action="store_true", help="Only draw a grid of the first seed's pictures.")
     args = parser.parse_args()
     seeds, scale = (args.seeds[:1], 0.01) if args.quick else (args.seeds, 1.0)
 
@@ -254,10 +284,17 @@ def main() -> None:
             for arm in ARMS:
                 if arm.name in args.arms and seed < arm.num_seeds:
                     jobs |= {job.name: job for job in make_jobs(SETTINGS[factor], arm, seed, data, core_data, scale)}
+    _, results = places(args)
+    if args.pictures:
+        for factor in args.factors:
+            growths = [
+                job for job in jobs.values() if job.keys.get("factor") == factor and job.keys["seed"] == seeds[0]
+            ]
+            draw_grid(growths, args, results / f"grow_vs_scratch_pictures_{factor}.png")
+        return
     records = run_queue(list(jobs.values()), args)
     tables = {factor: make_table(records, factor) for factor in SETTINGS if collect(records, factor)}
     print("\n\n".join(markdown(rows) for rows in tables.values()) or markdown([]))
-    _, results = places(args)
     write_json(results / "grow_vs_scratch.json", {"tables": tables})
     if tables:
         draw_plot(records, results / "grow_vs_scratch.png")

@@ -53,7 +53,10 @@ def draw_samples(
 
 
 def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
-    """Writes the loss curves in `metrics.jsonl`: one panel per phase, by band, with the held-out loss as dots."""
+    """
+    Writes the loss curves in `metrics.jsonl`: one panel per phase, by band, with the held-out loss as dots. Both are errors
+    of the velocity, but the held-out ones are over the noise levels of the first phase, so that phases compare.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,7 +80,7 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
                     axis.plot(*zip(*held_out), "o", color=curve.get_color(), markersize=4)
         axis.set(title=phase, xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
-        axis.legend(title="dots: held out, EMA", fontsize=8, title_fontsize=8)
+        axis.legend(title="dots: held out, EMA, first phase's levels", fontsize=8, title_fontsize=8)
     figure.tight_layout()
     temporary = Path(path).with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
