@@ -151,7 +151,7 @@ def main() -> None:
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         x0 = normalize(batch["pixel_values"].to(device), 1)
-        sigma = sample_sigma(len(x0), float(factor), *((0.0, 2.0) if args.wide else (1.0, 1.0)), device=device)
+        sigma = sample_sigma(len(x0), float(factor), *((0.3, 1.1) if args.wide else (1.0, 1.0)), device=device)
         low = pool(x0, factor)
         low = low + AUGMENTATION * expand(torch.rand(len(x0), device=device), low) * torch.randn_like(low)
         captions = ["" if drop else text for drop, text in zip(torch.rand(len(x0)) < 0.1, batch["caption"])]

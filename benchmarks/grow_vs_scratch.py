@@ -81,11 +81,11 @@ class Arm:
 
 ARMS = (
     Arm("scratch", "preserve", 0.0, 0.0, False),
-    Arm("scratch, all noise levels", "preserve", 0.0, 0.0, True, num_seeds=1),
+    Arm("scratch, our noise levels", "preserve", 0.0, 0.0, True, num_seeds=1),
     Arm("paper's growth", "random", 5 / 12, 0.25, False),
-    Arm("paper's growth, all noise levels", "random", 5 / 12, 0.25, True, num_seeds=1),
+    Arm("paper's growth, our noise levels", "random", 5 / 12, 0.25, True, num_seeds=1),
     Arm("cascade", "cascade", 5 / 12, 0.0, False),
-    Arm("cascade, all noise levels", "cascade", 5 / 12, 0.0, True, num_seeds=1),
+    Arm("cascade, our noise levels", "cascade", 5 / 12, 0.0, True, num_seeds=1),
     Arm("ours, no detail phase", "preserve", 5 / 12, 0.0, True),
     Arm("ours, short detail phase", "preserve", 5 / 12, 0.25, True),
     Arm("ours, long detail phase", "preserve", 5 / 12, 0.75, True),

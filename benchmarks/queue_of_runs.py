@@ -176,7 +176,7 @@ def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
 COMMON = {"num_validation_pictures": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
 CORE_BATCH_SIZE = 32
 NARROW = {"logit_mean": [1.0], "logit_std": [1.0], "loss_weighting": ["velocity"]}
-WIDE = {"logit_mean": [1.0, 0.0], "logit_std": [1.0, 2.0], "loss_weighting": ["velocity", "clean"]}
+WIDE = {"logit_mean": [1.0, 0.3], "logit_std": [1.0, 1.1], "loss_weighting": ["velocity", "clean"]}
 
 
 def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
@@ -215,8 +215,8 @@ def growth_job(
 ) -> Job:
     """
     `flops` operations above the core's resolution, `frozen_share` of them with the core frozen; without a `core`,
-    everything is trained from scratch. `wide` trains on all noise levels and the clean picture's error, else on the core's
-    noise levels and the velocity's error, as the core does.
+    everything is trained from scratch. `wide` trains on lower noise levels too and by the clean picture's error, else on the core's
+    noise levels and by the velocity's error, as the core does.
     """
     costs = setting.plans(init)
     frozen_steps = round(frozen_share * flops / costs["detail"].train_flops / setting.batch_size)

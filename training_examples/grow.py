@@ -176,14 +176,14 @@ class TrainingArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
     ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
     logit_mean: list[float] = field(
-        default_factory=lambda: [1.0, 0.0],
+        default_factory=lambda: [1.0, 0.3],
         metadata={
             "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
             "are over the first one's levels, whichever resolution trains."
         },
     )
     logit_std: list[float] = field(
-        default_factory=lambda: [1.0, 2.0], metadata={"help": "Its standard deviation, at each resolution."}
+        default_factory=lambda: [1.0, 1.1], metadata={"help": "Its standard deviation, at each resolution."}
     )
     loss_weighting: list[str] = field(
         default_factory=lambda: ["velocity", "clean"],

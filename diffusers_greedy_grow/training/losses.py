@@ -56,8 +56,8 @@ def flow_loss(
     Mean squared error of the predicted flow velocity, which is that of the clean picture over
     `max(sigma, SIGMA_MIN) ** 2` (Li & He, JiT, 2025, section 4), or of the clean picture.
 
-    The second gives low noise less weight. A stage needs to see all noise levels, but at low noise the detail is in its
-    input: by the velocity's error, learning to copy it drowns out learning what the text and the core say of it.
+    The second gives low noise less weight. There the detail is in the stage's input: by the velocity's error, learning to
+    copy it drowns out learning what the text and the core say of it.
 
     Args:
         model: A [`ShallowUNet2DModel`], a [`GrowableUNet2DConditionModel`], or either prepared by accelerate.
