@@ -383,7 +383,7 @@ def make_plan(
     """What each phase will cost, and that as text. No weights are read or allocated."""
     with torch.device("meta"):
         if model_args.core is not None:
-            model_class, config, _ = find_core(model_args.core)
+            model_class, config, _, _ = find_core(model_args.core)
             unet = model_class.from_config(config)
             if unet.config.sample_size != model_args.resolutions[0]:
                 raise ValueError(

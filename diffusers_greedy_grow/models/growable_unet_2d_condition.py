@@ -26,8 +26,10 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import apply_lora_scale
+from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, upsample, velocity_from_clean
+from ..hub import HubMixin, add_to_lineage, find_source, get_lineage, prepare_push, push_or_keep
 from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
@@ -88,7 +90,7 @@ class GrowthStage(nn.Module):
         return temb + self.text_proj(self.norm_text(text.sum(dim=1)))
 
 
-class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
     section 4). Made by [`~GrowableUNet2DConditionModel.from_core`]; the constructor is what loading uses.
@@ -203,6 +205,13 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         block_out_channels: tuple[int, ...] = (128, 256),
         layers_per_block: int = 1,
         init: str = "preserve",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
         **kwargs,
     ) -> "GrowableUNet2DConditionModel":
         r"""
@@ -224,21 +233,42 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
             init (`str`, defaults to `"preserve"`):
                 `"preserve"` keeps the core's function: right after growing the result answers as the core does.
                 `"random"` is the paper's recipe: only the core's transformer is kept, encoder and decoder are random.
+            push_to_hub (`bool`, defaults to `False`):
+                Publishes the grown model. If only the upload fails, the model is returned all the same; the log says in
+                which folder everything lies and how to go on.
+            repo_id, private, create_pr, commit_message:
+                See [`~hub.HubMixin.push_to_hub`].
+            token (`str`, *optional*):
+                For the core's repository and for `repo_id`.
+            revision (`str`, *optional*):
+                If `core` is a repository, its branch, tag or commit; if it is a loaded model, the branch of `repo_id` to
+                commit to.
             kwargs:
-                Passed to `from_pretrained` of the core if `core` is a path or repository: `subfolder`, `revision`,
-                `variant`, `token`, `cache_dir`, `local_files_only`, `force_download`, `torch_dtype`, ...
+                Passed to `from_pretrained` of the core if `core` is a path or repository: `subfolder`, `variant`,
+                `cache_dir`, `local_files_only`, `force_download`, `torch_dtype`, ...
 
         Returns:
             [`GrowableUNet2DConditionModel`] in the dtype and on the device of the core.
 
         Raises:
             `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or it has adapters.
-            `TypeError`: if there are `kwargs` although `core` is a loaded model.
+            `TypeError`: if there are `kwargs` although `core` is a loaded model, or arguments of a push without one.
+            `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
         """
         is_loaded_here = isinstance(core, (str, Path))
+        push = prepare_push(
+            push_to_hub,
+            not is_loaded_here,
+            private,
+            repo_id=repo_id,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
         if isinstance(core, (str, Path)):
-            core = load_core(core, **kwargs)
+            core = load_core(core, token=token, revision=revision, **kwargs)
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded model.")
         if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)):
@@ -285,6 +315,11 @@ class GrowableUNet2DConditionModel(ModelMixin, AttentionMixin, ConfigMixin, Peft
         stage = GrowthStage(**grown.stage_arguments[-1]).to(device=core.device, dtype=core.dtype)
         stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding))
         grown.stages[-1] = stage
+
+        grown.register_to_config(_lineage=get_lineage(core))
+        add_to_lineage(grown, grown_to=sample_size, init=init, **find_source(core))
+        if push_to_hub:
+            push_or_keep(grown, **push)
         return grown
 
     @property
@@ -526,12 +561,12 @@ def get_stage_patch_size(
     return cell // 2 ** len(block_out_channels)
 
 
-def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[Any, dict, str | None]:
+def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[Any, dict, str | None, str | None]:
     """
     Looks for either model in a folder or Hub repository, alone or as the `unet` of a pipeline.
 
     Returns:
-        Its class, its configuration, and the subfolder it is in.
+        Its class, its configuration, the subfolder it is in, and its commit if it is on the Hub.
 
     Raises:
         `OSError`: if nothing is there.
@@ -539,13 +574,15 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
     """
     kwargs = {k: v for k, v in kwargs.items() if k not in ("torch_dtype", "dtype", "variant", "device_map")}
     try:
-        config = ShallowUNet2DModel.load_config(path, subfolder=subfolder, **kwargs)
+        config, commit = ShallowUNet2DModel.load_config(path, subfolder=subfolder, return_commit_hash=True, **kwargs)
     except OSError as error:
         try:
             if subfolder is not None:
                 raise
             subfolder = "unet"
-            config = ShallowUNet2DModel.load_config(path, subfolder=subfolder, **kwargs)
+            config, commit = ShallowUNet2DModel.load_config(
+                path, subfolder=subfolder, return_commit_hash=True, **kwargs
+            )
         except OSError:
             raise OSError(
                 f"`core={str(path)!r}` is no model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
@@ -556,7 +593,7 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
         raise ValueError(
             f"`core={str(path)!r}` holds a {config.get('_class_name')}; only {' and '.join(classes)} can be grown."
         )
-    return classes[config["_class_name"]], config, subfolder
+    return classes[config["_class_name"]], config, subfolder, commit
 
 
 def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
@@ -568,16 +605,17 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
         `OSError`: if nothing is there, or a file is damaged.
         `ValueError`: if it is another kind of model, or weights are missing, left over, or of another shape.
     """
-    model_class, _, kwargs["subfolder"] = find_core(path, **kwargs)
+    model_class, _, kwargs["subfolder"], commit = find_core(path, **kwargs)
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPError) as error:
         raise OSError(
-            f"`core={str(path)!r}` cannot be loaded: {error} Its weights are missing, damaged or do not belong to its "
-            "config.json: download or save it again."
+            f"`core={str(path)!r}` cannot be loaded: {type(error).__name__}: {error} Its weights are missing, "
+            "damaged or do not belong to its config.json: download or save it again."
         ) from error
     # diffusers fills in what a checkpoint lacks with random numbers and a warning; a core has to be complete.
     problems = {name: names for name, names in info.items() if names}
     if problems:
         raise ValueError(f"`core={str(path)!r}` does not hold the weights that its config.json describes: {problems}.")
+    model._commit_hash = commit
     return model

@@ -25,10 +25,11 @@ from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
+from ..hub import HubMixin
 from .blocks import GreedyGrowOutput, GreedyGrowTransformerBlock, get_image_rotary_emb, residual_block
 
 
-class ShallowUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the picture to the grid of the
     transformer at once, and a single residual block on either side stands in for encoder and decoder. What it learns

@@ -32,6 +32,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
+from ..hub import HubMixin, prepare_push, push_or_keep
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.growable_unet_2d_condition import load_core
 
@@ -54,7 +55,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class GreedyGrowPipeline(DiffusionPipeline):
+class GreedyGrowPipeline(HubMixin, DiffusionPipeline):
     r"""
     Pipeline for text-to-image generation in pixel space with a greedily grown model (Vasconcelos et al., 2024), or
     with the core alone. There is no VAE: the denoised state is the picture.
@@ -117,6 +118,13 @@ class GreedyGrowPipeline(DiffusionPipeline):
         layers_per_block: int = 1,
         init: str = "preserve",
         detail_variance: float | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
         **kwargs,
     ) -> "GreedyGrowPipeline":
         r"""
@@ -131,13 +139,26 @@ class GreedyGrowPipeline(DiffusionPipeline):
                 See [`GrowableUNet2DConditionModel.from_core`].
             detail_variance (`float`, *optional*):
                 The new stage's entry of `detail_variances`.
+            push_to_hub, repo_id, private, token, revision, create_pr, commit_message:
+                See [`GrowableUNet2DConditionModel.from_core`].
             kwargs:
                 Passed to [`~DiffusionPipeline.from_pretrained`] if `core` is a path or repository.
 
         Returns:
             [`GreedyGrowPipeline`]
         """
+        push = prepare_push(
+            push_to_hub,
+            not isinstance(core, (str, Path)),
+            private,
+            repo_id=repo_id,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
         if isinstance(core, (str, Path)):
+            kwargs |= {"token": token, "revision": revision}
             # The model is loaded apart because it has to be complete.
             pipeline = cls.from_pretrained(core, unet=load_core(core, subfolder="unet", **kwargs), **kwargs)
         elif not isinstance(core, GreedyGrowPipeline):
@@ -167,7 +188,7 @@ class GreedyGrowPipeline(DiffusionPipeline):
             )
         elif detail_variance is not None:
             variances = (detail_variance,)
-        return cls(
+        grown = cls(
             unet=unet,
             scheduler=scheduler,
             text_encoder=pipeline.text_encoder,
@@ -175,6 +196,9 @@ class GreedyGrowPipeline(DiffusionPipeline):
             max_sequence_length=pipeline.config.max_sequence_length,
             detail_variances=variances,
         )
+        if push_to_hub:
+            push_or_keep(grown, **push)
+        return grown
 
     @property
     def guidance_scale(self) -> float:

@@ -466,8 +466,16 @@ def test_bad_arguments(core, arguments, message):
 
 
 def test_loading_arguments_need_something_to_load(core):
-    with pytest.raises(TypeError, match=r"\['revision'\] only apply when `core` is a path"):
-        GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16,), revision="main")
+    for arguments, message in (
+        (
+            {"revision": "main"},
+            r"\['revision'\] only apply when `core` is a path or repository, or with `push_to_hub=True`",
+        ),
+        ({"subfolder": "unet"}, r"\['subfolder'\] only apply when `core` is a path or repository"),
+        ({"repo_id": "a/b", "private": True}, r"\['private', 'repo_id'\] only apply when `push_to_hub=True`"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16,), **arguments)
 
 
 @torch.no_grad()

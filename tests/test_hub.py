@@ -1,0 +1,329 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Publishing and loading, with the real client, against a Hub on the loopback interface that misbehaves on demand."""
+
+import logging
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow import hub as hub_module
+from diffusers_greedy_grow.hub import UploadError, get_lineage, make_card, upload_folder_of
+
+from .testing_utils import make_core, make_grown, make_pipeline
+
+
+TOKEN, STRANGER = "hf_of_the_owner", "hf_of_a_stranger"
+DRAW = """
+import sys
+import torch
+import diffusers_greedy_grow
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+torch.save(pipe("a small blue square", latents=noise, num_inference_steps=3, output_type="pt").images, sys.argv[2])
+"""
+
+
+def draw(pipeline) -> torch.Tensor:
+    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("a small blue square", latents=noise, num_inference_steps=3, output_type="pt").images
+
+
+def count_commits(hub, repo_id: str) -> int:
+    return len(HfApi().list_repo_refs(repo_id).branches) and sum(
+        request == f"POST /api/models/{repo_id}/commit/main" for request in hub.requests
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# There and back
+
+
+def test_a_pipeline_there_and_back_in_a_fresh_process(hub, tmp_path):
+    pipeline = make_pipeline(make_grown(), shift=2.0)
+    url = pipeline.push_to_hub("owner/there-and-back")
+    assert re.fullmatch(rf"{hub.url}/owner/there-and-back/commit/[0-9a-f]{{40}}", url)
+    assert count_commits(hub, "owner/there-and-back") == 1
+    files = hub.files("owner/there-and-back")
+    assert {"README.md", "model_index.json", "unet/config.json", "tokenizer/tokenizer.json"} <= files.keys()
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl", ".py"))]
+    assert not upload_folder_of("owner/there-and-back").exists()
+    subprocess.run([sys.executable, "-c", DRAW, "owner/there-and-back", tmp_path / "picture.pt"], check=True)
+    assert torch.equal(torch.load(tmp_path / "picture.pt"), draw(pipeline))
+
+
+@pytest.mark.parametrize("make", [make_core, make_grown])
+def test_a_model_there_and_back(hub, make):
+    model, repo_id = make(), f"owner/{make.__name__}"
+    model.push_to_hub(repo_id)
+    for loaded in (type(model).from_pretrained(repo_id), AutoModel.from_pretrained(repo_id)):
+        assert type(loaded) is type(model)
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_smaller_upload_leaves_no_shards_of_a_larger_one(hub):
+    model, repo_id = make_core(), "owner/shards"
+    folder = upload_folder_of(repo_id)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    HfApi().create_repo(repo_id)
+    hub_module.upload(folder, repo_id)
+    assert sum(name.endswith(".safetensors") for name in hub.files(repo_id)) > 1
+    model.push_to_hub(repo_id)
+    assert sum(name.endswith(".safetensors") for name in hub.files(repo_id)) == 1
+    assert "diffusion_pytorch_model.safetensors.index.json" not in hub.files(repo_id)
+    ShallowUNet2DModel.from_pretrained(repo_id, force_download=True)
+
+
+def test_branch_pull_request_private_variant_and_subfolder(hub):
+    core = make_core()
+    core.push_to_hub("owner/places", private=True)
+    core.push_to_hub("owner/places", revision="experiment", variant="fp16")
+    assert "diffusion_pytorch_model.fp16.safetensors" in hub.files("owner/places", "experiment")
+    assert "diffusion_pytorch_model.safetensors" in hub.files("owner/places", "main")
+    url = core.push_to_hub("owner/places", create_pr=True, commit_message="Better", subfolder="later/unet")
+    assert url == f"{hub.url}/owner/places/discussions/1"
+    assert "later/unet/config.json" in hub.files("owner/places", "refs/pr/1")
+    assert "later/unet/config.json" not in hub.files("owner/places", "main")
+    with pytest.raises(OSError):
+        ShallowUNet2DModel.from_pretrained("owner/places", token=STRANGER, force_download=True)
+    with pytest.raises(ValueError, match="`safe_serialization=False` would write pickled weights"):
+        core.push_to_hub("owner/places", safe_serialization=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Growing from the Hub, and onto it
+
+
+def test_growing_onto_the_hub(hub, caplog):
+    core = make_pipeline()
+    core.push_to_hub("owner/core")
+    revision = HfApi().model_info("owner/core").sha
+    with caplog.at_level(logging.INFO, "diffusers_greedy_grow.hub"):
+        grown = GreedyGrowPipeline.from_core(
+            "owner/core", 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/grown", commit_message="Grow"
+        )
+    assert f"Uploaded to {hub.url}/owner/grown/commit/" in caplog.text and TOKEN not in caplog.text
+    assert get_lineage(grown.unet) == [
+        {"grown_to": 32, "init": "preserve", "core": "owner/core", "core_revision": revision}
+    ]
+    again = DiffusionPipeline.from_pretrained("owner/grown")
+    assert type(again) is GreedyGrowPipeline and torch.equal(draw(again), draw(grown))
+    assert get_lineage(again.unet) == get_lineage(grown.unet)
+    data = ModelCard.load("owner/grown").data
+    assert data.base_model == "owner/core" and data.base_model_relation == "finetune"
+    assert data.library_name == "diffusers" and data.pipeline_tag == "text-to-image"
+
+    # What was loaded before it is grown is named too, and a model alone grows in the same way.
+    loaded = DiffusionPipeline.from_pretrained("owner/core")
+    model = GrowableUNet2DConditionModel.from_core(
+        loaded.unet, 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/grown-unet", revision="trial"
+    )
+    assert get_lineage(model) == get_lineage(grown.unet)
+    assert "config.json" in hub.files("owner/grown-unet", "trial") and not hub.files("owner/grown-unet", "main")
+
+
+def test_loading_a_core_from_the_hub(hub, tmp_path):
+    core, other = make_core(), make_core(num_layers=1)
+    core.push_to_hub("owner/loading", private=True)
+    first = HfApi().model_info("owner/loading").sha
+    other.push_to_hub("owner/loading")
+    core.push_to_hub("owner/loading", subfolder="inner", variant="fp16")
+
+    def grow(**kwargs):
+        return GrowableUNet2DConditionModel.from_core("owner/loading", 32, block_out_channels=(8,), **kwargs)
+
+    assert grow().config.num_layers == 1
+    assert grow(revision=first).config.num_layers == 2
+    assert grow(subfolder="inner", variant="fp16").config.num_layers == 2
+    assert grow(token=TOKEN, cache_dir=tmp_path / "cache", force_download=True).config.num_layers == 1
+    assert (tmp_path / "cache" / "models--owner--loading").exists()
+    before = len(hub.requests)
+    assert grow(local_files_only=True, cache_dir=tmp_path / "cache").config.num_layers == 1
+    assert len(hub.requests) == before
+    with pytest.raises(OSError, match="`core='owner/loading'`"):
+        grow(token=STRANGER, cache_dir=tmp_path / "stranger")
+    with pytest.raises(OSError, match="`core='owner/nowhere'` is no model"):
+        GrowableUNet2DConditionModel.from_core("owner/nowhere", 32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When the Hub misbehaves
+
+
+@pytest.mark.parametrize(
+    "request_,fault",
+    [
+        ("POST .*/commit/", "500"),
+        ("POST .*/commit/", "429"),
+        ("POST .*/commit/", "412"),
+        ("POST .*/commit/", "reset"),
+        ("POST .*/preupload/", "503"),
+        ("POST .*/objects/batch", "500"),
+        ("PUT /lfs/", "500"),
+        ("PUT /lfs/", "429"),
+        ("PUT /lfs/", "reset"),
+    ],
+)
+def test_an_upload_survives_what_passes(hub, request_, fault):
+    repo_id = f"owner/survives-{re.sub('[^a-z]', '', request_)}-{fault}"
+    model = make_core(num_layers=1, hidden_size=48)
+    torch.seed()
+    torch.nn.init.normal_(model.conv_in.bias)  # a large file that the Hub has not seen yet
+    hub.fail(request_, fault)
+    model.push_to_hub(repo_id)
+    assert not hub.faults[0].times and not upload_folder_of(repo_id).exists()
+    again = ShallowUNet2DModel.from_pretrained(repo_id)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("request_", ["POST .*/commit/", "PUT /lfs/"])
+def test_a_failed_upload_loses_nothing(hub, request_, caplog):
+    repo_id = f"owner/fails-{'lfs' in request_}"
+    hub.fail(request_, "500", times=1000)
+    core = make_core()
+    torch.seed()  # a large file that the Hub has not seen yet
+    with caplog.at_level(logging.ERROR, "diffusers_greedy_grow.hub"):
+        grown = GrowableUNet2DConditionModel.from_core(
+            core, 32, block_out_channels=(8,), push_to_hub=True, repo_id=repo_id
+        )
+    assert grown.config.sample_size == 32
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    folder = upload_folder_of(repo_id)
+    assert f"Nothing is lost: all files are in {folder}" in message and TOKEN not in message
+    kept = GrowableUNet2DConditionModel.from_pretrained(folder)
+    assert all(torch.equal(value, kept.state_dict()[name]) for name, value in grown.state_dict().items())
+    assert not hub.files(repo_id)
+    with pytest.raises(OSError):
+        GrowableUNet2DConditionModel.from_pretrained(repo_id)
+    with pytest.raises(UploadError, match=f"The upload to {repo_id} failed"):
+        grown.push_to_hub(repo_id)
+
+    # What the message says goes on from there.
+    hub.faults.clear()
+    command = re.search("Go on with `(.*)`", message)[1]
+    subprocess.run([Path(sys.executable).parent / "hf", *shlex.split(command)[1:]], check=True)
+    GrowableUNet2DConditionModel.from_pretrained(repo_id, force_download=True)
+
+
+@pytest.mark.parametrize("fault", ["truncate", "reset", "500"])
+def test_a_download_that_breaks_off(hub, fault, tmp_path):
+    """It ends in the right weights or in an error that names the core, never in others."""
+    core = make_core()
+    core.push_to_hub("owner/download")
+    hub.fail("GET /owner/download/resolve/.*safetensors", fault)
+    try:
+        grown = GrowableUNet2DConditionModel.from_core(
+            "owner/download", 32, block_out_channels=(8,), cache_dir=tmp_path
+        )
+    except OSError as error:
+        assert "`core='owner/download'` cannot be loaded" in str(error)
+        grown = GrowableUNet2DConditionModel.from_core(
+            "owner/download", 32, block_out_channels=(8,), cache_dir=tmp_path
+        )
+    state = grown.core.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in core.state_dict().items())
+
+
+@pytest.mark.parametrize("token,status", [("hf_nobody", 401), (STRANGER, 403)])
+def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("growing had begun")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", never)
+    with pytest.raises(HfHubHTTPError) as error:
+        GrowableUNet2DConditionModel.from_core(
+            make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/forbidden", token=token
+        )
+    assert error.value.response.status_code == status and token not in str(error.value)
+    with pytest.raises(ValueError, match="`push_to_hub=True` needs a `repo_id`"):
+        GrowableUNet2DConditionModel.from_core(make_core(), 32, block_out_channels=(8,), push_to_hub=True)
+    with pytest.raises(ValueError, match="no/name/at-all"):
+        GrowableUNet2DConditionModel.from_core(make_core(), 32, push_to_hub=True, repo_id="no/name/at-all")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cards
+
+
+def test_a_card_says_it_all(hub, tmp_path):
+    core = make_pipeline()
+    hub_module.add_to_lineage(
+        core.unet, phase="core", resolution=16, trained="everything", steps=10, pictures=320, seed=0
+    )
+    core.push_to_hub("owner/card-core", license="apache-2.0")
+    results = [
+        EvalResult("text-to-image", "shapes", "Captioned shapes", "accuracy", 0.81, metric_name="shape"),
+        EvalResult("text-to-image", "shapes", "Captioned shapes", "accuracy", 0.7, metric_name="texture"),
+    ]
+    grown = GreedyGrowPipeline.from_core("owner/card-core", 32, block_out_channels=(8,))
+    grid = tmp_path / "grid.png"
+    grown.image_processor.postprocess(2 * draw(grown) - 1)[0].save(grid)
+    grown.push_to_hub(
+        "owner/card", license="apache-2.0", datasets=["owner/shapes"], eval_results=results, samples=grid
+    )
+    card = ModelCard.load("owner/card")
+    card.validate()
+    assert card.data.eval_results == results and card.data.datasets == ["owner/shapes"]
+    revision = HfApi().model_info("owner/card-core").sha
+    for text in (
+        "a core of\n16 pixels, grown to 32.",
+        "**Not trained at 32 pixels yet**",
+        "| core | 16 | everything | 10 | 320 | 0 |",
+        f"| grown from `owner/card-core` at `{revision[:12]}`, `init='preserve'` | 32 |",
+        "| Captioned shapes | texture | 0.7 |",
+        "![Samples](samples.png)",
+    ):
+        assert text in card.text, text
+    assert hub.files("owner/card")["samples.png"] == grid.read_bytes()
+
+
+@pytest.mark.parametrize("make", [make_core, make_grown, make_pipeline])
+def test_what_a_card_says_to_run_runs(hub, make, tmp_path):
+    repo_id = f"owner/run-{make.__name__}"
+    make().push_to_hub(repo_id)
+    card = ModelCard.load(repo_id)
+    blocks = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path)
+    assert (tmp_path / "picture.png").exists() == (make is make_pipeline)
+
+
+def test_a_card_without_the_plugin_names_the_error_that_is_seen(hub):
+    pipeline = make_pipeline()
+    pipeline.push_to_hub("owner/without")
+    assert "GreedyGrowPipeline" in make_card(pipeline, "owner/without").text
+    code = "from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained('owner/without')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and re.search(
+        "(AttributeError|ValueError).*(GreedyGrowPipeline|diffusers_greedy_grow)", done.stderr
+    )
