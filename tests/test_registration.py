@@ -1,0 +1,112 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""diffusers finds our classes by name, and its own as before."""
+
+import json
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+
+import diffusers_greedy_grow
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel, registration
+
+from .testing_utils import make_core, make_grown, make_pipeline
+
+
+MODELS = (ShallowUNet2DModel, GrowableUNet2DConditionModel)
+
+
+@pytest.mark.parametrize("make", [make_core, make_grown])
+@pytest.mark.parametrize("place", ["local", "hub", "cache"])
+def test_all_ways_to_load(make, place, hub, tmp_path):
+    pipeline = make_pipeline(make())
+    where, kwargs = str(tmp_path), {}
+    if place == "local":
+        pipeline.save_pretrained(tmp_path)
+    else:
+        where = f"owner/ways-{make.__name__}-{place}"
+        pipeline.push_to_hub(where)
+    if place == "cache":
+        DiffusionPipeline.from_pretrained(where)
+        kwargs = {"local_files_only": True}
+    before = len(hub.requests)
+    for loaded in (
+        DiffusionPipeline.from_pretrained(where, **kwargs),
+        GreedyGrowPipeline.from_pretrained(where, **kwargs),
+        AutoPipelineForText2Image.from_pretrained(where, **kwargs),
+        AutoPipelineForText2Image.from_pipe(GreedyGrowPipeline.from_pretrained(where, **kwargs)),
+    ):
+        assert type(loaded) is GreedyGrowPipeline and type(loaded.unet) is type(pipeline.unet)
+        assert loaded.config.max_sequence_length == pipeline.config.max_sequence_length
+    model = AutoModel.from_pretrained(where, subfolder="unet", **kwargs)
+    assert type(model) is type(pipeline.unet)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in pipeline.unet.state_dict().items())
+    if place == "cache":
+        assert len(hub.requests) == before
+
+
+def test_a_bare_model_folder(tmp_path):
+    make_grown().save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(str(tmp_path))) is GrowableUNet2DConditionModel
+
+
+def test_the_index_names_the_package_only(tmp_path):
+    make_pipeline(make_grown()).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "GreedyGrowPipeline"
+    assert index["unet"] == ["diffusers_greedy_grow", "GrowableUNet2DConditionModel"]
+
+
+def test_registering_twice_changes_nothing():
+    tables = (pipeline_loading_utils.LOADABLE_CLASSES, auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
+    before = [dict(table) for table in tables]
+    registration.register(diffusers_greedy_grow.__name__, MODELS, GreedyGrowPipeline, "greedy-grow")
+    assert [dict(table) for table in tables] == before
+
+
+def test_classes_of_diffusers_load_as_before(tmp_path):
+    scheduler = diffusers.DDPMScheduler()
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        norm_num_groups=4, add_attention=False,
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(loaded) is diffusers.DDPMPipeline and type(loaded.unet) is diffusers.UNet2DModel
+    assert type(AutoModel.from_pretrained(str(tmp_path / "unet"))) is diffusers.UNet2DModel
+
+
+def test_a_version_of_diffusers_without_the_tables(monkeypatch):
+    monkeypatch.delattr(auto_pipeline, "AUTO_TEXT2IMAGE_PIPELINES_MAPPING")
+    with pytest.raises(
+        ImportError, match='has no table `.*AUTO_TEXT2IMAGE_PIPELINES_MAPPING`.*pip install "diffusers>='
+    ):
+        registration.register(diffusers_greedy_grow.__name__, MODELS, GreedyGrowPipeline, "greedy-grow")
+
+
+def test_importing_the_plugin_is_all_it_takes():
+    code = (
+        "import diffusers_greedy_grow, diffusers; from diffusers import AutoModel; "
+        "assert diffusers.GreedyGrowPipeline is diffusers_greedy_grow.GreedyGrowPipeline"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
