@@ -23,7 +23,6 @@ growths (`{"grown_to": 256, ...}`) and phases of training (`{"phase": "grown-256
 import re
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +157,30 @@ def describe(entry: dict[str, Any]) -> tuple:
 
 
 class HubMixin:
-    """`push_to_hub` for models and pipelines, in place of diffusers': with a card, on a branch, and losing nothing."""
+    """
+    For models and pipelines, in place of diffusers': `push_to_hub` with a card, on a branch, and losing nothing, and
+    `save_pretrained` that writes only what loads again.
+    """
 
-    save_pretrained: Callable
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """
+        As diffusers has it, but for two traps.
+
+        Raises:
+            `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load.
+        """
+        model: Any = getattr(self, "unet", self)
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                f"The adapters {sorted(model.peft_config)} are attached, and what is saved with them would not load again. "
+                "Save them by `save_lora_weights` and take them off by `unload_lora_weights()` (of a pipeline) or "
+                "`save_lora_adapter` and `unload_lora()` (of a model); those that are fused stay part of the weights."
+            )
+        indices = {path: path.stat().st_mtime_ns for path in Path(save_directory).glob("*.safetensors.index.json")}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        for path, written in indices.items():  # of shards that are gone: it would be believed when loading
+            if path.stat().st_mtime_ns == written:
+                path.unlink()
 
     def push_to_hub(
         self,

@@ -35,6 +35,7 @@ from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, veloci
 from ..hub import HubMixin, prepare_push, push_or_keep
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.growable_unet_2d_condition import load_core
+from .lora import GreedyGrowLoraLoaderMixin
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -55,7 +56,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class GreedyGrowPipeline(HubMixin, DiffusionPipeline):
+class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin):
     r"""
     Pipeline for text-to-image generation in pixel space with a greedily grown model (Vasconcelos et al., 2024), or
     with the core alone. There is no VAE: the denoised state is the picture.

@@ -1,0 +1,183 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""LoRA for the pipeline, as diffusers has it, and the way of a core's adapters into the models grown from it."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+
+from ..models import GrowableUNet2DConditionModel
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+def map_to_core(names: dict, model) -> dict:
+    """
+    Names of a core's adapter layers (`unet.transformer_blocks.0...`) as those of a grown model (`unet.core....`); names
+    that are a grown model's already, and all names if `model` is a core, stay.
+    """
+    if not isinstance(model, GrowableUNet2DConditionModel):
+        return names
+    parts = {f"unet.{name}" for name, _ in model.core.named_children()}
+    return {
+        f"unet.core.{name.removeprefix('unet.')}" if ".".join(name.split(".")[:2]) in parts else name: value
+        for name, value in names.items()
+    }
+
+
+class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
+    """
+    Loads and saves LoRA layers of the pipeline's `unet`. An adapter trained on a core loads into every model grown from it.
+    Several adapters, their weights, hotswapping, fusing and unloading are diffusers' own.
+    """
+
+    _lora_loadable_modules = ["unet"]
+
+    @classmethod
+    def lora_state_dict(
+        cls,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        weight_name: str | None = None,
+        return_lora_metadata: bool = False,
+        **kwargs,
+    ) -> Any:
+        r"""
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
+                A folder, a repository of the Hub, or the tensors themselves.
+            weight_name (`str`, *optional*):
+                The file's name, `pytorch_lora_weights.safetensors` by default. Pickled files are not read.
+            return_lora_metadata (`bool`, defaults to `False`):
+                Whether to return the adapter's configuration as well, if the file has it.
+            kwargs:
+                `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`, `subfolder`.
+
+        Returns:
+            `dict[str, torch.Tensor]`, or a tuple of it and the configuration.
+        """
+        state_dict, metadata = _fetch_state_dict(
+            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+            weight_name=weight_name,
+            use_safetensors=True,
+            allow_pickle=False,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            **{name: kwargs.pop(name, None) for name in HUB_ARGUMENTS},
+        )
+        if kwargs:
+            raise TypeError(f"{sorted(kwargs)} are no arguments of loading LoRA weights.")
+        return (state_dict, metadata) if return_lora_metadata else state_dict
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        low_cpu_mem_usage: bool = False,
+        **kwargs,
+    ) -> None:
+        r"""
+        Loads an adapter of this model, or of the core that it was grown from.
+
+        Args:
+            pretrained_model_name_or_path_or_dict, kwargs:
+                See [`~GreedyGrowLoraLoaderMixin.lora_state_dict`].
+            adapter_name (`str`, *optional*):
+                Its name from here on; `"default_0"` and so on by default.
+            hotswap (`bool`, defaults to `False`):
+                Whether it replaces the adapter of that name in place, so that compiled blocks stay compiled.
+            low_cpu_mem_usage (`bool`, defaults to `False`):
+                Whether the layers are made without random numbers first.
+
+        Raises:
+            `ValueError`: if the tensors are no LoRA layers, or fit no layer of this model.
+        """
+        kwargs["return_lora_metadata"] = True
+        state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        state_dict = map_to_core(state_dict, self.unet)
+        layers = {name for name, _ in self.unet.named_modules()}
+        strange = [
+            name
+            for name in state_dict
+            if ".lora_" not in name or name.split(".lora_")[0].removeprefix("unet.") not in layers
+        ]
+        if strange or not state_dict:
+            raise ValueError(
+                f"These are no LoRA layers of a {type(self.unet).__name__}: {strange[:3] or 'the file is empty'}. Pass an "
+                "adapter that was trained on this model, or on the core it was grown from."
+            )
+        self.unet.load_lora_adapter(
+            state_dict,
+            prefix="unet",
+            adapter_name=adapter_name,
+            metadata=metadata,
+            hotswap=hotswap,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            _pipeline=self,
+        )
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        unet_lora_layers: dict[str, torch.nn.Module | torch.Tensor],
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        unet_lora_adapter_metadata: dict | None = None,
+    ) -> None:
+        r"""
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Where to.
+            unet_lora_layers (`dict[str, torch.nn.Module | torch.Tensor]`):
+                What `peft.get_peft_model_state_dict(pipeline.unet)` returns.
+            is_main_process (`bool`, defaults to `True`), save_function (`Callable`, *optional*), weight_name (`str`,
+            *optional*), safe_serialization (`bool`, defaults to `True`):
+                As everywhere in diffusers; pickled files are not written.
+            unet_lora_adapter_metadata (`dict`, *optional*):
+                The adapter's configuration; without it, `lora_alpha` is lost. What
+                `diffusers.training_utils._collate_lora_metadata({"unet": pipeline.unet})` returns holds it.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization=False` would write pickled weights, which are not safe to load.")
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers={"unet": unet_lora_layers},
+            lora_metadata={"unet": unet_lora_adapter_metadata},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=True,
+        )
+
+    def fuse_lora(
+        self,
+        components: list[str] = ["unet"],
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        """Adds the adapters to the weights. To save the result, `unload_lora_weights()` first."""
+        super().fuse_lora(components, lora_scale, safe_fusing, adapter_names)
+
+    def unfuse_lora(self, components: list[str] = ["unet"]) -> None:
+        """Undoes `fuse_lora`, up to rounding."""
+        super().unfuse_lora(components)

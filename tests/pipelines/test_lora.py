@@ -1,0 +1,203 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""LoRA adapters of the pipeline, with real PEFT, and those of a core in a model that was grown from it."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
+
+from ..testing_utils import make_core, make_grown, make_pipeline
+
+
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def draw(pipeline) -> torch.Tensor:
+    size = pipeline.unet.config.sample_size
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return pipeline("a small blue square", latents=noise, num_inference_steps=2, output_type="pt").images
+
+
+def save_adapter(model, folder, seed: int = 0, rank: int = 2, alpha: int = 4):
+    """As a training script does: an adapter with random weights, saved with its configuration; the model is left clean."""
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=LAYERS))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    layers = get_peft_model_state_dict(model)
+    GreedyGrowPipeline.save_lora_weights(folder, layers, **_collate_lora_metadata({"unet": model}))
+    model.unload_lora()
+    return folder
+
+
+@pytest.fixture(params=[make_core, make_grown], ids=["core", "grown"])
+def made(request) -> GreedyGrowPipeline:
+    return make_pipeline(request.param())
+
+
+def test_load_weigh_fuse_unfuse_and_unload(made, tmp_path):
+    plain, state = draw(made), {name: value.clone() for name, value in made.unet.state_dict().items()}
+    first = save_adapter(made.unet, tmp_path / "first")
+    second = save_adapter(made.unet, tmp_path / "second", seed=1, rank=3)
+    made.load_lora_weights(first, adapter_name="first")
+    with_first = draw(made)
+    assert not torch.allclose(with_first, plain, atol=1e-3)
+    made.load_lora_weights(second, adapter_name="second")
+    assert made.get_list_adapters() == {"unet": ["first", "second"]}
+    made.set_adapters(["first", "second"], [1.0, 0.5])
+    both = draw(made)
+    assert not torch.allclose(both, with_first, atol=1e-3)
+    made.set_adapters(["first", "second"], [1.0, 0.0])
+    torch.testing.assert_close(draw(made), with_first, atol=1e-4, rtol=1e-4)
+    made.set_adapters(["first", "second"], [1.0, 0.5])
+    made.fuse_lora(adapter_names=["first", "second"])
+    torch.testing.assert_close(draw(made), both, atol=1e-3, rtol=1e-3)
+    made.unfuse_lora()
+    torch.testing.assert_close(draw(made), both, atol=1e-3, rtol=1e-3)
+    made.disable_lora()
+    torch.testing.assert_close(draw(made), plain, atol=1e-3, rtol=1e-3)
+    made.enable_lora()
+    made.delete_adapters("second")
+    assert made.get_active_adapters() == ["first"]
+    made.unload_lora_weights()
+    again = made.unet.state_dict()
+    assert again.keys() == state.keys()
+
+    # Never fused, the base is the same bit for bit.
+    made.unet.load_state_dict(state)
+    made.load_lora_weights(first)
+    made.unload_lora_weights()
+    assert torch.equal(draw(made), plain)
+    assert all(torch.equal(value, state[name]) for name, value in made.unet.state_dict().items())
+
+
+def test_alpha_and_ranks_survive_saving(made, tmp_path):
+    save_adapter(made.unet, tmp_path, rank=2, alpha=8)
+    made.load_lora_weights(tmp_path, adapter_name="style")
+    config = made.unet.peft_config["style"]
+    assert (config.r, config.lora_alpha) == (2, 8)
+    weights, metadata = made.lora_state_dict(tmp_path, return_lora_metadata=True)
+    assert all(name.startswith("unet.") for name in weights) and metadata["unet.lora_alpha"] == 8
+
+
+def test_hotswap(made, tmp_path):
+    first, second = (save_adapter(made.unet, tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    made.load_lora_weights(second, adapter_name="own")
+    expected = draw(made)
+    made.unload_lora_weights()
+    made.load_lora_weights(first, adapter_name="style")
+    assert not torch.allclose(draw(made), expected, atol=1e-3)
+    made.load_lora_weights(second, adapter_name="style", hotswap=True)
+    torch.testing.assert_close(draw(made), expected)
+
+
+@pytest.mark.parametrize("growths", [1, 2])
+def test_an_adapter_of_a_core_in_what_was_grown_from_it(growths, tmp_path):
+    """It changes the inner prediction as it changes the core's own."""
+    core = make_pipeline(make_core())
+    save_adapter(core.unet, tmp_path)
+    grown = core
+    for _ in range(growths):
+        grown = GreedyGrowPipeline.from_core(grown, 2 * grown.unet.config.sample_size, block_out_channels=(8,))
+    core.load_lora_weights(tmp_path)
+    grown.load_lora_weights(tmp_path)
+    layers = [{n for n, _ in pipe.unet.named_parameters() if "lora_" in n} for pipe in (core, grown)]
+    assert layers[1] == {f"core.{name}" for name in layers[0]}
+    state = core.unet.state_dict()
+    inner = grown.unet.core.state_dict()
+    assert all(torch.equal(value, inner[name]) for name, value in state.items())
+
+    # Grown again, an adapter of a grown model is one of the larger model as it is.
+    middle = make_pipeline(make_grown())
+    save_adapter(middle.unet, tmp_path / "middle")
+    larger = GreedyGrowPipeline.from_core(middle, 64, block_out_channels=(8,))
+    larger.load_lora_weights(tmp_path / "middle")
+    assert larger.get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_what_does_not_fit(made, tmp_path):
+    with pytest.raises(ValueError, match="no LoRA layers of a .*'unet.conv.weight'"):
+        made.load_lora_weights({"unet.conv.weight": torch.zeros(1)})
+    other = {f"unet.blocks.9.to_q.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    with pytest.raises(ValueError, match="no LoRA layers of a .*Pass an adapter that was trained on this model"):
+        made.load_lora_weights(other)
+    with pytest.raises(TypeError, match=r"\['weight_nam'\] are no arguments of loading"):
+        made.load_lora_weights(other, weight_nam="x")
+    torch.save({}, tmp_path / "pytorch_lora_weights.bin")
+    with pytest.raises(OSError):
+        made.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="pickled weights"):
+        made.save_lora_weights(tmp_path, {}, safe_serialization=False)
+    assert not getattr(made.unet, "peft_config", None)
+
+
+def test_saving_with_an_adapter_is_refused_and_fused_weights_are_kept(made, tmp_path):
+    save_adapter(made.unet, tmp_path / "adapter")
+    made.load_lora_weights(tmp_path / "adapter", adapter_name="style")
+    for saved in (made, made.unet):
+        with pytest.raises(ValueError, match=r"The adapters \['style'\] are attached.*`unload_lora_weights\(\)`"):
+            saved.save_pretrained(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+    made.fuse_lora()
+    expected = draw(made)
+    with pytest.raises(ValueError, match="are attached"):
+        made.save_pretrained(tmp_path / "pipeline")
+    made.unload_lora_weights()
+    made.save_pretrained(tmp_path / "pipeline")
+    torch.testing.assert_close(draw(DiffusionPipeline.from_pretrained(tmp_path / "pipeline")), expected)
+
+
+def test_a_whole_file_over_shards_loads_again(tmp_path):
+    make_grown().save_pretrained(tmp_path, max_shard_size="50KB")
+    assert list(tmp_path.glob("*.index.json"))
+    other = make_grown(make_core(num_layers=1))
+    other.save_pretrained(tmp_path)
+    again = GrowableUNet2DConditionModel.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in other.state_dict().items())
+    other.save_pretrained(tmp_path, max_shard_size="50KB")
+    GrowableUNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_adapters_from_the_hub(hub, tmp_path):
+    from huggingface_hub import HfApi
+
+    pipeline = make_pipeline()
+    save_adapter(pipeline.unet, tmp_path)
+    HfApi().create_repo("owner/adapter", exist_ok=True)
+    HfApi().upload_folder(repo_id="owner/adapter", folder_path=tmp_path)
+    pipeline.load_lora_weights("owner/adapter", adapter_name="hub")
+    from_hub = draw(pipeline)
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(tmp_path)
+    assert torch.equal(draw(pipeline), from_hub)
+
+
+def test_a_single_file(made, tmp_path):
+    save_adapter(made.unet, tmp_path)
+    made.load_lora_weights(tmp_path)
+    expected = draw(made)
+    made.unload_lora_weights()
+    save_file(made.lora_state_dict(tmp_path), tmp_path / "other.safetensors")
+    made.load_lora_weights(tmp_path, weight_name="other.safetensors")
+    assert not torch.equal(draw(made), expected)  # without the configuration, alpha is the rank
