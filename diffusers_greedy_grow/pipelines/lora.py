@@ -106,21 +106,22 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
                 Whether the layers are made without random numbers first.
 
         Raises:
-            `ValueError`: if the tensors are no LoRA layers, or fit no layer of this model.
+            `ValueError`: if the tensors are no LoRA layers, or are of layers of the `unet` that it does not have. Of other
+            components' there is a warning only.
         """
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         state_dict = map_to_core(state_dict, self.unet)
-        layers = {name for name, _ in self.unet.named_modules()}
+        layers = {f"unet.{name}" for name, _ in self.unet.named_modules()}
         strange = [
             name
             for name in state_dict
-            if ".lora_" not in name or name.split(".lora_")[0].removeprefix("unet.") not in layers
+            if "lora" not in name or (name.startswith("unet.") and name.split(".lora_")[0] not in layers)
         ]
-        if strange or not state_dict:
+        if strange:
             raise ValueError(
-                f"These are no LoRA layers of a {type(self.unet).__name__}: {strange[:3] or 'the file is empty'}. Pass an "
-                "adapter that was trained on this model, or on the core it was grown from."
+                f"These are no LoRA layers of a {type(self.unet).__name__}: {strange[:3]}. Pass an adapter that was trained on "
+                "this model, or on the core it was grown from."
             )
         self.unet.load_lora_adapter(
             state_dict,

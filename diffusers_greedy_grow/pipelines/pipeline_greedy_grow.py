@@ -447,6 +447,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        cross_attention_kwargs: dict | None = None,
         guider: BaseGuidance | None = None,
         guidance_resolution: str = "full",
         core_first: float | str | None = None,
@@ -493,6 +494,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 names in `callback_kwargs` replaces them.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Which tensors `callback_kwargs` holds, from `_callback_tensor_inputs`.
+            cross_attention_kwargs (`dict`, *optional*):
+                `{"scale": 0.5}`, say, scales the LoRA layers.
             guider ([`~diffusers.guiders.BaseGuidance`], *optional*):
                 In place of `guidance_scale`, a guider of diffusers that combines two predictions of the clean picture:
                 `ClassifierFreeGuidance` with a rescale or an interval of steps, `AdaptiveProjectedGuidance`, ... Outside
@@ -613,6 +616,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     1000 * sigma.expand(latent_model_input.shape[0]),
                     encoder_hidden_states=encoder_hidden_states,
                     encoder_attention_mask=encoder_attention_mask,
+                    cross_attention_kwargs=cross_attention_kwargs,
                     text_cache=text_caches[guided],
                     **kwargs,
                 ).pred_original_sample

@@ -30,11 +30,11 @@ from ..testing_utils import make_core, make_grown, make_pipeline
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def draw(pipeline) -> torch.Tensor:
+def draw(pipeline, **kwargs) -> torch.Tensor:
     size = pipeline.unet.config.sample_size
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return pipeline("a small blue square", latents=noise, num_inference_steps=2, output_type="pt").images
+    return pipeline("a small blue square", latents=noise, num_inference_steps=2, output_type="pt", **kwargs).images
 
 
 def save_adapter(model, folder, seed: int = 0, rank: int = 2, alpha: int = 4):
@@ -70,6 +70,10 @@ def test_load_weigh_fuse_unfuse_and_unload(made, tmp_path):
     assert not torch.allclose(both, with_first, atol=1e-3)
     made.set_adapters(["first", "second"], [1.0, 0.0])
     torch.testing.assert_close(draw(made), with_first, atol=1e-4, rtol=1e-4)
+    made.set_adapters(["first", "second"], [1.0, 0.5])
+    half, made_half = draw(made, cross_attention_kwargs={"scale": 0.5}), [0.5, 0.25]
+    made.set_adapters(["first", "second"], made_half)
+    torch.testing.assert_close(draw(made), half, atol=1e-4, rtol=1e-4)
     made.set_adapters(["first", "second"], [1.0, 0.5])
     made.fuse_lora(adapter_names=["first", "second"])
     torch.testing.assert_close(draw(made), both, atol=1e-3, rtol=1e-3)
@@ -142,6 +146,8 @@ def test_what_does_not_fit(made, tmp_path):
     other = {f"unet.blocks.9.to_q.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
     with pytest.raises(ValueError, match="no LoRA layers of a .*Pass an adapter that was trained on this model"):
         made.load_lora_weights(other)
+    made.load_lora_weights({"text_encoder.lora_A.weight": torch.zeros(2, 2)})  # diffusers warns
+    assert not made.get_list_adapters()
     with pytest.raises(TypeError, match=r"\['weight_nam'\] are no arguments of loading"):
         made.load_lora_weights(other, weight_nam="x")
     torch.save({}, tmp_path / "pytorch_lora_weights.bin")

@@ -570,7 +570,7 @@ def test_the_arguments_are_those_of_the_pixel_pipeline_of_diffusers():
     theirs = list(inspect.signature(PRXPixelPipeline.__call__).parameters)
     theirs.remove("use_resolution_binning")
     ours = list(inspect.signature(GreedyGrowPipeline.__call__).parameters)
-    assert ours == [*theirs, "guider", "guidance_resolution", "core_first"]
+    assert ours == [*theirs, "cross_attention_kwargs", "guider", "guidance_resolution", "core_first"]
     encode = list(inspect.signature(GreedyGrowPipeline.encode_prompt).parameters.values())[1:]
     assert all(parameter.default is not inspect.Parameter.empty for parameter in encode)
 
