@@ -98,7 +98,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         detail_variances: tuple[float, ...] | None = None,
     ):
         super().__init__()
-        shift_name(scheduler)
+        if scheduler is not None:  # as diffusers makes it to encode prompts only
+            shift_name(scheduler)
         if text_encoder is not None and unet is not None:
             text_width, model_width = text_encoder.config.hidden_size, unet.config.cross_attention_dim
             if text_width != model_width:
