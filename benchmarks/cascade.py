@@ -30,10 +30,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw, held_out, score
+from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw, held_out, make_noise, score
+from benchmarks.queue_of_runs import NARROW, WIDE
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma, upsample, velocity_from_clean
 from diffusers_greedy_grow.training import (
@@ -41,7 +41,6 @@ from diffusers_greedy_grow.training import (
     EpochOrder,
     load_captioned_data,
     normalize,
-    sample_generators,
 )
 
 
@@ -96,7 +95,7 @@ def draw_cascade(unet, pipeline: GreedyGrowPipeline, captions: list[str], bfloat
     device, size = unet.device, unet.config.sample_size
     factor = size // pipeline.unet.config.sample_size
     low = 2 * draw(pipeline, captions, bfloat16).to(device) - 1
-    noise = randn_tensor((len(captions), 3, size, size), generator=sample_generators((0,), 0, len(captions)))
+    noise = make_noise(len(captions), size)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=float(factor))
     images = []
     for i in range(0, len(captions), 8):
@@ -148,10 +147,12 @@ def main() -> None:
     warmup = min(100, args.steps // 10)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=args.steps)
     ema = EMAModel(unet.parameters(), decay=0.998)
+    levels = WIDE if args.wide else NARROW
+    mean, deviation, weighting = (levels[name][-1] for name in ("logit_mean", "logit_std", "loss_weighting"))
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         x0 = normalize(batch["pixel_values"].to(device), 1)
-        sigma = sample_sigma(len(x0), float(factor), *((0.3, 1.1) if args.wide else (1.0, 1.0)), device=device)
+        sigma = sample_sigma(len(x0), float(factor), mean, deviation, device=device)
         low = pool(x0, factor)
         low = low + AUGMENTATION * expand(torch.rand(len(x0), device=device), low) * torch.randn_like(low)
         captions = ["" if drop else text for drop, text in zip(torch.rand(len(x0)) < 0.1, batch["caption"])]
@@ -160,7 +161,7 @@ def main() -> None:
             with torch.no_grad():
                 text = encode(pipeline, captions)
             clean = predict(unet, x, sigma, low, factor, **text)
-        scale = 1.0 if args.wide else expand(sigma, x0).clamp(min=SIGMA_MIN)
+        scale = 1.0 if weighting == "clean" else expand(sigma, x0).clamp(min=SIGMA_MIN)
         loss = ((clean - x0) / scale).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -41,10 +41,14 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def make_noise(count: int, size: int, seed: int = 0) -> torch.Tensor:
+    """`(count, 3, size, size)`, each picture's from a generator of its own."""
+    return randn_tensor((count, 3, size, size), generator=sample_generators((seed,), 0, count))
+
+
 def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kwargs) -> torch.Tensor:
     """Pictures `(B, 3, R, R)` in [0, 1], from the same noise whatever the pipeline."""
-    size = pipeline.unet.config.sample_size
-    noise = randn_tensor((len(captions), 3, size, size), generator=sample_generators((0,), 0, len(captions)))
+    noise = make_noise(len(captions), pipeline.unet.config.sample_size)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, **kwargs}
     images: list[torch.Tensor] = []

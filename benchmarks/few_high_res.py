@@ -27,7 +27,16 @@ from pathlib import Path
 
 from benchmarks import grow_vs_scratch
 from benchmarks.grow_vs_scratch import SETTINGS
-from benchmarks.queue_of_runs import Job, add_queue_arguments, count_pictures, find_data, places, run_queue
+from benchmarks.queue_of_runs import (
+    Job,
+    add_queue_arguments,
+    count_pictures,
+    find_data,
+    find_runs,
+    last_scores,
+    places,
+    run_queue,
+)
 from benchmarks.tables import markdown, mean_and_deviation, write_json
 
 
@@ -48,16 +57,11 @@ def make_jobs(seed: int, share: float, data: Path, num_pictures: int, scale: flo
     ]
 
 
-def find_runs(records: dict[str, dict], arm: str, share: float) -> list[dict]:
-    keys = {"arm": arm_name(arm, share), "factor": 8}
-    return [run for run in records.values() if keys.items() <= run["keys"].items()]
-
-
 def make_table(records: dict[str, dict]) -> list[dict]:
     rows = []
     for share in SHARES:
         for arm in ARMS:
-            runs = find_runs(records, arm, share)
+            runs = find_runs(records, arm_name(arm, share), 8)
             if not runs:
                 continue
             ends = [run["curve"][-1] for run in runs]
@@ -69,7 +73,7 @@ def make_table(records: dict[str, dict]) -> list[dict]:
                 "low band": mean_and_deviation([line["val_loss_low"] for line in ends], 4),
                 "high band": mean_and_deviation([line["val_loss_high"] for line in ends], 4),
             }
-            scores = [run["scores"][list(run["seconds"])[-1]] for run in runs]
+            scores = [last_scores(run) for run in runs]
             for name in scores[0]:
                 row[name.replace("swd_", "SWD ")] = mean_and_deviation([one[name] for one in scores], 2)
             rows.append(row)
@@ -87,7 +91,9 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     for axis, (name, label) in zip(axes, names.items()):
         for arm, marker in zip(ARMS, "os"):
             points = [
-                (100 * share, run["curve"][-1][name]) for share in SHARES for run in find_runs(records, arm, share)
+                (100 * share, run["curve"][-1][name])
+                for share in SHARES
+                for run in find_runs(records, arm_name(arm, share), 8)
             ]
             if points:
                 axis.plot(*zip(*points), marker, label=arm, alpha=0.7)

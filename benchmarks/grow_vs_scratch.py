@@ -44,6 +44,7 @@ from benchmarks.queue_of_runs import (
     core_job,
     find_data,
     growth_job,
+    last_scores,
     places,
     run_queue,
 )
@@ -169,8 +170,7 @@ def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, tuple[
     collected: dict = {arm.name: {} for arm in ARMS}
     for run in records.values():
         if run["keys"].get("factor") == factor and run["keys"]["arm"] in collected:
-            scores = run["scores"][list(run["seconds"])[-1]]
-            collected[run["keys"]["arm"]][run["keys"]["seed"]] = (total_curve(run, records), scores)
+            collected[run["keys"]["arm"]][run["keys"]["seed"]] = (total_curve(run, records), last_scores(run))
     return {arm: seeds for arm, seeds in collected.items() if seeds}
 
 

@@ -251,6 +251,16 @@ def read_records(path: Path) -> dict[str, dict]:
     return {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
 
 
+def find_runs(records: dict[str, dict], arm: str, factor: int) -> list[dict]:
+    keys = {"arm": arm, "factor": factor}
+    return [run for run in records.values() if keys.items() <= run["keys"].items()]
+
+
+def last_scores(run: dict) -> dict[str, float]:
+    """Of the last pipeline that a run left."""
+    return run["scores"][list(run["seconds"])[-1]]
+
+
 def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     """
     Runs those `jobs` that have not been run yet, or none with `--report`.

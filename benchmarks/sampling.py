@@ -33,10 +33,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.utils import logging
 
-from benchmarks.evaluate import held_out, score
+from benchmarks.evaluate import held_out, make_noise, score
 from benchmarks.tables import RESULTS, describe_machine, markdown, mean_and_deviation, write_json
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
-from diffusers_greedy_grow.training import build_small_text_encoder, sample_generators, train_small_tokenizer
+from diffusers_greedy_grow.training import build_small_text_encoder, train_small_tokenizer
 
 
 logging.set_verbosity_error()
@@ -160,8 +160,7 @@ def measure_time(args: argparse.Namespace, device: torch.device) -> list[dict]:
         pipeline, prompts = build_pipeline(*MODELS[name])
         pipeline.to(device).set_progress_bar_config(disable=True)
         size = pipeline.unet.config.sample_size
-        generators = sample_generators((0,), 0, len(prompts))
-        latents = torch.stack([torch.randn(3, size, size, generator=generator) for generator in generators]).to(device)
+        latents = make_noise(len(prompts), size).to(device)
         seconds: dict[str, list[float]] = {arm: [] for arm in list_arms()}
         for repeat in range(args.repeats + 1):  # the first one warms up and compiles
             for arm, settings in list_arms().items():
@@ -202,8 +201,7 @@ def measure_pictures(args: argparse.Namespace, device: torch.device) -> list[dic
         if settings not in arms.values():  # compiling changes no picture
             arms[arm] = settings
     for seed in args.seeds:
-        generators = sample_generators((seed,), 0, len(captions))
-        latents = torch.stack([torch.randn(3, size, size, generator=generator) for generator in generators]).to(device)
+        latents = make_noise(len(captions), size, seed).to(device)
         for arm, settings in arms.items():
             set_up(pipeline, settings)
             images = [

@@ -33,7 +33,9 @@ from benchmarks.queue_of_runs import (
     add_queue_arguments,
     core_job,
     find_data,
+    find_runs,
     growth_job,
+    last_scores,
     places,
     run_queue,
 )
@@ -65,20 +67,15 @@ def make_jobs(num_layers: int, seed: int, data: Path, scale: float) -> list[Job]
     return [core, growth]
 
 
-def find_runs(records: dict[str, dict], num_layers: int) -> list[dict]:
-    keys = {"arm": arm_name(num_layers), "factor": 8}
-    return [run for run in records.values() if keys.items() <= run["keys"].items()]
-
-
 def make_table(records: dict[str, dict]) -> list[dict]:
     rows = []
     for num_layers in LAYERS:
-        runs = find_runs(records, num_layers)
+        runs = find_runs(records, arm_name(num_layers), 8)
         if not runs:
             continue
         parts = make_setting(num_layers).plans()
         ends = [run["curve"][-1] for run in runs]
-        scores = [run["scores"][list(run["seconds"])[-1]] for run in runs]
+        scores = [last_scores(run) for run in runs]
         rows.append(
             {
                 "core": f"{num_layers} layers, {parts['core'].parameters / 1e6:.2f} M",
@@ -106,9 +103,9 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             points = [
-                (num_layers, run["scores"][list(run["seconds"])[-1]][name])
+                (num_layers, last_scores(run)[name])
                 for num_layers in LAYERS
-                for run in find_runs(records, num_layers)
+                for run in find_runs(records, arm_name(num_layers), 8)
             ]
             if points:
                 axis.plot(*zip(*points), "o", label=name, alpha=0.7)

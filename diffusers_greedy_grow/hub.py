@@ -231,20 +231,41 @@ class HubMixin:
             `HfHubHTTPError`: if the token is missing or wrong or may not write there, before anything is saved.
             [`UploadError`]: if the upload fails; the message names the folder in which all files are.
         """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization=False` would write pickled weights, which are not safe to load.")
+        refuse_pickled(safe_serialization)
         repo_id = prepare_repository(repo_id, private, token, revision)
-        folder = upload_folder_of(repo_id, subfolder)
-        shutil.rmtree(folder, ignore_errors=True)
-        self.save_pretrained(folder, variant=variant)
-        if subfolder is None:
-            if samples is not None:
-                card["samples"] = "samples" + Path(samples).suffix
-                shutil.copy(samples, folder / card["samples"])
-            make_card(self, repo_id, **card).save(folder / "README.md")
-        message = commit_message or f"Upload {type(self).__name__}"
-        commit = upload(folder, repo_id, token, revision, create_pr, message, subfolder)
-        return str(commit.pr_url or commit.commit_url)
+        return publish(self, repo_id, token, revision, create_pr, commit_message, variant, subfolder, samples, card)
+
+
+def refuse_pickled(safe_serialization: bool) -> None:
+    """Raises a `ValueError` unless weights are to be written as safetensors."""
+    if not safe_serialization:
+        raise ValueError("`safe_serialization=False` would write pickled weights, which are not safe to load.")
+
+
+def publish(
+    pushed,
+    repo_id: str,
+    token: str | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    samples: str | Path | None = None,
+    card: dict[str, Any] = {},
+) -> str:
+    """What [`HubMixin.push_to_hub`] does once [`prepare_repository`] has found that it may; the arguments are its own."""
+    folder = upload_folder_of(repo_id, subfolder)
+    shutil.rmtree(folder, ignore_errors=True)
+    pushed.save_pretrained(folder, variant=variant)
+    if subfolder is None:
+        if samples is not None:
+            card = {**card, "samples": "samples" + Path(samples).suffix}
+            shutil.copy(samples, folder / card["samples"])
+        make_card(pushed, repo_id, **card).save(folder / "README.md")
+    message = commit_message or f"Upload {type(pushed).__name__}"
+    commit = upload(folder, repo_id, token, revision, create_pr, message, subfolder)
+    return str(commit.pr_url or commit.commit_url)
 
 
 def prepare_push(push_to_hub: bool, core_is_loaded: bool, private: bool | None = None, **given: Any) -> dict[str, Any]:
@@ -282,9 +303,9 @@ def prepare_push(push_to_hub: bool, core_is_loaded: bool, private: bool | None =
 
 
 def push_or_keep(pushed, **arguments: Any) -> None:
-    """`push_to_hub` at the end of something that must not be lost with it: a failed upload is logged."""
+    """[`publish`] at the end of something that must not be lost with it: a failed upload is logged."""
     try:
-        pushed.push_to_hub(**arguments)
+        publish(pushed, **arguments)
     except UploadError as error:
         logger.error(error)
 

@@ -31,7 +31,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionMod
 from diffusers_greedy_grow import hub as hub_module
 from diffusers_greedy_grow.hub import UploadError, get_lineage, make_card, upload_folder_of
 
-from .testing_utils import make_core, make_grown, make_pipeline
+from .testing_utils import draw_one, make_core, make_grown, make_pipeline
 
 
 TOKEN, STRANGER = "hf_of_the_owner", "hf_of_a_stranger"
@@ -47,16 +47,8 @@ torch.save(pipe("a small blue square", latents=noise, num_inference_steps=3, out
 """
 
 
-def draw(pipeline) -> torch.Tensor:
-    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline("a small blue square", latents=noise, num_inference_steps=3, output_type="pt").images
-
-
 def count_commits(hub, repo_id: str) -> int:
-    return len(HfApi().list_repo_refs(repo_id).branches) and sum(
-        request == f"POST /api/models/{repo_id}/commit/main" for request in hub.requests
-    )
+    return hub.requests.count(f"POST /api/models/{repo_id}/commit/main")
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +70,7 @@ def test_a_pipeline_there_and_back_in_a_fresh_process(hub, tmp_path):
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl", ".py"))]
     assert not upload_folder_of("owner/there-and-back").exists()
     subprocess.run([sys.executable, "-c", DRAW, "owner/there-and-back", tmp_path / "picture.pt"], check=True)
-    assert torch.equal(torch.load(tmp_path / "picture.pt"), draw(pipeline))
+    assert torch.equal(torch.load(tmp_path / "picture.pt"), draw_one(pipeline))
 
 
 @pytest.mark.parametrize("make", [make_core, make_grown])
@@ -127,16 +119,18 @@ def test_growing_onto_the_hub(hub, caplog):
     core = make_pipeline()
     core.push_to_hub("owner/core")
     revision = HfApi().model_info("owner/core").sha
+    before = hub.requests.count("POST /api/repos/create")
     with caplog.at_level(logging.INFO, "diffusers_greedy_grow.hub"):
         grown = GreedyGrowPipeline.from_core(
             "owner/core", 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/grown", commit_message="Grow"
         )
+    assert hub.requests.count("POST /api/repos/create") == before + 1
     assert f"Uploaded to {hub.url}/owner/grown/commit/" in caplog.text and TOKEN not in caplog.text
     assert get_lineage(grown.unet) == [
         {"grown_to": 32, "init": "preserve", "core": "owner/core", "core_revision": revision}
     ]
     again = DiffusionPipeline.from_pretrained("owner/grown")
-    assert type(again) is GreedyGrowPipeline and torch.equal(draw(again), draw(grown))
+    assert type(again) is GreedyGrowPipeline and torch.equal(draw_one(again), draw_one(grown))
     assert get_lineage(again.unet) == get_lineage(grown.unet)
     data = ModelCard.load("owner/grown").data
     assert data.base_model == "owner/core" and data.base_model_relation == "finetune"
@@ -286,7 +280,7 @@ def test_a_card_says_it_all(hub, tmp_path):
     ]
     grown = GreedyGrowPipeline.from_core("owner/card-core", 32, block_out_channels=(8,))
     grid = tmp_path / "grid.png"
-    grown.image_processor.postprocess(2 * draw(grown) - 1)[0].save(grid)
+    grown.image_processor.postprocess(2 * draw_one(grown) - 1)[0].save(grid)
     grown.push_to_hub(
         "owner/card", license="apache-2.0", datasets=["owner/shapes"], eval_results=results, samples=grid
     )

@@ -77,3 +77,11 @@ def make_pipeline(unet: torch.nn.Module | None = None, shift: float = 1.0) -> Gr
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def draw_one(pipeline: GreedyGrowPipeline, **kwargs) -> torch.Tensor:
+    """One picture `(1, C, H, W)` in [0, 1], in three steps from always the same noise."""
+    size = pipeline.unet.config.sample_size
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return pipeline("a small blue square", latents=noise, num_inference_steps=3, output_type="pt", **kwargs).images

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 
+from ..hub import refuse_pickled
 from ..models import GrowableUNet2DConditionModel
 
 
@@ -157,8 +158,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
                 The adapter's configuration; without it, `lora_alpha` is lost. What
                 `diffusers.training_utils._collate_lora_metadata({"unet": pipeline.unet})` returns holds it.
         """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization=False` would write pickled weights, which are not safe to load.")
+        refuse_pickled(safe_serialization)
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers={"unet": unet_lora_layers},

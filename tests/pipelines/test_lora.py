@@ -24,17 +24,10 @@ from safetensors.torch import save_file
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 
-from ..testing_utils import make_core, make_grown, make_pipeline
+from ..testing_utils import draw_one, make_core, make_grown, make_pipeline
 
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-
-
-def draw(pipeline, **kwargs) -> torch.Tensor:
-    size = pipeline.unet.config.sample_size
-    pipeline.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return pipeline("a small blue square", latents=noise, num_inference_steps=2, output_type="pt", **kwargs).images
 
 
 def save_adapter(model, folder, seed: int = 0, rank: int = 2, alpha: int = 4):
@@ -57,30 +50,30 @@ def made(request) -> GreedyGrowPipeline:
 
 
 def test_load_weigh_fuse_unfuse_and_unload(made, tmp_path):
-    plain, state = draw(made), {name: value.clone() for name, value in made.unet.state_dict().items()}
+    plain, state = draw_one(made), {name: value.clone() for name, value in made.unet.state_dict().items()}
     first = save_adapter(made.unet, tmp_path / "first")
     second = save_adapter(made.unet, tmp_path / "second", seed=1, rank=3)
     made.load_lora_weights(first, adapter_name="first")
-    with_first = draw(made)
+    with_first = draw_one(made)
     assert not torch.allclose(with_first, plain, atol=1e-3)
     made.load_lora_weights(second, adapter_name="second")
     assert made.get_list_adapters() == {"unet": ["first", "second"]}
     made.set_adapters(["first", "second"], [1.0, 0.5])
-    both = draw(made)
+    both = draw_one(made)
     assert not torch.allclose(both, with_first, atol=1e-3)
     made.set_adapters(["first", "second"], [1.0, 0.0])
-    torch.testing.assert_close(draw(made), with_first, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(draw_one(made), with_first, atol=1e-4, rtol=1e-4)
     made.set_adapters(["first", "second"], [1.0, 0.5])
-    half, made_half = draw(made, cross_attention_kwargs={"scale": 0.5}), [0.5, 0.25]
-    made.set_adapters(["first", "second"], made_half)
-    torch.testing.assert_close(draw(made), half, atol=1e-4, rtol=1e-4)
+    half = draw_one(made, cross_attention_kwargs={"scale": 0.5})
+    made.set_adapters(["first", "second"], [0.5, 0.25])
+    torch.testing.assert_close(draw_one(made), half, atol=1e-4, rtol=1e-4)
     made.set_adapters(["first", "second"], [1.0, 0.5])
     made.fuse_lora(adapter_names=["first", "second"])
-    torch.testing.assert_close(draw(made), both, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(draw_one(made), both, atol=1e-3, rtol=1e-3)
     made.unfuse_lora()
-    torch.testing.assert_close(draw(made), both, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(draw_one(made), both, atol=1e-3, rtol=1e-3)
     made.disable_lora()
-    torch.testing.assert_close(draw(made), plain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(draw_one(made), plain, atol=1e-3, rtol=1e-3)
     made.enable_lora()
     made.delete_adapters("second")
     assert made.get_active_adapters() == ["first"]
@@ -92,7 +85,7 @@ def test_load_weigh_fuse_unfuse_and_unload(made, tmp_path):
     made.unet.load_state_dict(state)
     made.load_lora_weights(first)
     made.unload_lora_weights()
-    assert torch.equal(draw(made), plain)
+    assert torch.equal(draw_one(made), plain)
     assert all(torch.equal(value, state[name]) for name, value in made.unet.state_dict().items())
 
 
@@ -108,12 +101,12 @@ def test_alpha_and_ranks_survive_saving(made, tmp_path):
 def test_hotswap(made, tmp_path):
     first, second = (save_adapter(made.unet, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     made.load_lora_weights(second, adapter_name="own")
-    expected = draw(made)
+    expected = draw_one(made)
     made.unload_lora_weights()
     made.load_lora_weights(first, adapter_name="style")
-    assert not torch.allclose(draw(made), expected, atol=1e-3)
+    assert not torch.allclose(draw_one(made), expected, atol=1e-3)
     made.load_lora_weights(second, adapter_name="style", hotswap=True)
-    torch.testing.assert_close(draw(made), expected)
+    torch.testing.assert_close(draw_one(made), expected)
 
 
 @pytest.mark.parametrize("growths", [1, 2])
@@ -166,12 +159,12 @@ def test_saving_with_an_adapter_is_refused_and_fused_weights_are_kept(made, tmp_
             saved.save_pretrained(tmp_path / "pipeline")
     assert not (tmp_path / "pipeline").exists()
     made.fuse_lora()
-    expected = draw(made)
+    expected = draw_one(made)
     with pytest.raises(ValueError, match="are attached"):
         made.save_pretrained(tmp_path / "pipeline")
     made.unload_lora_weights()
     made.save_pretrained(tmp_path / "pipeline")
-    torch.testing.assert_close(draw(DiffusionPipeline.from_pretrained(tmp_path / "pipeline")), expected)
+    torch.testing.assert_close(draw_one(DiffusionPipeline.from_pretrained(tmp_path / "pipeline")), expected)
 
 
 def test_a_whole_file_over_shards_loads_again(tmp_path):
@@ -193,17 +186,17 @@ def test_adapters_from_the_hub(hub, tmp_path):
     HfApi().create_repo("owner/adapter", exist_ok=True)
     HfApi().upload_folder(repo_id="owner/adapter", folder_path=tmp_path)
     pipeline.load_lora_weights("owner/adapter", adapter_name="hub")
-    from_hub = draw(pipeline)
+    from_hub = draw_one(pipeline)
     pipeline.unload_lora_weights()
     pipeline.load_lora_weights(tmp_path)
-    assert torch.equal(draw(pipeline), from_hub)
+    assert torch.equal(draw_one(pipeline), from_hub)
 
 
 def test_a_single_file(made, tmp_path):
     save_adapter(made.unet, tmp_path)
     made.load_lora_weights(tmp_path)
-    expected = draw(made)
+    expected = draw_one(made)
     made.unload_lora_weights()
     save_file(made.lora_state_dict(tmp_path), tmp_path / "other.safetensors")
     made.load_lora_weights(tmp_path, weight_name="other.safetensors")
-    assert not torch.equal(draw(made), expected)  # without the configuration, alpha is the rank
+    assert not torch.equal(draw_one(made), expected)  # without the configuration, alpha is the rank

@@ -50,6 +50,12 @@ from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline, rand
 PROMPTS = ["a large red circle", "a small blue square on a white background"]
 
 
+MULTISTEP = [
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+    DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+]
+
+
 def draw(pipeline: GreedyGrowPipeline, prompt=PROMPTS, seed: int = 0, **kwargs) -> torch.Tensor:
     """Pictures `(B, C, H, W)`, unclamped."""
     kwargs = {"num_inference_steps": 4, "output_type": "latent", **kwargs}
@@ -173,8 +179,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     "scheduler",
     [
         FlowMatchHeunDiscreteScheduler(shift=2.0),
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
-        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+        *MULTISTEP,
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -379,8 +384,7 @@ def count_pictures(pipeline: GreedyGrowPipeline) -> dict[str, int]:
     [
         FlowMatchEulerDiscreteScheduler(shift=2.0),
         FlowMatchHeunDiscreteScheduler(shift=2.0),
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
-        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+        *MULTISTEP,
         FlowMatchLCMScheduler(shift=2.0),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
@@ -405,8 +409,7 @@ def test_core_first_leaves_stages_out_with_any_scheduler(scheduler):
     "scheduler",
     [
         FlowMatchEulerDiscreteScheduler(shift=2.0),
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
-        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+        *MULTISTEP,
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
