@@ -23,12 +23,13 @@ growths (`{"grown_to": 256, ...}`) and phases of training (`{"phase": "grown-256
 import re
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData, constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -64,8 +65,11 @@ def find_source(model) -> dict[str, str]:
 
 
 def add_to_lineage(model, **entry: Any) -> None:
-    """Adds an entry, of values that JSON can hold, to a model's lineage."""
-    model.register_to_config(_lineage=[*get_lineage(model), entry])
+    """Adds an entry, of values that JSON can hold, to a model's lineage; of a phase, in place of what it was before."""
+    lineage = get_lineage(model)
+    if "phase" in entry and lineage and lineage[-1].get("phase") == entry["phase"]:
+        lineage.pop()
+    model.register_to_config(_lineage=[*lineage, entry])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,6 +97,7 @@ def make_card(
     datasets: list[str] | None = None,
     eval_results: list[EvalResult] | None = None,
     samples: str | None = None,
+    tag: str | None = None,
 ) -> ModelCard:
     """
     The card of a model or pipeline: metadata as the Hub reads it, how to use and grow it, and where it came from.
@@ -108,6 +113,8 @@ def make_card(
             Figures, for the metadata and a table.
         samples (`str`, *optional*):
             The name, within the repository, of a picture to show.
+        tag (`str`, *optional*):
+            The tag of the repository under which this state of it stays.
     """
     model = getattr(pushed, "unet", pushed)
     is_pipeline = model is not pushed
@@ -140,7 +147,16 @@ def make_card(
         lineage=[describe(entry) for entry in lineage],
         figures=[(result.dataset_name, result.metric_name, result.metric_value) for result in eval_results or []],
         samples=samples,
+        tag=tag,
     )
+
+
+def write_card(folder: Path, pushed, repo_id: str, samples: str | Path | None = None, **card: Any) -> None:
+    """Writes the card into a folder that holds `pushed`, with the picture `samples`; the rest is as for [`make_card`]."""
+    if samples is not None:
+        card["samples"] = "samples" + Path(samples).suffix
+        shutil.copy(samples, folder / card["samples"])
+    make_card(pushed, repo_id, **card).save(folder / "README.md")
 
 
 def describe(entry: dict[str, Any]) -> tuple:
@@ -158,17 +174,49 @@ def describe(entry: dict[str, Any]) -> tuple:
 
 class HubMixin:
     """
-    For models and pipelines, in place of diffusers': `push_to_hub` with a card, on a branch, and losing nothing, and
-    `save_pretrained` that writes only what loads again.
+    For models and pipelines, in place of diffusers': `push_to_hub` with a card, on a branch, and losing nothing;
+    `save_pretrained` that writes only what loads again; and loading that reads no pickles and refuses what is strange.
     """
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):
         """
-        As diffusers has it, but for two traps.
+        As diffusers has it, of safetensors only.
 
         Raises:
-            `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load.
+            `ValueError`: if `use_safetensors` is false, or the configuration has entries that the class does not know.
+            `OSError`: if there are no safetensors.
         """
+        refuse_pickled(kwargs.pop("use_safetensors", None) is not False)
+        return super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, use_safetensors=True, **kwargs
+        )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """What diffusers calls with a configuration before it builds anything; entries that are not known are refused."""
+        init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
+        if unknown := sorted(name for name in unused if name in config_dict and name not in kwargs):
+            raise ValueError(
+                f"The configuration has {unknown}, which a {cls.__name__} does not know. It was made by a newer version of "
+                "diffusers-greedy-grow, which `pip install -U diffusers-greedy-grow` gets, or for something else."
+            )
+        lineage = config_dict.get("_lineage", [])
+        if not isinstance(lineage, (list, tuple)) or not all(isinstance(entry, dict) for entry in lineage):
+            raise ValueError(f"The configuration's `_lineage` has to be a list of dictionaries, but is {lineage!r}.")
+        return init_dict, unused, hidden
+
+    def save_pretrained(
+        self, save_directory: str | Path, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """
+        As diffusers has it, but for three traps.
+
+        Raises:
+            `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load, or if
+            `safe_serialization` is false.
+        """
+        refuse_pickled(safe_serialization)
         model: Any = getattr(self, "unet", self)
         if getattr(model, "peft_config", None):
             raise ValueError(
@@ -176,11 +224,12 @@ class HubMixin:
                 "Save them by `save_lora_weights` and take them off by `unload_lora_weights()` (of a pipeline) or "
                 "`save_lora_adapter` and `unload_lora()` (of a model); those that are fused stay part of the weights."
             )
-        indices = {path: path.stat().st_mtime_ns for path in Path(save_directory).glob("*.safetensors.index.json")}
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        for path, written in indices.items():  # of shards that are gone: it would be believed when loading
-            if path.stat().st_mtime_ns == written:
-                path.unlink()
+        super().save_pretrained(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
+        for index in Path(save_directory).glob("*.safetensors.index*.json"):
+            name = index.name.removesuffix(".json").replace(".safetensors.index", "") + ".safetensors"
+            weights = index.with_name(name)
+            if weights.exists() and weights.stat().st_mtime_ns > index.stat().st_mtime_ns:
+                index.unlink()  # of shards that are gone: it would be believed when loading
 
     def push_to_hub(
         self,
@@ -237,9 +286,12 @@ class HubMixin:
 
 
 def refuse_pickled(safe_serialization: bool) -> None:
-    """Raises a `ValueError` unless weights are to be written as safetensors."""
+    """Raises a `ValueError` unless weights are safetensors."""
     if not safe_serialization:
-        raise ValueError("`safe_serialization=False` would write pickled weights, which are not safe to load.")
+        raise ValueError(
+            "`safe_serialization=False` or `use_safetensors=False` would mean pickled weights, which are not "
+            "safe to load: leave it at its default."
+        )
 
 
 def publish(
@@ -256,15 +308,19 @@ def publish(
 ) -> str:
     """What [`HubMixin.push_to_hub`] does once [`prepare_repository`] has found that it may; the arguments are its own."""
     folder = upload_folder_of(repo_id, subfolder)
-    shutil.rmtree(folder, ignore_errors=True)
-    pushed.save_pretrained(folder, variant=variant)
-    if subfolder is None:
-        if samples is not None:
-            card = {**card, "samples": "samples" + Path(samples).suffix}
-            shutil.copy(samples, folder / card["samples"])
-        make_card(pushed, repo_id, **card).save(folder / "README.md")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        pushed.save_pretrained(folder, variant=variant)
+        if subfolder is None:
+            write_card(folder, pushed, repo_id, samples, **card)
+    except OSError as error:
+        raise UploadError(
+            f"Nothing was uploaded to {repo_id}, since it cannot be saved to {folder} first: {error} Set HF_HOME to a folder "
+            "with room for it, or save it elsewhere by `save_pretrained` and upload that by `hf upload`."
+        ) from error
     message = commit_message or f"Upload {type(pushed).__name__}"
     commit = upload(folder, repo_id, token, revision, create_pr, message, subfolder)
+    shutil.rmtree(folder)
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -346,15 +402,16 @@ def upload(
     create_pr: bool = False,
     commit_message: str | None = None,
     path_in_repo: str | None = None,
+    tag: str | None = None,
 ) -> CommitInfo:
     """
-    Uploads a folder as one commit, again after errors that pass, and removes it when it has arrived.
+    Uploads a folder as one commit, again after errors that pass. With `tag`, that tag is the commit's from then on.
 
     Large files that have arrived are not sent again. A commit holds all files or does not exist, so that no half a
-    repository can be seen. Weights of an earlier upload are removed by it: they might be shards of another number.
+    repository can be seen. It removes the same weights in another number of shards.
 
     Raises:
-        [`UploadError`]: if it fails for good. The folder is left as it is.
+        [`UploadError`]: if it fails for good.
     """
     api = HfApi(token=token)
     for attempt in range(1, ATTEMPTS + 1):
@@ -366,8 +423,12 @@ def upload(
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message,
-                delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+                delete_patterns=other_shards(folder),
             )
+            if tag is not None:
+                with suppress(RevisionNotFoundError):
+                    api.delete_tag(repo_id, tag=tag)
+                api.create_tag(repo_id, tag=tag, revision=commit.oid)
             break
         except Exception as error:  # whatever it is, the weights have to survive it
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
@@ -384,6 +445,17 @@ def upload(
                 ) from error
             logger.warning(f"The upload to {repo_id} failed ({type(error).__name__}: {error}); trying again.")
             time.sleep(2.0 ** (attempt - 1))
-    shutil.rmtree(folder)
     logger.info(f"Uploaded to {commit.pr_url or commit.commit_url}.")
     return commit
+
+
+def other_shards(folder: Path) -> list[str]:
+    """Patterns of the files that the weights in `folder` could have been in, of the same component and variant."""
+    patterns = set()
+    for path in folder.rglob("*.safetensors"):
+        stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+        base, _, variant = stem.partition(".")
+        index = f"{base}.safetensors.index." + (f"{variant}.json" if variant else "json")
+        names = (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", index)
+        patterns |= {path.with_name(name).relative_to(folder).as_posix() for name in names}
+    return sorted(patterns)

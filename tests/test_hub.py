@@ -107,8 +107,18 @@ def test_branch_pull_request_private_variant_and_subfolder(hub):
     assert "later/unet/config.json" not in hub.files("owner/places", "main")
     with pytest.raises(OSError):
         ShallowUNet2DModel.from_pretrained("owner/places", token=STRANGER, force_download=True)
-    with pytest.raises(ValueError, match="`safe_serialization=False` would write pickled weights"):
-        core.push_to_hub("owner/places", safe_serialization=False)
+
+
+def test_a_variant_and_other_files_stay_beside_the_weights(hub):
+    core, repo_id = make_core(), "owner/variants"
+    core.push_to_hub(repo_id)
+    HfApi().upload_file(path_or_fileobj=b"1", path_in_repo="lora/pytorch_lora_weights.safetensors", repo_id=repo_id)
+    core.push_to_hub(repo_id, variant="fp16")
+    assert {
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "lora/pytorch_lora_weights.safetensors",
+    } <= hub.files(repo_id).keys()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,6 +236,17 @@ def test_a_failed_upload_loses_nothing(hub, request_, caplog):
     command = re.search("Go on with `(.*)`", message)[1]
     subprocess.run([Path(sys.executable).parent / "hf", *shlex.split(command)[1:]], check=True)
     GrowableUNet2DConditionModel.from_pretrained(repo_id, force_download=True)
+
+
+def test_a_disk_without_room_loses_nothing(hub, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()  # a folder in a file cannot be made, whoever tries
+    monkeypatch.setattr(hub_module.constants, "HF_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.ERROR, "diffusers_greedy_grow.hub"):
+        grown = GrowableUNet2DConditionModel.from_core(
+            make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/no-room"
+        )
+    assert grown.config.sample_size == 32 and "Set HF_HOME to a folder with room" in caplog.text
+    assert not hub.files("owner/no-room")
 
 
 @pytest.mark.parametrize("fault", ["truncate", "reset", "500"])

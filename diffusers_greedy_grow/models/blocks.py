@@ -343,3 +343,35 @@ class GrowthDecoder(nn.Module):
 
         detail = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
         return F.pixel_shuffle(detail, self.patch_size), hidden_states
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a configuration may say
+
+# More than any model will have; a configuration with more is damaged or hostile, and building from it would fill memory.
+LARGEST = {
+    "num_layers": 1024,
+    "layers_per_block": 64,
+    "num_attention_heads": 1024,
+    "patch_size": 1024,
+    "mlp_ratio": 64,
+}
+LARGEST_SIZE = 2**16
+PREFIXES = ("a ", "a tuple of ", "a tuple of tuples of ")
+
+
+def check_sizes(depth: int = 0, **sizes) -> None:
+    """
+    Raises a `ValueError` that names the first of `sizes` that is no whole number (`mlp_ratio`: no number) from 1 to
+    [`LARGEST`], or, with `depth`, no tuple of such numbers, of tuples of them, and so on.
+    """
+    for name, value in sizes.items():
+        largest = LARGEST.get(name, LARGEST_SIZE)
+        kinds, kind = ((int, float), "number") if name == "mlp_ratio" else ((int,), "whole number")
+        level = [value]
+        for _ in range(depth):
+            level = [item for part in level for item in (isinstance(part, (list, tuple)) and part or [None])]
+        if not all(isinstance(x, kinds) and not isinstance(x, bool) and 0 < x <= largest for x in level):
+            raise ValueError(
+                f"`{name}={value!r}` has to be {PREFIXES[depth]}{kind}{'s' * (depth > 0)} from 1 to {largest}."
+            )

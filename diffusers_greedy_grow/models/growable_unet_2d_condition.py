@@ -30,7 +30,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, upsample, velocity_from_clean
 from ..hub import HubMixin, add_to_lineage, find_source, get_lineage, prepare_push, push_or_keep
-from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder
+from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
 
@@ -147,6 +147,9 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
         cross_attention_dim: int | None = 768,
     ):
         super().__init__()
+        check_sizes(sample_size=sample_size)
+        check_sizes(1, inner_sample_sizes=inner_sample_sizes, layers_per_block=layers_per_block)
+        check_sizes(2, block_out_channels=block_out_channels)
         if not len(inner_sample_sizes) == len(block_out_channels) == len(layers_per_block):
             raise ValueError(
                 "`inner_sample_sizes`, `block_out_channels` and `layers_per_block` need one entry per growth stage, but "
@@ -173,9 +176,7 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
         sample_sizes = (*inner_sample_sizes, sample_size)
         inner_patch_size, inner_in_channels, inner_out_channels = patch_size, hidden_size, hidden_size
         for i, channels in enumerate(block_out_channels):
-            stage_patch_size = get_stage_patch_size(
-                sample_sizes[i], sample_sizes[i + 1], inner_patch_size, channels, layers_per_block[i]
-            )
+            stage_patch_size = get_stage_patch_size(sample_sizes[i], sample_sizes[i + 1], inner_patch_size, channels)
             self.stage_arguments.append(
                 {
                     "in_channels": in_channels,
@@ -256,6 +257,8 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
             `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
         """
+        check_sizes(sample_size=sample_size, layers_per_block=layers_per_block)
+        check_sizes(1, block_out_channels=block_out_channels)
         is_loaded_here = isinstance(core, (str, Path))
         push = prepare_push(
             push_to_hub,
@@ -531,7 +534,6 @@ def get_stage_patch_size(
     sample_size: int,
     inner_patch_size: int,
     block_out_channels: tuple[int, ...],
-    layers_per_block: int,
 ) -> int:
     """
     The entry patch of a stage, `sample_size / (inner_grid * 2 ** len(block_out_channels))`; raises a `ValueError` that
@@ -542,8 +544,6 @@ def get_stage_patch_size(
             f"`sample_size={sample_size}` has to be a larger multiple of the core's {inner_sample_size}: "
             f"{inner_sample_size * max(2, round(sample_size / inner_sample_size))}, for example."
         )
-    if layers_per_block < 1:
-        raise ValueError(f"`layers_per_block={layers_per_block}` has to be at least 1.")
     cell = sample_size // inner_sample_size * inner_patch_size
     most = 0
     while cell % 2 ** (most + 1) == 0:
@@ -553,9 +553,9 @@ def get_stage_patch_size(
             f"`sample_size={sample_size}` does not fit: a cell of the inner grid covers {cell} pixels per side, which "
             f"cannot be halved; {2 * inner_sample_size} would do."
         )
-    if not 1 <= len(block_out_channels) <= most or min(block_out_channels) < 1:
+    if len(block_out_channels) > most:
         raise ValueError(
-            f"`block_out_channels={tuple(block_out_channels)}` has to have between 1 and {most} positive entries here: "
+            f"`block_out_channels={tuple(block_out_channels)}` has to have between 1 and {most} entries here: "
             f"a cell of the inner grid covers {cell} pixels per side, and each entry halves it once."
         )
     return cell // 2 ** len(block_out_channels)

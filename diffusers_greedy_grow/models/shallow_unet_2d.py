@@ -26,7 +26,7 @@ from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
 from ..hub import HubMixin
-from .blocks import GreedyGrowOutput, GreedyGrowTransformerBlock, get_image_rotary_emb, residual_block
+from .blocks import GreedyGrowOutput, GreedyGrowTransformerBlock, check_sizes, get_image_rotary_emb, residual_block
 
 
 class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -78,6 +78,17 @@ class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         cross_attention_dim: int | None = 768,
     ):
         super().__init__()
+        check_sizes(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            mlp_ratio=mlp_ratio,
+            cross_attention_dim=cross_attention_dim if cross_attention_dim is not None else 1,
+        )
         if sample_size % patch_size:
             raise ValueError(
                 f"`sample_size={sample_size}` is not a multiple of `patch_size={patch_size}`; "

@@ -15,6 +15,7 @@
 """Text to image, in pixel space, with a core or with a model grown from it."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,22 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(max_sequence_length=max_sequence_length, detail_variances=detail_variances)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """See [`~hub.HubMixin.extract_init_dict`]; here, too, nothing is imported because a file says so."""
+        init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        components = cls._get_signature_keys(cls)[0]
+        for name in components & init_dict.keys():
+            if not isinstance(init_dict[name], (list, tuple)) or len(init_dict[name]) != 2:
+                raise ValueError(f"`{name}` in model_index.json has to be a library and a class: {init_dict[name]!r}.")
+            library, class_name = init_dict[name]
+            if library is not None and library not in sys.modules:
+                raise ValueError(
+                    f"`{name}` in model_index.json is a {class_name} of {library}, which has not been imported. If you trust it, "
+                    f"import it first, or load the component and pass it: `from_pretrained(..., {name}=...)`."
+                )
+        return init_dict, unused, hidden
 
     @classmethod
     def from_core(

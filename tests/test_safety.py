@@ -1,0 +1,184 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Hostile or damaged files: they end in an error that says what is wrong, before memory is touched or anything is run."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from safetensors.torch import load_file
+from transformers import T5EncoderModel
+
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
+
+from .testing_utils import make_core, make_grown, make_pipeline
+
+
+def edit(path: Path, **values) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved grown model."""
+    make_grown().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"hidden_size": 2**40}, "`hidden_size=1099511627776` has to be a whole number from 1 to 65536"),
+        ({"num_layers": 10**9}, "`num_layers=1000000000` has to be a whole number from 1 to 1024"),
+        ({"sample_size": -32}, "`sample_size=-32`"),
+        ({"sample_size": 10**12}, "`sample_size=1000000000000`"),
+        ({"block_out_channels": [[16, 10**10]]}, r"`block_out_channels=\[\[16, 10000000000\]\]` has to be a tuple of tuples"),
+        ({"block_out_channels": [16, 24]}, r"`block_out_channels=\[16, 24\]`"),
+        ({"layers_per_block": [10**6]}, r"`layers_per_block=\[1000000\]` has to be a tuple of whole numbers from 1 to 64"),
+        ({"inner_sample_sizes": "16"}, "`inner_sample_sizes='16'`"),
+        ({"hidden_size": "32"}, "`hidden_size='32'`"),
+        ({"num_attention_heads": True}, "`num_attention_heads=True`"),
+        ({"mlp_ratio": float("inf")}, "`mlp_ratio=inf` has to be a number from 1 to 64"),
+        ({"patch_size": None}, "`patch_size=None`"),
+        ({"init": "../../etc/passwd"}, "`init='../../etc/passwd'` is unknown"),
+        ({"new": 1}, r"The configuration has \['new'\], which a GrowableUNet2DConditionModel does not know"),
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map|custom code"),
+        ({"_lineage": "<script>"}, "The configuration's `_lineage` has to be a list of dictionaries"),
+    ],
+)  # fmt: skip
+def test_a_hostile_configuration(folder, values, message):
+    edit(folder / "config.json", **values)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load in (GrowableUNet2DConditionModel.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(str(folder))
+    with pytest.raises((OSError, ValueError), match=message):
+        GrowableUNet2DConditionModel.from_core(folder, 64, block_out_channels=(8,))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
+def test_sizes_that_could_be_but_are_not_those_of_the_weights(folder):
+    """300 GB of weights by its configuration: it is built without memory, and found not to fit."""
+    edit(folder / "config.json", hidden_size=16384, num_attention_heads=64, num_layers=24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((RuntimeError, ValueError), match="shape"):
+        GrowableUNet2DConditionModel.from_pretrained(folder)
+    with pytest.raises(OSError, match="shape"):
+        GrowableUNet2DConditionModel.from_core(folder, 64, block_out_channels=(8,))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"unet": ["antigravity", "Model"]}, "`unet` in model_index.json is a Model of antigravity, which has not been imported"),
+        ({"tokenizer": ["../../evil", "Model"]}, "`tokenizer` in model_index.json is a Model of ../../evil"),
+        ({"text_encoder": "antigravity"}, "`text_encoder` in model_index.json has to be a library and a class"),
+        ({"../../evil": ["diffusers", "UNet2DModel"]}, r"The configuration has \['../../evil'\]"),
+        ({"scheduler": ["diffusers", "../../Evil"]}, "no class `../../Evil`"),
+        ({"_class_name": ["evil", "GreedyGrowPipeline"]}, "trust_remote_code|custom|evil"),
+    ],
+)  # fmt: skip
+def test_a_hostile_model_index(tmp_path, values, message):
+    make_pipeline().save_pretrained(tmp_path)
+    edit(tmp_path / "model_index.json", **values)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for load in (DiffusionPipeline.from_pretrained, GreedyGrowPipeline.from_pretrained):
+        with pytest.raises((ValueError, OSError, AttributeError), match=message):
+            load(tmp_path)
+    assert not (tmp_path / "ran").exists() and "antigravity" not in sys.modules
+
+
+def test_a_component_of_another_library_loads_when_it_is_passed(tmp_path):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    edit(tmp_path / "model_index.json", text_encoder=[__name__, T5EncoderModel.__name__])
+    with pytest.raises(ValueError, match="loading methods"):  # is imported, but knows nothing of loading
+        GreedyGrowPipeline.from_pretrained(tmp_path)
+    GreedyGrowPipeline.from_pretrained(tmp_path, text_encoder=pipeline.text_encoder)
+
+
+def test_a_shard_index_that_leads_elsewhere(tmp_path):
+    """Files beside the folder are not read for it."""
+    make_core().save_pretrained(tmp_path / "elsewhere")
+    core = make_core()
+    core.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    path = tmp_path / "model" / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    outside = "../elsewhere/diffusion_pytorch_model.safetensors"
+    edit(path, weight_map=dict.fromkeys(index["weight_map"], outside))
+    with pytest.raises((OSError, ValueError), match="parent-directory"):
+        ShallowUNet2DModel.from_pretrained(tmp_path / "model")
+    with pytest.raises((OSError, ValueError), match="`core="):
+        GrowableUNet2DConditionModel.from_core(tmp_path / "model", 32, block_out_channels=(8,))
+
+
+class Evil:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("what", ["model", "pipeline", "adapter"])
+def test_pickles_are_not_read(tmp_path, what):
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    if what == "adapter":
+        torch.save(Evil(str(tmp_path / "ran")), tmp_path / "pytorch_lora_weights.bin")
+        with pytest.raises((OSError, ValueError)):
+            pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.bin")
+    else:
+        weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+        load, path = GreedyGrowPipeline.from_pretrained, tmp_path
+        if what == "model":
+            load, path = ShallowUNet2DModel.from_pretrained, tmp_path / "unet"
+        with pytest.raises(OSError, match="safetensors"):
+            load(path)
+        with pytest.raises(ValueError, match="`use_safetensors=False` would mean pickled weights"):
+            load(path, use_safetensors=False)
+        with pytest.raises(OSError, match="safetensors"):
+            DiffusionPipeline.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("make", [make_core, make_grown, make_pipeline])
+def test_pickles_are_not_written(make, tmp_path):
+    made = make()
+    for write in (made.save_pretrained, made.push_to_hub):
+        with pytest.raises(ValueError, match="`safe_serialization=False`"):
+            write(str(tmp_path / "owner" / "name"), safe_serialization=False)
+    made.save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pickle", ".ckpt")]
+
+
+def test_importing_takes_nothing_from_the_network_and_runs_no_remote_code(tmp_path):
+    """Our own sources never ask for remote code, nor for unsafe unpickling."""
+    package = Path(__file__).parents[1]
+    for path in [*package.glob("diffusers_greedy_grow/**/*.py"), *package.glob("training_examples/*.py")]:
+        assert not re.search(
+            r"trust_remote_code|pickle\.load|weights_only=False|\b(?<!\.)(eval|exec)\(", path.read_text()
+        ), path
+    code = "import socket; socket.socket.connect = None; import diffusers_greedy_grow"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
