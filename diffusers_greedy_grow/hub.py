@@ -438,6 +438,7 @@ def upload(
                     ["hf upload", repo_id, str(folder), path_in_repo or "."]
                     + (["--revision", revision] if revision else [])
                     + (["--create-pr"] if create_pr else [])
+                    + (["&&", "hf", "repos", "tag", "create", repo_id, tag] if tag else [])
                 )
                 raise UploadError(
                     f"The upload to {repo_id} failed: {type(error).__name__}: {error} Nothing is lost: all files are in "

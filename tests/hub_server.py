@@ -235,6 +235,14 @@ class HubServer:
         self.write(repo_id, repository)
         return {}
 
+    def delete_tag(self, repo_id: str, token: str | None, tag: str) -> dict:
+        self.check_owner(repo_id, token)
+        repository = self.read(repo_id, token)
+        if repository.refs.pop(f"tags/{tag}", None) is None:
+            raise HubError(404, f"Revision {tag} not found", "RevisionNotFound")
+        self.write(repo_id, repository)
+        return {}
+
     def list_refs(self, repository: Repository) -> dict:
         def named(kind: str) -> list[dict]:
             found = {name: oid for name, oid in repository.refs.items() if name.startswith(kind)}
@@ -244,6 +252,16 @@ class HubServer:
             ]
 
         return {"branches": named("heads/"), "tags": named("tags/"), "pullRequests": named("pr/"), "converts": []}
+
+    def list_commits(self, repository: Repository, oid: str | None) -> list[dict]:
+        answer = []
+        while oid is not None:
+            commit = repository.commits[oid]
+            answer.append(
+                {"id": oid, "title": commit["title"], "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+            )
+            oid = commit["parent"]
+        return answer
 
     def info(self, repo_id: str, repository: Repository, oid: str) -> dict:
         files = repository.commits[oid]["files"]
@@ -281,7 +299,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def answer(self) -> None:
         url = urlsplit(self.path)
@@ -379,8 +397,17 @@ class RequestHandler(BaseHTTPRequestHandler):
                 answer = hub.add_ref(found[1], token, f"heads/{found[3]}", options.get("startingPoint") or "main")
             else:
                 answer = hub.add_ref(found[1], token, f"tags/{options['tag']}", found[3])
+        elif found := match("DELETE", f"{name}/tag/(.+)"):
+            answer = hub.delete_tag(found[1], token, found[2])
         elif found := match("GET", f"{name}/refs"):
             answer = hub.list_refs(hub.read(found[1], token))
+        elif found := match("GET", f"{name}/commits/(.+)"):
+            repository = hub.read(found[1], token)
+            answer = (
+                hub.list_commits(repository, hub.resolve(repository, found[2]))
+                if query.get("p", ["0"]) == ["0"]
+                else []
+            )
         elif found := match("GET", rf"{name}/tree/(.+?)(?:/(?=\?)|)"):
             repository = hub.read(found[1], token)
             files = repository.commits[hub.resolve(repository, found[2])]["files"]

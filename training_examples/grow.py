@@ -30,6 +30,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,12 +47,15 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import EvalResult
+from huggingface_hub.utils import disable_progress_bars
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, HfArgumentParser
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import descend, detail_variance, sample_sigma
+from diffusers_greedy_grow.hub import UploadError, add_to_lineage, prepare_repository, upload, write_card
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import tokenize
 from diffusers_greedy_grow.training import (
@@ -116,6 +120,10 @@ class DataArguments:
     )
     num_validation_pictures: int = field(default=256, metadata={"help": "Held-out pictures the loss is measured on."})
     num_scored_pictures: int = field(default=96, metadata={"help": "Captioned shapes: pictures drawn for the score."})
+
+    @property
+    def on_shapes(self) -> bool:
+        return self.dataset_name is None and self.train_data_dir is None
 
 
 @dataclass
@@ -202,6 +210,26 @@ class TrainingArguments:
     validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
     checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish each phase's pipeline on the Hub, under a tag of its name, with the token of `hf auth login` or "
+            "HF_TOKEN."
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": 'The repository that is published to and that model cards name, such as "user/model"; one of your own with '
+            "the name of output_dir by default."
+        },
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
+    hub_license: str | None = field(default=None, metadata={"help": "For the model cards, such as apache-2.0."})
+    hub_steps: int | None = field(
+        default=None,
+        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
+    )
     report_to: str | None = field(default=None, metadata={"help": "A tracker of accelerate, such as tensorboard."})
 
 
@@ -276,6 +304,10 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
     if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
+    if training.hub_steps is not None and training.hub_steps < 1:
+        parser.error(f"--hub_steps {training.hub_steps}: has to be at least 1.")
+    if not training.push_to_hub and (training.hub_steps is not None or training.hub_private_repo):
+        parser.error("--hub_steps and --hub_private_repo need --push_to_hub.")
     for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
         values = [choice.value for choice in choices]
         if getattr(training, name) not in (None, *values):
@@ -321,7 +353,7 @@ def build_core_pipeline(model_args: ModelArguments, captions: list[str]) -> Gree
         text_encoder = build_small_text_encoder(tokenizer, model_args.text_hidden_size, model_args.text_num_layers)
     else:
         tokenizer = AutoTokenizer.from_pretrained(model_args.text_encoder)
-        text_encoder = AutoModelForTextEncoding.from_pretrained(model_args.text_encoder)
+        text_encoder = AutoModelForTextEncoding.from_pretrained(model_args.text_encoder, use_safetensors=True)
     return GreedyGrowPipeline(
         unet=build_core(model_args, text_encoder.config.hidden_size),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -449,6 +481,7 @@ class Run:
     output_dir: Path
     interrupt: Interrupt
     plans: dict[str, PhasePlan]  # of each phase, in order
+    publisher: "Publisher | None" = None  # on the main process, if the run is to be published
 
     @property
     def checkpoints(self) -> Path:
@@ -660,6 +693,9 @@ def train_phase(
             sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
         if step % args.checkpointing_steps == 0 or last:
             save(step)
+        if run.publisher is not None and args.hub_steps is not None and step % args.hub_steps == 0 and not last:
+            with averaged(ema, [parameter for _, parameter in named_parameters]):
+                run.publisher.push_step(run, phase, step, pipeline)
     progress.close()
 
     # 4. The averaged weights are what the phase has made
@@ -670,6 +706,7 @@ def train_phase(
     pipeline.unet.disable_gradient_checkpointing()
     for component in (pipeline.unet, pipeline.text_encoder):
         component.requires_grad_(False).eval()
+    record_phase(run, phase, pipeline.unet, phase.steps)
     accelerator.free_memory(model, optimizer, lr_scheduler, trained_text_encoder, loader)
     prefix = "core." if phase.kind == "core" else ""
     shadows = {
@@ -678,6 +715,19 @@ def train_phase(
         if name.startswith("unet.")
     }
     return shadows, optimization_step
+
+
+def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, steps: int) -> None:
+    """Notes in the model's lineage what this phase has done to it."""
+    add_to_lineage(
+        unet,
+        phase=phase.name,
+        resolution=phase.resolution,
+        trained={"core": "everything", "detail": "the new stage", "joint": "everything"}[phase.kind],
+        steps=steps,
+        pictures=steps * run.plans[phase.name].batch_size,
+        seed=run.args.seed,
+    )
 
 
 @contextmanager
@@ -811,6 +861,88 @@ def format_scores(scores: dict[str, dict[str, float]]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Publishing
+
+
+class Publisher:
+    """Uploads to the Hub in the background, one thing after the other. An upload that fails is logged and stops nothing."""
+
+    def __init__(self, args: TrainingArguments):
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        disable_progress_bars()  # of uploads, between those of training
+        self.repo_id = prepare_repository(name, private=args.hub_private_repo or None)
+        if args.hub_steps is not None:
+            prepare_repository(self.repo_id, revision="training")
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.last: Future | None = None
+
+    def push_phase(self, phase: Phase, folder: Path) -> None:
+        """The pipeline of a finished phase, as the next commit, under a tag of the phase's name."""
+        self.last = self.executor.submit(self.upload, folder, commit_message=f"{phase.name} is done", tag=phase.name)
+
+    def push_step(self, run: Run, phase: Phase, step: int, pipeline: GreedyGrowPipeline) -> None:
+        """The weights so far, to the branch `training`; left out while the upload before is still under way."""
+        if self.last is not None and not self.last.done():
+            logger.info(f"{phase.name}: step {step} is not published, since the upload before is still under way.")
+            return
+        folder = run.output_dir / "uploads" / f"{phase.name}-{step}"
+        record_phase(run, phase, pipeline.unet, step)
+        save_pipeline(pipeline, folder)
+        write_card(folder, pipeline, self.repo_id, license=run.args.hub_license)
+        message = f"{phase.name}, step {step}"
+        self.last = self.executor.submit(self.upload, folder, "training", remove=True, commit_message=message)
+
+    def upload(self, folder: Path, revision: str | None = None, remove: bool = False, **kwargs) -> None:
+        try:
+            commit = upload(folder, self.repo_id, revision=revision, **kwargs)
+        except UploadError as error:
+            logger.error(str(error))
+            return
+        if remove:
+            shutil.rmtree(folder)
+        logger.info(f"Published {folder}: {commit.commit_url}")
+
+    def wait(self) -> None:
+        if self.last is not None and not self.last.done():
+            logger.info(f"Waiting for the uploads to {self.repo_id}.")
+        self.executor.shutdown()
+
+
+def write_phase_card(
+    run: Run, phase: Phase, pipeline: GreedyGrowPipeline, scores: dict[str, float], samples: Path
+) -> None:
+    """Adds the card to the folder of a finished phase: what it is, its held-out loss and scores, and its pictures."""
+    args, dataset_name = run.args, run.data_args.dataset_name
+    folder = run.output_dir / phase.name
+    lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    losses = [line for line in lines if line["phase"] == phase.name and "val_loss" in line]
+    figures = {
+        ("loss", f"held-out {name}"): losses[-1][f"val_{name}"] for name in ("loss", "loss_low", "loss_high") if losses
+    }
+    figures |= {("accuracy", name): value for name, value in scores.items()}
+    write_card(
+        folder,
+        pipeline,
+        run.publisher.repo_id if run.publisher is not None else args.hub_model_id or str(folder),
+        samples,
+        license=args.hub_license,
+        datasets=[dataset_name] if dataset_name else None,
+        eval_results=[
+            EvalResult(
+                task_type="text-to-image",
+                dataset_type=dataset_name or "own",
+                dataset_name=dataset_name or ("Captioned shapes" if run.data_args.on_shapes else "Held-out pictures"),
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(value, 4),
+            )
+            for (kind, name), value in figures.items()
+        ],
+        tag=phase.name if args.push_to_hub else None,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -896,15 +1028,17 @@ def main(argv: list[str] | None = None) -> None:
             f"`output_dir={args.output_dir!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
             "replace it by `--overwrite_output_dir`, or name another folder."
         )
-    replaced = [(output_dir / name).resolve() for name in ("checkpoints", "samples", *(plan.name for plan in plans))]
+    replaced = [
+        (output_dir / name).resolve() for name in ("checkpoints", "samples", "uploads", *(plan.name for plan in plans))
+    ]
     if checkpoint is None and model_args.core is not None:
         core = Path(model_args.core).resolve()
         if any(core.is_relative_to(folder) for folder in replaced):
             raise ValueError(f"`core={model_args.core!r}` would be replaced by this run: name another `output_dir`.")
+    publisher = Publisher(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # 3. Data
-    on_shapes = data_args.dataset_name is None and data_args.train_data_dir is None
-    if on_shapes:
+    if data_args.on_shapes:
         with accelerator.main_process_first():
             train_data_dir = write_shapes_once(data_args, model_args, args, output_dir)
     else:
@@ -935,6 +1069,7 @@ def main(argv: list[str] | None = None) -> None:
         output_dir=output_dir,
         interrupt=Interrupt(),
         plans={plan.name: plan for plan in plans},
+        publisher=publisher,
     )
 
     # 4. What to start from
@@ -983,13 +1118,18 @@ def main(argv: list[str] | None = None) -> None:
             save_pipeline(pipeline, output_dir / phase.name)
             draw_grids(run, phase, pipeline, captions)
             logger.info(f"{phase.name} is done: {output_dir / phase.name}, pictures in {output_dir / 'samples.png'}.")
-            if on_shapes and data_args.num_scored_pictures:
+            if data_args.on_shapes and data_args.num_scored_pictures:
                 scores[phase.name] = score_shapes(run, phase, pipeline)
                 run.log(phase, phase.steps, **{f"score_{name}": value for name, value in scores[phase.name].items()})
+            write_phase_card(run, phase, pipeline, scores.get(phase.name, {}), output_dir / "samples.png")
+            if publisher is not None:
+                publisher.push_phase(phase, output_dir / phase.name)
         accelerator.wait_for_everyone()
 
     if scores:
         logger.info(format_scores(scores))
+    if publisher is not None:
+        publisher.wait()
     accelerator.end_training()
 
 

@@ -123,8 +123,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             library, class_name = init_dict[name]
             if library is not None and library not in sys.modules:
                 raise ValueError(
-                    f"`{name}` in model_index.json is a {class_name} of {library}, which has not been imported. If you trust it, "
-                    f"import it first, or load the component and pass it: `from_pretrained(..., {name}=...)`."
+                    f"`{name}` in model_index.json is a {class_name} of {library}, which has not been imported: "
+                    "if you trust it, import it first."
                 )
         return init_dict, unused, hidden
 

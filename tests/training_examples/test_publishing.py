@@ -1,0 +1,143 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""A run that publishes what it makes: real `accelerate launch`, real client, against the loopback Hub."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.hub import get_lineage
+
+from ..training.test_data import write_image_folder
+from .test_grow import assert_same_weights, command, weights
+
+
+TOKEN = "hf_of_the_owner"
+PHASES = ["core", "grown-16-detail", "grown-16"]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def run(output_dir: Path, token: str = TOKEN, **arguments) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_TOKEN": token}
+    return subprocess.run(
+        command(output_dir, push_to_hub=True, **arguments),
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def tags_of(repo_id: str) -> dict[str, str]:
+    return {tag.name: tag.target_commit for tag in HfApi().list_repo_refs(repo_id).tags}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", count=40)
+
+
+def test_every_phase_is_published(hub, data, tmp_path):
+    repo_id, output_dir = "owner/phases", tmp_path / "output"
+    HfApi().create_repo(repo_id)
+    HfApi().create_tag(repo_id, tag="core")  # of an earlier run
+    done = run(output_dir, hub_model_id=repo_id, hub_license="mit", hub_steps=5, train_data_dir=data)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+    tags = tags_of(repo_id)
+    assert list(tags) and tags.keys() == {*PHASES}
+    assert tags["grown-16"] == HfApi().model_info(repo_id).sha
+    for phase in PHASES:
+        assert f"Published {output_dir / phase}: {hub.url}/{repo_id}/commit/{tags[phase]}" in done.stdout
+        published = load(hub.files(repo_id, phase)[WEIGHTS])
+        assert all(value.equal(published[name]) for name, value in weights(output_dir / phase).items())
+    titles = [commit.title for commit in HfApi().list_repo_commits(repo_id, revision="training")]
+    assert "core, step 5" in titles
+    left_out = re.findall(r"(\S+): step (\d+) is not published, since the upload before", done.stdout)
+    for phase, step in (("core", 5), ("core", 10), ("grown-16-detail", 5), ("grown-16", 5)):
+        assert (f"{phase}, step {step}" in titles) != ((phase, str(step)) in left_out)
+    assert not any((output_dir / "uploads").iterdir())
+
+    # The card tells the whole way, and the pipeline is what a user gets.
+    card = ModelCard.load(repo_id)
+    card.validate()
+    assert card.data.license == "mit" and card.data.model_name == "phases"
+    assert {result.metric_name for result in card.data.eval_results} == {
+        "held-out loss", "held-out loss_low", "held-out loss_high"
+    }  # fmt: skip
+    for text in (
+        "| core | 8 | everything | 12 | 48 | 0 |",
+        "| grown, `init='preserve'` | 16 |",
+        "| grown-16-detail | 16 | the new stage | 6 | 24 | 0 |",
+        "| grown-16 | 16 | everything | 6 | 24 | 0 |",
+        "![Samples](samples.png)",
+        "This is the state of the tag `grown-16`",
+    ):
+        assert text in card.text, text
+    assert hub.files(repo_id)["samples.png"] == (output_dir / "samples.png").read_bytes()
+    pipeline = DiffusionPipeline.from_pretrained(repo_id, revision="core")
+    assert type(pipeline) is GreedyGrowPipeline and pipeline.unet.sample_sizes == (8,)
+    assert [entry["phase"] for entry in get_lineage(pipeline.unet)] == ["core"]
+
+    # Nobody reads the token anywhere.
+    assert TOKEN not in done.stdout
+    places = [path for path in output_dir.rglob("*") if path.is_file()]
+    assert len(places) > 20 and not [path for path in places if TOKEN.encode() in path.read_bytes()]
+    for revision in (*PHASES, "training"):
+        assert not [name for name, content in hub.files(repo_id, revision).items() if TOKEN.encode() in content]
+
+
+def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
+    repo_id, output_dir = "owner/never", tmp_path / "output"
+    hub.fail(f"POST /api/models/{repo_id}/commit/", "400", times=1000)
+    done = run(output_dir, hub_model_id=repo_id, train_data_dir=data)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert not hub.files(repo_id) and TOKEN not in done.stdout
+    assert done.stdout.count("Nothing is lost: all files are in") == len(PHASES)
+
+    # What the message says makes up for it.
+    hub.faults.clear()
+    for commands in re.findall("Go on with `(.*?)`", done.stdout):
+        for one in commands.split(" && "):
+            subprocess.run([Path(sys.executable).parent / "hf", *shlex.split(one)[1:]], check=True)
+    assert tags_of(repo_id).keys() == {*PHASES}
+    assert load(hub.files(repo_id, "core")[WEIGHTS]).keys() == weights(output_dir / "core").keys()
+
+
+def test_publishing_changes_no_training_and_a_resumed_run_goes_on(hub, data, tmp_path):
+    plain, pushed = tmp_path / "plain", tmp_path / "pushed"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command(plain, train_data_dir=data), env=environment, check=True, capture_output=True)
+    assert run(pushed, hub_model_id="owner/same", hub_steps=3, train_data_dir=data).returncode == 0
+    for phase in PHASES:
+        assert_same_weights(plain / phase, pushed / phase)
+    before = tags_of("owner/same")
+    again = run(pushed, hub_model_id="owner/same", train_data_dir=data, resume_from_checkpoint="latest")
+    assert again.returncode == 0, again.stdout[-5000:]
+    assert tags_of("owner/same").keys() == before.keys()
+
+
+@pytest.mark.parametrize("token,message", [("hf_nobody", "401"), ("hf_of_a_stranger", "403")])
+def test_who_may_not_write_is_told_before_training(hub, data, tmp_path, token, message):
+    done = run(tmp_path / "output", token, hub_model_id="owner/forbidden", train_data_dir=data)
+    assert done.returncode != 0 and message in done.stdout and token not in done.stdout
+    assert not (tmp_path / "output").exists()
