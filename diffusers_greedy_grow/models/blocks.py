@@ -49,6 +49,16 @@ class GreedyGrowOutput(UNet2DConditionOutput):
 # Attention
 
 
+class TextCache:
+    """
+    What only the text decides: its keys and values in each layer. Pass the same one, new at first, in each call with the
+    same text: the first call fills it, the others skip computing them.
+    """
+
+    def __init__(self):
+        self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
 class GreedyGrowAttnProcessor:
     _attention_backend = None
     _parallel_config = None

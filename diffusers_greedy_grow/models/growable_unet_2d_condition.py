@@ -15,6 +15,7 @@
 """The grown model: a pretrained core with one or more growth stages around it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, upsample, velocity_from_clean
 from ..hub import HubMixin, add_to_lineage, find_source, get_lineage, prepare_push, push_or_keep
-from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, check_sizes
+from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
 
@@ -54,8 +55,10 @@ class GrowthStage(nn.Module):
         inner_out_channels: int,
         cross_attention_dim: int | None,
         init: str,
+        factor: int,
     ):
         super().__init__()
+        self.preserves, self.factor = init == "preserve", factor
         temb_channels = 4 * block_out_channels[0]
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, temb_channels)
@@ -64,7 +67,7 @@ class GrowthStage(nn.Module):
             self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
         self.encoder = GrowthEncoder(in_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
         self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_in_channels, kernel_size=1)
-        if init == "preserve":
+        if self.preserves:
             nn.init.zeros_(self.conv_to_inner.weight)
             nn.init.zeros_(self.conv_to_inner.bias)
         self.decoder = GrowthDecoder(
@@ -88,6 +91,36 @@ class GrowthStage(nn.Module):
             text = text * encoder_attention_mask.to(dtype).unsqueeze(-1)
         # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it.
         return temb + self.text_proj(self.norm_text(text.sum(dim=1)))
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sigma: torch.Tensor,
+        additional_features: torch.Tensor | None,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        inner: Callable,
+        feeds_inner: bool,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `inner(sample, sigma, additional_features)` answers for the state one level further in, as this does for its own:
+        with the clean picture, and with its features. Without `feeds_inner` it hears nothing of the encoder's.
+        """
+        # 1. Encoder
+        temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype)
+        hidden_states, skips = self.encoder(sample.to(dtype), temb, additional_features)
+        to_inner = self.conv_to_inner(hidden_states) if feeds_inner else None
+
+        # 2. What is inside, on the state of its own level
+        pred_original_sample, features = inner(*descend(sample, sigma, self.factor), to_inner)
+
+        # 3. Decoder, which adds its detail to the picture so far
+        detail, features = self.decoder(features, hidden_states, skips, temb)
+        detail = detail.to(sample.dtype)
+        if self.preserves:
+            detail = upsample(pred_original_sample, self.factor) + detail
+        return detail, features
 
 
 class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -126,6 +159,7 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GreedyGrowTransformerBlock", "ResnetBlock2D", "GrowthEncoder", "GrowthDecoder"]
     _repeated_blocks = ["GreedyGrowTransformerBlock", "ResnetBlock2D"]
+    _group_offload_block_modules = ["core"]
     _keep_in_fp32_modules = ["time_embedding", "time_modulation", "scale_shift_table"]
     _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out", "time_embedding", "time_modulation"]
 
@@ -188,6 +222,7 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
                     "inner_out_channels": inner_out_channels,
                     "cross_attention_dim": cross_attention_dim,
                     "init": init if i == 0 else "preserve",
+                    "factor": sample_sizes[i + 1] // sample_sizes[i],
                 }
             )
             inner_patch_size, inner_in_channels, inner_out_channels = stage_patch_size, channels[0], channels[0]
@@ -345,14 +380,14 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
         outermost = self.stages[-1]
         conv = outermost.conv_to_inner
         trained = not conv.weight.is_meta and bool(conv.weight.any() or conv.bias.any())
-        if self._preserves(-1) and trained:
+        if outermost.preserves and trained:
             raise ValueError(
                 "The core cannot be frozen any more: after a joint phase the outermost stage feeds it, and freezing "
                 "would cut that off. Go on training jointly, or grow again and freeze then."
             )
         self.requires_grad_(False)
         outermost.requires_grad_(True)
-        if self._preserves(-1):
+        if outermost.preserves:
             outermost.conv_to_inner.requires_grad_(False)
         self.core_frozen = True
 
@@ -374,10 +409,6 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
             groups.append({"name": "core", "params": core, "lr": lr * core_lr_scale})
         return groups
 
-    def _preserves(self, stage_index: int) -> bool:
-        """Whether a stage has the side path of `init="preserve"`; all but the first always do."""
-        return self.config.init == "preserve" or stage_index % len(self.stages) > 0
-
     # ------------------------------------------------------------------------------------------------------------------
     # The model
 
@@ -394,7 +425,7 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
         negative_encoder_hidden_states: torch.Tensor | None = None,
         negative_encoder_attention_mask: torch.Tensor | None = None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        text_cache: dict | None = None,
+        text_cache: TextCache | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -422,7 +453,7 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
                 Its mask; needed if there is an `encoder_attention_mask`.
             guide (`Callable`, *optional*):
                 `guide(pred, negative_pred)`, both clean pictures at the core's resolution, returns the guided one.
-            text_cache (`dict`, *optional*):
+            text_cache ([`TextCache`], *optional*):
                 See [`ShallowUNet2DModel.forward`].
 
         Returns:
@@ -444,7 +475,7 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
             raise ValueError(f"`num_stages={num_stages}` has to be from 0 to {len(self.stages)}.")
         if (guide is None) != (negative_encoder_hidden_states is None):
             raise ValueError("`guide` and `negative_encoder_hidden_states` need each other: pass both or neither.")
-        if not self._preserves(0) and (num_stages == 0 or guide is not None):
+        if not self.stages[0].preserves and (num_stages == 0 or guide is not None):
             raise ValueError(
                 f"`num_stages={num_stages}` and `guide={guide}`: the core of a model grown with `init='random'` draws no "
                 "pictures of its own. Run all stages, and for either text."
@@ -452,61 +483,56 @@ class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigM
 
         grad_enabled = torch.is_grad_enabled()
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
-        inner_grad_enabled = grad_enabled and not (self.core_frozen and self._preserves(-1))
+        inner_grad_enabled = grad_enabled and not (self.core_frozen and self.stages[-1].preserves)
 
-        # 1. Encoders, from the outermost stage to the innermost, each on the state of its own level
-        state, state_sigma, additional_features = sample, sigma, None
-        encoded = []
-        for i in reversed(range(len(self.stages))):
-            stage, outermost = self.stages[i], i == len(self.stages) - 1
-            factor = self.sample_sizes[i + 1] // self.sample_sizes[i]
-            if i >= num_stages:
-                state, state_sigma = descend(state, state_sigma, factor)
-                continue
+        def run(level: int, state: torch.Tensor, state_sigma: torch.Tensor, additional_features: torch.Tensor | None):
+            """The core, which is level 0, or a stage with all that is inside it."""
+            outermost = level == len(self.stages)
             with torch.set_grad_enabled(grad_enabled if outermost else inner_grad_enabled):
-                temb = stage.embed(1000 * state_sigma, encoder_hidden_states, encoder_attention_mask, self.dtype)
-                hidden_states, skips = stage.encoder(state.to(self.dtype), temb, additional_features)
-                encoded.append((stage, factor, hidden_states, skips, temb))
-                if self._preserves(i) and outermost and self.core_frozen:
-                    additional_features = None
-                else:
-                    additional_features = stage.conv_to_inner(hidden_states)
-            state, state_sigma = descend(state, state_sigma, factor)
+                if level == 0:
+                    return run_core(state, state_sigma, additional_features)
+                stage = self.stages[level - 1]
+                return stage(
+                    state,
+                    state_sigma,
+                    additional_features,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    inner=partial(run, level - 1),
+                    feeds_inner=not (outermost and self.core_frozen and stage.preserves),
+                    dtype=self.dtype,
+                )
 
-        # 2. The core
-        with torch.set_grad_enabled(inner_grad_enabled):
+        def run_core(state: torch.Tensor, state_sigma: torch.Tensor, additional_features: torch.Tensor | None):
+            """The core; with a `guide` for both texts at once."""
+            hidden_states, attention_mask = encoder_hidden_states, encoder_attention_mask
             if guide is not None:
-                encoder_hidden_states = torch.cat([encoder_hidden_states, negative_encoder_hidden_states])
+                hidden_states = torch.cat([encoder_hidden_states, negative_encoder_hidden_states])
                 if encoder_attention_mask is not None:
-                    encoder_attention_mask = torch.cat([encoder_attention_mask, negative_encoder_attention_mask])
+                    attention_mask = torch.cat([encoder_attention_mask, negative_encoder_attention_mask])
                 state, state_sigma = torch.cat([state, state]), torch.cat([state_sigma, state_sigma])
                 if additional_features is not None:
                     additional_features = torch.cat([additional_features, additional_features])
             inner = self.core(
                 state,
                 1000 * state_sigma,
-                encoder_hidden_states,
-                encoder_attention_mask,
+                hidden_states,
+                attention_mask,
                 cross_attention_kwargs=cross_attention_kwargs,
                 additional_features=additional_features,
                 text_cache=text_cache,
             )
-            pred_original_sample, features = inner.pred_original_sample, inner.features
-            if guide is not None:
-                pred_original_sample = guide(*pred_original_sample.chunk(2))
-                features = features[:batch_size]
+            if guide is None:
+                return inner.pred_original_sample, inner.features
+            return guide(*inner.pred_original_sample.chunk(2)), inner.features[:batch_size]
 
-        # 3. Decoders, from the innermost stage to the outermost, each adding its detail to the picture so far
-        for i, (stage, factor, hidden_states, skips, temb) in enumerate(reversed(encoded)):
-            with torch.set_grad_enabled(grad_enabled if i == len(self.stages) - 1 else inner_grad_enabled):
-                detail, features = stage.decoder(features, hidden_states, skips, temb)
-                detail = detail.to(sample.dtype)
-                if self._preserves(i):
-                    detail = upsample(pred_original_sample, factor) + detail
-                pred_original_sample = detail
+        # From the outermost stage that takes part to the core, and back
+        state, state_sigma = sample, sigma
+        for stage in reversed(self.stages[num_stages:]):
+            state, state_sigma = descend(state, state_sigma, stage.factor)
+        pred_original_sample, features = run(num_stages, state, state_sigma, None)
         if num_stages < len(self.stages):
-            factor = height // pred_original_sample.shape[-2]
-            pred_original_sample = upsample(pred_original_sample, factor)
+            pred_original_sample = upsample(pred_original_sample, height // pred_original_sample.shape[-2])
 
         velocity = velocity_from_clean(sample, pred_original_sample, sigma).to(sample.dtype)
         if not return_dict:

@@ -26,7 +26,17 @@ from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
 from ..hub import HubMixin
-from .blocks import GreedyGrowOutput, GreedyGrowTransformerBlock, check_sizes, get_image_rotary_emb, residual_block
+from .blocks import (
+    GreedyGrowOutput,
+    GreedyGrowTransformerBlock,
+    TextCache,
+    check_sizes,
+    get_image_rotary_emb,
+    residual_block,
+)
+
+
+INITIAL_GAIN = 0.1
 
 
 class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -121,7 +131,7 @@ class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         self.resnet_out = residual_block(hidden_size, hidden_size, hidden_size)
         self.conv_norm_out = nn.GroupNorm(self.resnet_out.norm2.num_groups, hidden_size, eps=1e-6)
         self.conv_out = nn.Conv2d(hidden_size, out_channels * patch_size**2, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
+        nn.init.xavier_uniform_(self.conv_out.weight, gain=INITIAL_GAIN)
         nn.init.zeros_(self.conv_out.bias)
 
         self.gradient_checkpointing = False
@@ -145,7 +155,7 @@ class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         cross_attention_kwargs: dict | None = None,
         return_dict: bool = True,
         additional_features: torch.Tensor | None = None,
-        text_cache: dict | None = None,
+        text_cache: TextCache | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -163,9 +173,8 @@ class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
             additional_features (`torch.Tensor` of shape `(B, hidden_size, H / patch_size, W / patch_size)`, *optional*):
                 Added to the first features: what a growth stage around this model has to say to it.
-            text_cache (`dict`, *optional*):
-                Pass the same dictionary, empty at first, in each call with the same text: the first call puts the
-                text's keys and values in it, the others skip computing them.
+            text_cache ([`TextCache`], *optional*):
+                The text's keys and values, kept over calls with the same text.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
@@ -194,7 +203,7 @@ class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
 
         # 3. Transformer, on tokens (B, N, hidden_size)
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()
-        if encoder_hidden_states is not None and not text_cache:
+        if encoder_hidden_states is not None and not (text_cache and text_cache.key_values):
             encoder_hidden_states = self.norm_encoder(encoder_hidden_states.to(self.dtype))
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
@@ -213,14 +222,14 @@ class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
                     cross_attention_kwargs,
                 )
             elif text_cache is not None:
-                hidden_states, text_cache[i] = block(
+                hidden_states, text_cache.key_values[i] = block(
                     hidden_states,
                     modulation,
                     encoder_hidden_states,
                     encoder_attention_mask,
                     image_rotary_emb,
                     cross_attention_kwargs,
-                    text_key_value=text_cache.get(i),
+                    text_key_value=text_cache.key_values.get(i),
                     return_text=True,
                 )
             else:

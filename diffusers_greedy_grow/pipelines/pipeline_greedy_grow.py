@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
 from ..hub import HubMixin, prepare_push, push_or_keep
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from ..models.blocks import TextCache
 from ..models.growable_unet_2d_condition import load_core
 from .lora import GreedyGrowLoraLoaderMixin
 
@@ -604,7 +605,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         # A step of several evaluations (Heun's) has the same stages in all of them.
         num_stages = [num_stages[i - i % self.scheduler.order] for i in range(len(timesteps))]
         at_core = guidance_resolution == "core" and bool(handover_sigmas)
-        text_caches: dict[bool, dict] = {True: {}, False: {}}  # what the text alone decides, with and without guidance
+        text_caches = {True: TextCache(), False: TextCache()}  # what the text alone decides, with and without guidance
         num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -662,7 +663,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
                     latents = callback_outputs.pop("latents", latents)
                     if callback_outputs.keys() & {"prompt_embeds", "negative_prompt_embeds"}:
-                        text_caches = {True: {}, False: {}}
+                        text_caches = {True: TextCache(), False: TextCache()}
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
 

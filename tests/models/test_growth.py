@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import descend, expand, pool, upsample
+from diffusers_greedy_grow.models.blocks import TextCache
 from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
 from diffusers_greedy_grow.training import flow_loss
 
@@ -101,7 +102,7 @@ def test_the_text_cache_saves_the_projections(fused):
         grown.fuse_qkv_projections()
     inputs = make_inputs(height=32, width=32)
     other_state = make_inputs(height=32, width=32, seed=1)["sample"]
-    cache, calls = {}, []
+    cache, calls = TextCache(), []
     for block in grown.core.transformer_blocks:
         (block.attn2.to_kv if fused else block.attn2.to_k).register_forward_hook(lambda *args: calls.append(args))
     for i, sample in enumerate((inputs["sample"], other_state)):

@@ -22,6 +22,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import SIGMA_MIN, expand
+from diffusers_greedy_grow.models.blocks import TextCache
 
 from ..testing_utils import TEXT_DIM, make_core, make_grown, make_inputs
 
@@ -212,7 +213,7 @@ def test_compile_repeated_blocks(core):
     torch.testing.assert_close(core(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
     # As a pipeline calls it: two graphs, one that projects the text and one that is given it, whichever the block.
-    text_cache: dict = {}
+    text_cache = TextCache()
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
         core(**inputs, text_cache=text_cache)
         core(**inputs, text_cache=text_cache)
