@@ -187,10 +187,14 @@ class HubMixin:
             `ValueError`: if `use_safetensors` is false, or the configuration has entries that the class does not know.
             `OSError`: if there are no safetensors.
         """
-        refuse_pickled(kwargs.pop("use_safetensors", None) is not False)
-        return super().from_pretrained(  # type: ignore[misc]
-            pretrained_model_name_or_path, use_safetensors=True, **kwargs
-        )
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "`use_safetensors=False` asks for pickled weights, which are not safe to load: leave it at its default."
+            )
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir() or any(folder.rglob("*.bin")):  # else diffusers may look for a pickle, in vain
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -213,10 +217,9 @@ class HubMixin:
         As diffusers has it, but for three traps.
 
         Raises:
-            `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load, or if
-            `safe_serialization` is false.
+            `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load.
         """
-        refuse_pickled(safe_serialization)
+        write_safetensors(safe_serialization)
         model: Any = getattr(self, "unet", self)
         if getattr(model, "peft_config", None):
             raise ValueError(
@@ -260,7 +263,7 @@ class HubMixin:
             create_pr (`bool`, defaults to `False`):
                 Opens a pull request in place of committing.
             safe_serialization (`bool`, defaults to `True`):
-                Has to be true: nothing pickled is written.
+                Safetensors are written either way.
             variant (`str`, *optional*):
                 Such as `"fp16"`, part of the weight files' names.
             subfolder (`str`, *optional*):
@@ -276,21 +279,19 @@ class HubMixin:
             `str`: The address of the commit, or of the pull request.
 
         Raises:
-            `ValueError`: if `safe_serialization` is false.
             `HfHubHTTPError`: if the token is missing or wrong or may not write there, before anything is saved.
             [`UploadError`]: if the upload fails; the message names the folder in which all files are.
         """
-        refuse_pickled(safe_serialization)
+        write_safetensors(safe_serialization)
         repo_id = prepare_repository(repo_id, private, token, revision)
         return publish(self, repo_id, token, revision, create_pr, commit_message, variant, subfolder, samples, card)
 
 
-def refuse_pickled(safe_serialization: bool) -> None:
-    """Raises a `ValueError` unless weights are safetensors."""
+def write_safetensors(safe_serialization: bool) -> None:
+    """Warns that weights are written as safetensors all the same, if pickled ones are asked for."""
     if not safe_serialization:
-        raise ValueError(
-            "`safe_serialization=False` or `use_safetensors=False` would mean pickled weights, which are not "
-            "safe to load: leave it at its default."
+        logger.warning(
+            "`safe_serialization=False` asks for pickled weights, which are not safe to load: safetensors are written in their place."
         )
 
 

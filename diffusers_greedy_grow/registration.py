@@ -56,5 +56,6 @@ def register(package: str, models: tuple[type, ...], pipeline: type, pipeline_na
     text_to_image = find_table(auto_pipeline, "AUTO_TEXT2IMAGE_PIPELINES_MAPPING")
     for registered in (*models, pipeline):
         setattr(diffusers, registered.__name__, registered)
+        setattr(diffusers.pipelines if registered is pipeline else diffusers.models, registered.__name__, registered)
     loadable.setdefault(package, {"ModelMixin": ["save_pretrained", "from_pretrained"]})
     text_to_image[pipeline_name] = pipeline

@@ -36,7 +36,7 @@ from .blocks import (
 )
 
 
-INITIAL_GAIN = 0.1
+INITIAL_GAIN = 0.03
 
 
 class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 
-from ..hub import refuse_pickled
+from ..hub import write_safetensors
 from ..models import GrowableUNet2DConditionModel
 
 
@@ -153,12 +153,12 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
                 What `peft.get_peft_model_state_dict(pipeline.unet)` returns.
             is_main_process (`bool`, defaults to `True`), save_function (`Callable`, *optional*), weight_name (`str`,
             *optional*), safe_serialization (`bool`, defaults to `True`):
-                As everywhere in diffusers; pickled files are not written.
+                As everywhere in diffusers, but safetensors are written either way.
             unet_lora_adapter_metadata (`dict`, *optional*):
                 The adapter's configuration; without it, `lora_alpha` is lost. What
                 `diffusers.training_utils._collate_lora_metadata({"unet": pipeline.unet})` returns holds it.
         """
-        refuse_pickled(safe_serialization)
+        write_safetensors(safe_serialization)
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers={"unet": unet_lora_layers},
