@@ -187,10 +187,7 @@ class HubMixin:
             `ValueError`: if `use_safetensors` is false, or the configuration has entries that the class does not know.
             `OSError`: if there are no safetensors.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(
-                "`use_safetensors=False` asks for pickled weights, which are not safe to load: leave it at its default."
-            )
+        read_safetensors(kwargs.get("use_safetensors"))
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() or any(folder.rglob("*.bin")):  # else diffusers may look for a pickle, in vain
             kwargs["use_safetensors"] = True
@@ -285,6 +282,31 @@ class HubMixin:
         write_safetensors(safe_serialization)
         repo_id = prepare_repository(repo_id, private, token, revision)
         return publish(self, repo_id, token, revision, create_pr, commit_message, variant, subfolder, samples, card)
+
+
+class ModelHubMixin(HubMixin):
+    """[`HubMixin`] for models, whose adapters are safetensors too."""
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers has it, which by default looks for a pickle."""
+        read_safetensors(kwargs.get("use_safetensors"))
+        kwargs["use_safetensors"] = True
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
+
+    def save_lora_adapter(
+        self, save_directory: str | Path, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ):
+        """As diffusers has it."""
+        write_safetensors(safe_serialization)
+        super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
+
+
+def read_safetensors(use_safetensors: bool | None) -> None:
+    """Raises a `ValueError` if pickled weights are asked for."""
+    if use_safetensors is False:
+        raise ValueError(
+            "`use_safetensors=False` asks for pickled weights, which are not safe to load: leave it at its default."
+        )
 
 
 def write_safetensors(safe_serialization: bool) -> None:

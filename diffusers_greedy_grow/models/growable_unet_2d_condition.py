@@ -30,7 +30,7 @@ from diffusers.utils import apply_lora_scale
 from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, upsample, velocity_from_clean
-from ..hub import HubMixin, add_to_lineage, find_source, get_lineage, prepare_push, push_or_keep
+from ..hub import ModelHubMixin, add_to_lineage, find_source, get_lineage, prepare_push, push_or_keep
 from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
@@ -123,7 +123,7 @@ class GrowthStage(nn.Module):
         return detail, features
 
 
-class GrowableUNet2DConditionModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
     section 4). Made by [`~GrowableUNet2DConditionModel.from_core`]; the constructor is what loading uses.

@@ -25,7 +25,7 @@ from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
-from ..hub import HubMixin
+from ..hub import ModelHubMixin
 from .blocks import (
     GreedyGrowOutput,
     GreedyGrowTransformerBlock,
@@ -39,7 +39,7 @@ from .blocks import (
 INITIAL_GAIN = 0.03
 
 
-class ShallowUNet2DModel(HubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the picture to the grid of the
     transformer at once, and a single residual block on either side stands in for encoder and decoder. What it learns

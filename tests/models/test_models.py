@@ -12,39 +12,25 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Both model classes as diffusers expects any model to be; tests that its own suite has too have the same names."""
+
 import inspect
+import json
+import logging
 import subprocess
 import sys
 
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import constants
+from diffusers.utils import logging as diffusers_logging
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import SIGMA_MIN, expand
-from diffusers_greedy_grow.models.blocks import TextCache
 
-from ..testing_utils import TEXT_DIM, make_core, make_grown, make_inputs
-
-
-def make_model(kind: str):
-    """A model of each kind, with the resolution of its inputs."""
-    if kind == "core":
-        return make_core(), 16
-    if kind == "unconditional":
-        return make_grown(make_core(cross_attention_dim=None)), 32
-    if kind == "grown twice":
-        return make_grown(make_grown(), 64, block_out_channels=(12,)), 64
-    return make_grown(init=kind), 32
-
-
-KINDS = ["core", "preserve", "random", "grown twice", "unconditional"]
-
-
-@pytest.fixture(params=KINDS)
-def model_and_inputs(request):
-    model, size = make_model(request.param)
-    return model, make_inputs(height=size, width=size, text_dim=None if request.param == "unconditional" else TEXT_DIM)
+from ..testing_utils import make_core, make_inputs
+from .conftest import make_model
 
 
 @torch.no_grad()
@@ -62,7 +48,20 @@ def test_output(model_and_inputs):
 
 
 @torch.no_grad()
-def test_save_and_load_bit_for_bit(model_and_inputs, tmp_path):
+def test_outputs_equivalence(model_and_inputs):
+    model, inputs = model_and_inputs
+    (velocity,) = model(**inputs, return_dict=False)
+    assert torch.equal(velocity, model(**inputs).to_tuple()[0])
+
+
+@torch.no_grad()
+def test_determinism(model_and_inputs):
+    model, inputs = model_and_inputs
+    assert torch.equal(model(**inputs).sample, model(**inputs).sample)
+
+
+@torch.no_grad()
+def test_from_save_pretrained(model_and_inputs, tmp_path):
     model, inputs = model_and_inputs
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
@@ -71,6 +70,114 @@ def test_save_and_load_bit_for_bit(model_and_inputs, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
     assert not loaded.training
+
+
+@torch.no_grad()
+def test_from_save_pretrained_variant(either, tmp_path):
+    model, inputs = either
+    model.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").exists()
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+        type(model).from_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_from_save_pretrained_dtype(either, tmp_path, dtype):
+    model, _ = either
+    model.to(dtype).save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path, torch_dtype=dtype).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_from_pretrained_dtype_alias(either, tmp_path, dtype):
+    model, _ = either
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path, dtype=dtype).dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_from_save_pretrained_dtype_inference(either, tmp_path, dtype):
+    model, inputs = either
+    expected = model(**inputs).sample
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+    inputs |= {name: inputs[name].to(dtype) for name in ("sample", "encoder_hidden_states")}
+    output = loaded(**inputs).sample
+    assert output.dtype == dtype
+    assert (output - expected).abs().mean() < 0.03 * expected.abs().mean()
+
+
+def test_getattr_is_correct(either, caplog):
+    model, _ = either
+    model.dummy_attribute = 5
+    model.register_to_config(test_attribute=6)
+    with caplog.at_level(logging.WARNING, "diffusers.models.modeling_utils"):
+        assert model.dummy_attribute == 5 and callable(model.save_pretrained)
+    assert not caplog.text
+    with pytest.warns(FutureWarning):
+        assert model.test_attribute == 6
+    with pytest.raises(AttributeError, match=f"'{type(model).__name__}' object has no attribute 'does_not_exist'"):
+        _ = model.does_not_exist
+
+
+def is_kept(name: str, model) -> bool:
+    return any(part in model._keep_in_fp32_modules for part in name.split("."))
+
+
+def test_keep_in_fp32_modules(either, tmp_path):
+    model, _ = either
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.float16)
+    kept = {name: is_kept(name, model) for name, _ in loaded.named_parameters()}
+    assert any(kept.values()) and not all(kept.values())
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == (torch.float32 if kept[name] else torch.float16), name
+
+
+def test_keep_in_fp32_modules_as_str(either, tmp_path, monkeypatch):
+    model, _ = either
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(model), "_keep_in_fp32_modules", "scale_shift_table")
+    for name, parameter in type(model).from_pretrained(tmp_path, torch_dtype=torch.float16).named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith("scale_shift_table") else torch.float16), name
+
+
+def test_keep_in_fp32_modules_layerwise_casting(either):
+    model, _ = either
+    model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert all(dtype == torch.float32 for name, dtype in dtypes.items() if is_kept(name, model))
+    assert torch.float16 in dtypes.values()
+
+
+def test_to_keep_in_fp32_modules_warns(either, caplog):
+    model, _ = either
+    diffusers_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING, "diffusers.models.modeling_utils"):
+            model.to(torch.float16)
+    finally:
+        diffusers_logging.disable_propagation()
+    assert "that should be kept in float32" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_sharded_checkpoints(either, tmp_path, variant, parallel, monkeypatch):
+    """Whole, of a variant, and loaded in parallel."""
+    model, inputs = either
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    model.save_pretrained(tmp_path, max_shard_size=f"{size * 3 // 4 // 1024}KB", variant=variant)
+    (index,) = tmp_path.glob("*.index*.json")
+    shards = {*json.loads(index.read_text())["weight_map"].values()}
+    assert shards == {path.name for path in tmp_path.glob("*.safetensors")} and len(shards) > 1
+    monkeypatch.setattr(constants, "HF_ENABLE_PARALLEL_LOADING", parallel)
+    loaded = type(model).from_pretrained(tmp_path, variant=variant)
+    assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
 
 
 def test_config_is_the_constructor(model_and_inputs):
@@ -148,29 +255,6 @@ def test_constructor_says_what_does_not_fit():
         GrowableUNet2DConditionModel(inner_sample_sizes=(16, 32))
 
 
-@pytest.mark.parametrize("kind", ["core", "preserve", "random", "grown twice"])
-def test_gradient_checkpointing_changes_no_gradient(kind):
-    model, size = make_model(kind)
-    inputs = make_inputs(height=size, width=size)
-
-    def gradients():
-        model.zero_grad()
-        model(**inputs).sample.square().mean().backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    plain = gradients()
-    calls = []
-    model.enable_gradient_checkpointing()
-    for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            function = module._gradient_checkpointing_func
-            module._gradient_checkpointing_func = lambda *args, f=function: (calls.append(args[0]), f(*args))[1]
-    checkpointed = gradients()
-    assert len(calls) >= 2
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["core", "preserve", "random"])
 def test_bfloat16(kind, tmp_path):
@@ -192,56 +276,3 @@ def test_bfloat16(kind, tmp_path):
     for output in (loaded(**inputs).sample, cast(**inputs).sample, autocast):
         assert output.dtype == torch.float32
         assert (output - expected).abs().mean() < 0.02 * expected.abs().mean()
-
-
-@pytest.mark.parametrize("kind", ["core", "preserve"])
-def test_compile_without_graph_breaks(kind):
-    model, size = make_model(kind)
-    inputs = make_inputs(height=size, width=size)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs).sample, model(**inputs).sample, atol=1e-4, rtol=1e-3)
-
-
-@torch.no_grad()
-def test_compile_repeated_blocks(core):
-    inputs = make_inputs()
-    expected = core(**inputs).sample
-    torch._dynamo.reset()
-    core.compile_repeated_blocks(fullgraph=True)
-    torch.testing.assert_close(core(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
-
-    # As a pipeline calls it: two graphs, one that projects the text and one that is given it, whichever the block.
-    text_cache = TextCache()
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
-        core(**inputs, text_cache=text_cache)
-        core(**inputs, text_cache=text_cache)
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
-            torch.testing.assert_close(core(**inputs, text_cache=text_cache).sample, expected, atol=1e-4, rtol=1e-3)
-
-
-@torch.no_grad()
-def test_attention_is_diffusers(grown):
-    inputs = make_inputs(height=32, width=32)
-    expected = grown(**inputs).sample
-    assert len(grown.attn_processors) == 4  # self and cross in each of two blocks
-    for name, module in grown.named_modules():
-        if name.endswith(("attn1", "attn2")):
-            assert {"to_q", "to_k", "to_v", "to_out"} <= set(dict(module.named_children()))
-    grown.set_attention_backend("native")
-    torch.testing.assert_close(grown(**inputs).sample, expected)
-    grown.fuse_qkv_projections()
-    assert hasattr(grown.core.transformer_blocks[0].attn1, "to_qkv")
-    assert hasattr(grown.core.transformer_blocks[0].attn2, "to_kv")
-    torch.testing.assert_close(grown(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_layerwise_casting(grown):
-    inputs = make_inputs(height=32, width=32)
-    expected = grown(**inputs).sample
-    grown.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    assert grown.core.transformer_blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
-    assert (grown(**inputs).sample - expected).abs().mean() < 0.02 * expected.abs().mean()

@@ -1,0 +1,55 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+from ..testing_utils import TEXT_DIM, make_core, make_grown, make_inputs
+
+
+def make_model(kind: str):
+    """A model of each kind, with the resolution of its inputs."""
+    if kind == "core":
+        return make_core(), 16
+    if kind == "unconditional":
+        return make_grown(make_core(cross_attention_dim=None)), 32
+    if kind == "grown twice":
+        return make_grown(make_grown(), 64, block_out_channels=(12,)), 64
+    return make_grown(init=kind), 32
+
+
+KINDS = ["core", "preserve", "random", "grown twice", "unconditional"]
+
+
+def make_model_and_inputs(kind: str):
+    model, size = make_model(kind)
+    return model, make_inputs(height=size, width=size, text_dim=None if kind == "unconditional" else TEXT_DIM)
+
+
+@pytest.fixture(params=KINDS)
+def model_and_inputs(request):
+    return make_model_and_inputs(request.param)
+
+
+@pytest.fixture(params=["core", "grown twice"])
+def either(request):
+    """One model of each class, with inputs."""
+    return make_model_and_inputs(request.param)
+
+
+@pytest.fixture(autouse=True)
+def the_default_attention():
+    """Setting one model's attention backend sets that of all in diffusers."""
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)

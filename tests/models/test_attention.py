@@ -1,0 +1,112 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Attention through diffusers' dispatch; by the names of its own suite."""
+
+import pytest
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+
+from diffusers_greedy_grow.models.blocks import GreedyGrowAttnProcessor
+
+
+def attentions(model) -> list[AttentionModuleMixin]:
+    return [module for module in model.modules() if isinstance(module, AttentionModuleMixin)]
+
+
+@torch.no_grad()
+def test_fuse_unfuse_qkv_projections(either):
+    model, inputs = either
+    expected = model(**inputs).sample
+    model.fuse_qkv_projections()
+    assert all(module.fused_projections for module in attentions(model))
+    assert [hasattr(module, "to_qkv") for module in attentions(model)] == [True, False] * 2  # self, cross
+    assert [hasattr(module, "to_kv") for module in attentions(model)] == [False, True] * 2
+    torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+    model.unfuse_qkv_projections()
+    for module in attentions(model):
+        assert not module.fused_projections and not hasattr(module, "to_qkv") and not hasattr(module, "to_kv")
+    torch.testing.assert_close(model(**inputs).sample, expected)
+
+
+def test_get_set_processor(either):
+    model, _ = either
+    processor = GreedyGrowAttnProcessor()
+    model.set_attn_processor(processor)
+    assert all(module.processor is processor for module in attentions(model))
+
+
+def test_attention_processor_dict(either):
+    model, _ = either
+    processors = model.attn_processors
+    assert len(processors) == len(attentions(model)) == 4  # self and cross in each of two blocks
+    replaced = {name: GreedyGrowAttnProcessor() for name in processors}
+    model.set_attn_processor(dict(replaced))
+    assert model.attn_processors == replaced
+
+
+def test_attention_processor_count_mismatch_raises_error(either):
+    model, _ = either
+    with pytest.raises(ValueError, match="number of processors 1 does not match"):
+        model.set_attn_processor({next(iter(model.attn_processors)): GreedyGrowAttnProcessor()})
+
+
+BACKENDS = [AttentionBackendName.NATIVE, AttentionBackendName._NATIVE_MATH, AttentionBackendName.FLEX]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_output_close_to_native(model_and_inputs, backend):
+    model, inputs = model_and_inputs
+    expected = model(**inputs).sample
+    model.set_attention_backend(backend.value)
+    torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_set_attention_backend_matches_context_manager(either, backend):
+    model, inputs = either
+    with attention_backend(backend.value):
+        expected = model(**inputs).sample
+    model.set_attention_backend(backend.value)
+    assert all(processor._attention_backend == backend for processor in model.attn_processors.values())
+    assert torch.equal(model(**inputs).sample, expected)
+
+
+@torch.no_grad()
+def test_context_manager_switches_and_restores_backend(either, monkeypatch):
+    """The backend that is asked for is the one that computes."""
+    model, inputs = either
+    used = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def note(*args, **kwargs):
+        used.append(torch.backends.cuda.flash_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    model(**inputs)
+    with attention_backend("_native_math"):
+        model(**inputs)
+    model(**inputs)
+    calls = len(attentions(model))
+    assert used == [True] * calls + [False] * calls + [True] * calls
+
+
+def test_an_unknown_backend_is_refused(either):
+    model, _ = either
+    with pytest.raises(ValueError, match="flush"):
+        model.set_attention_backend("flush")

@@ -1,0 +1,107 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""torch.compile and torch.export; by the names of diffusers' own suite."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from diffusers_greedy_grow.models.blocks import TextCache
+
+from ..testing_utils import make_core, make_grown, make_inputs
+from .conftest import make_model_and_inputs
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["core", "preserve"])
+def test_torch_compile_recompilation_and_graph_break(kind):
+    model, inputs = make_model_and_inputs(kind)
+    expected = model(**inputs).sample
+    compiled = torch.compile(model, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_torch_compile_repeated_blocks(core):
+    inputs = make_inputs()
+    expected = core(**inputs).sample
+    core.compile_repeated_blocks(fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            torch.testing.assert_close(core(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
+
+    # As a pipeline calls it: two graphs, one that projects the text and one that is given it, whichever the block.
+    text_cache = TextCache()
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        core(**inputs, text_cache=text_cache)
+        core(**inputs, text_cache=text_cache)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            torch.testing.assert_close(core(**inputs, text_cache=text_cache).sample, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_torch_compile_repeated_blocks_of_a_grown_model():
+    """As many graphs as there are kinds of blocks: those of the stages have different channels."""
+    model, inputs = make_model_and_inputs("preserve")
+    expected = model(**inputs).sample
+    model.compile_repeated_blocks(fullgraph=True)
+    model(**inputs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["core", "preserve"])
+def test_compile_with_group_offloading(kind):
+    model, inputs = make_model_and_inputs(kind)
+    expected = model(**inputs).sample
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    model.compile()
+    for _ in range(2):
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make,size", [(make_core, 16), (partial(make_grown, block_out_channels=(8,)), 32)])
+@torch.fx.experimental._config.patch(use_duck_shape=False)
+def test_compile_on_different_shapes(make, size):
+    model = make()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for height, width in ((size, size), (size, 2 * size), (2 * size, 2 * size)):
+        inputs = make_inputs(height=height, width=width)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            output = compiled(**inputs).sample
+        torch.testing.assert_close(output, model(**inputs).sample, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_compile_works_with_aot(tmp_path):
+    model, inputs = make_grown(block_out_channels=(8,)), make_inputs(height=32, width=32)
+    expected = model(**inputs).sample
+    exported = torch.export.export(model, args=(), kwargs=inputs)
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(path, run_single_threaded=True)
+    torch.testing.assert_close(loaded(**inputs).sample, expected, atol=1e-4, rtol=1e-3)

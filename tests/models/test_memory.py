@@ -1,0 +1,137 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Less memory: offloading, layerwise casting, device maps; by the names of diffusers' own suite, which runs them on GPUs. Here
+both devices are the CPU: what a group does not bring back in time, from the disk, is garbage all the same.
+"""
+
+import pytest
+import torch
+from accelerate.utils import compute_module_sizes
+
+from .conftest import KINDS, make_model_and_inputs
+
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [
+    {"offload_type": "block_level", "num_blocks_per_group": 1},
+    {"offload_type": "block_level", "num_blocks_per_group": 2, "non_blocking": True},
+    {"offload_type": "leaf_level"},
+])  # fmt: skip
+def test_group_offloading(model_and_inputs, arguments):
+    model, inputs = model_and_inputs
+    expected = model(**inputs).sample
+    model.enable_group_offload(CPU, **arguments)
+    assert any(hasattr(module, "_diffusers_hook") for module in model.modules())
+    for _ in range(2):
+        assert torch.equal(model(**inputs).sample, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading_with_disk(model_and_inputs, offload_type, tmp_path):
+    """What is not brought back when it is used is missing from the result."""
+    model, inputs = model_and_inputs
+    expected = model(**inputs).sample
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.enable_group_offload(CPU, offload_type=offload_type, offload_to_disk_path=str(tmp_path), **blocks)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for _ in range(2):
+        assert torch.equal(model(**inputs).sample, expected)
+
+
+def test_every_block_is_a_group_of_its_own():
+    """The core's too, inside a grown model: else it would be on the device as a whole."""
+    model, _ = make_model_and_inputs("grown twice")
+    model.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=1)
+    for module in (*model.core.transformer_blocks, *model.stages):
+        group = module._diffusers_hook.get_hook("group_offloading").group
+        assert group.modules == [module]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading_with_layerwise_casting(either, offload_type):
+    model, inputs = either
+    expected = model(**inputs).sample
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.enable_group_offload(CPU, offload_type=offload_type, **blocks)
+    model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    assert (model(**inputs).sample - expected).abs().mean() < 0.01 * expected.abs().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_cpu_offload(kind, tmp_path):
+    """A device map over one device, as `device_map="auto"` makes it where everything fits."""
+    model, inputs = make_model_and_inputs(kind)
+    model.save_pretrained(tmp_path)
+    for device_map in ("auto", {"": "cpu"}):
+        loaded = type(model).from_pretrained(tmp_path, device_map=device_map)
+        assert set(map(str, loaded.hf_device_map.values())) == {"cpu"}
+        assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_disk_offload_with_safetensors(kind, tmp_path):
+    model, inputs = make_model_and_inputs(kind)
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": compute_module_sizes(model)[""] // 2},
+        offload_folder=tmp_path / "offload",
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    assert any(parameter.device.type == "meta" for parameter in loaded.parameters())
+    assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
+
+
+@torch.no_grad()
+def test_layerwise_casting_memory(either):
+    def footprint(storage_dtype, compute_dtype) -> int:
+        model = type(either[0]).from_config(either[0].config).to(compute_dtype)
+        model.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=compute_dtype)
+        assert model(**either[1]).sample.isfinite().all()
+        return model.get_memory_footprint()
+
+    full = footprint(torch.float32, torch.float32)
+    assert footprint(torch.float8_e4m3fn, torch.bfloat16) < footprint(torch.float8_e4m3fn, torch.float32) < full
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("storage_dtype,bound", [(torch.bfloat16, 0.02), (torch.float8_e4m3fn, 0.1)])
+def test_layerwise_casting_inference(model_and_inputs, storage_dtype, bound):
+    model, inputs = model_and_inputs
+    expected = model(**inputs).sample
+    model.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=torch.float32)
+    core = getattr(model, "core", model)
+    assert core.transformer_blocks[0].attn1.to_q.weight.dtype == storage_dtype
+    assert (model(**inputs).sample - expected).abs().mean() < bound * expected.abs().mean()
+
+
+@pytest.mark.parametrize("storage_dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_layerwise_casting_training(either, storage_dtype):
+    model, inputs = either
+    model.train()
+    model.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=torch.float32)
+    with torch.autocast("cpu"):
+        loss = model(**inputs).sample.square().mean()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

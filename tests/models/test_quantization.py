@@ -1,0 +1,91 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Loading in eight bits, through diffusers' `quantization_config`; bitsandbytes, its other way, asks for a GPU."""
+
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
+from peft import LoraConfig
+
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
+
+from ..testing_utils import draw_one, make_core, make_grown, make_pipeline
+
+
+torchao = pytest.importorskip("torchao.quantization")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pipeline = make_pipeline(make_grown(make_core(hidden_size=64)))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+def eight_bits() -> TorchAoConfig:
+    return TorchAoConfig(torchao.Int8WeightOnlyConfig())
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModel.from_pretrained(
+        str(folder), subfolder="unet", quantization_config=eight_bits(), torch_dtype=dtype
+    )
+
+
+def quantized(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if type(p).__module__.startswith("torchao")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchao_quantization_inference(folder, dtype):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    expected = draw_one(pipeline)
+    pipeline.unet = load(folder, dtype)
+    assert {f"core.transformer_blocks.0.attn1.to_{x}.weight" for x in "qkv"} <= quantized(pipeline.unet)
+    assert not [
+        name for name in quantized(pipeline.unet) if any(kept in name for kept in pipeline.unet._keep_in_fp32_modules)
+    ]
+    error = (draw_one(pipeline) - expected).abs().mean()
+    assert 0 < error < 0.03
+
+
+def test_torchao_quantization_serialization(folder, tmp_path):
+    model = load(folder)
+    model.save_pretrained(tmp_path / "eight")
+    weights = "diffusion_pytorch_model.safetensors"
+    sizes = [(place / weights).stat().st_size for place in (tmp_path / "eight", folder / "unet")]
+    assert sizes[0] < 0.8 * sizes[1]
+    again = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "eight", torch_dtype=torch.float32)
+    assert quantized(again) == quantized(model)
+    pipeline = GreedyGrowPipeline.from_pretrained(folder, unet=model)
+    expected = draw_one(pipeline)
+    pipeline.unet = again
+    assert torch.equal(draw_one(pipeline), expected)
+
+
+def test_quantization_of_a_pipeline(folder):
+    config = PipelineQuantizationConfig(quant_mapping={"unet": eight_bits()})
+    pipeline = DiffusionPipeline.from_pretrained(folder, quantization_config=config)
+    assert quantized(pipeline.unet) and draw_one(pipeline).isfinite().all()
+
+
+def test_torchao_quantization_lora_inference(folder):
+    model = load(folder)
+    pipeline = GreedyGrowPipeline.from_pretrained(folder, unet=model)
+    expected = draw_one(pipeline)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    assert not torch.allclose(draw_one(pipeline), expected)
+    pipeline.unload_lora_weights()
+    assert torch.equal(draw_one(pipeline), expected)
