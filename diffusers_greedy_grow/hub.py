@@ -208,10 +208,16 @@ class HubMixin:
         return init_dict, unused, hidden
 
     def save_pretrained(
-        self, save_directory: str | Path, *args: Any, safe_serialization: bool = True, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
     ) -> None:
         """
-        As diffusers has it, but for three traps.
+        As diffusers has it, but for three traps. A pipeline gives its components what they have arguments for by name.
 
         Raises:
             `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load.
@@ -224,7 +230,11 @@ class HubMixin:
                 "Save them by `save_lora_weights` and take them off by `unload_lora_weights()` (of a pipeline) or "
                 "`save_lora_adapter` and `unload_lora()` (of a model); those that are fused stay part of the weights."
             )
-        super().save_pretrained(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
+        if max_shard_size is not None:
+            kwargs["max_shard_size"] = max_shard_size
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, *args, safe_serialization=True, variant=variant, **kwargs
+        )
         for index in Path(save_directory).glob("*.safetensors.index*.json"):
             name = index.name.removesuffix(".json").replace(".safetensors.index", "") + ".safetensors"
             weights = index.with_name(name)

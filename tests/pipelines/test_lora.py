@@ -98,6 +98,72 @@ def test_alpha_and_ranks_survive_saving(made, tmp_path):
     assert all(name.startswith("unet.") for name in weights) and metadata["unet.lora_alpha"] == 8
 
 
+def test_wrong_adapter_name_raises_error(made, tmp_path):
+    made.load_lora_weights(save_adapter(made.unet, tmp_path), adapter_name="style")
+    with pytest.raises(ValueError, match="not in the list of present adapters"):
+        made.set_adapters("other")
+    with pytest.raises(ValueError, match="not in the list of present adapters"):
+        made.set_adapters(["style", "other"])
+    made.set_adapters("style")
+    assert made.get_active_adapters() == ["style"]
+
+
+@pytest.mark.parametrize("lora_scale", [1.0, 0.8])
+def test_lora_scale_kwargs_match_fusion(made, tmp_path, lora_scale):
+    """A scale of the call, of the adapter, and of the fusion mean the same."""
+    made.load_lora_weights(save_adapter(made.unet, tmp_path), adapter_name="style")
+    by_call = draw_one(made, cross_attention_kwargs={"scale": lora_scale})
+    made.set_adapters("style", lora_scale)
+    torch.testing.assert_close(draw_one(made), by_call, atol=1e-4, rtol=1e-4)
+    made.set_adapters("style", 1.0)
+    made.fuse_lora(lora_scale=lora_scale)
+    torch.testing.assert_close(draw_one(made), by_call, atol=1e-3, rtol=1e-3)
+
+
+def test_low_cpu_mem_usage_with_loading(made, tmp_path):
+    save_adapter(made.unet, tmp_path)
+    made.load_lora_weights(tmp_path)
+    expected = draw_one(made)
+    made.unload_lora_weights()
+    made.load_lora_weights(tmp_path, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in made.unet.parameters())
+    assert torch.equal(draw_one(made), expected)
+
+
+def test_inference_load_delete_load_adapters(made, tmp_path):
+    plain = draw_one(made)
+    save_adapter(made.unet, tmp_path)
+    for _ in range(2):
+        made.load_lora_weights(tmp_path, adapter_name="style")
+        assert not torch.allclose(draw_one(made), plain, atol=1e-3)
+        made.delete_adapters("style")
+        torch.testing.assert_close(draw_one(made), plain)
+
+
+def test_lora_unload_add_adapter(made, tmp_path):
+    made.load_lora_weights(save_adapter(made.unet, tmp_path))
+    made.unload_lora_weights()
+    made.unet.add_adapter(LoraConfig(r=2, target_modules=LAYERS))
+    assert made.get_active_adapters() == ["default"]
+
+
+def test_scales_of_components(made, tmp_path):
+    made.load_lora_weights(save_adapter(made.unet, tmp_path), adapter_name="style")
+    half = draw_one(made, cross_attention_kwargs={"scale": 0.5})
+    made.set_adapters(["style"], [{"unet": 0.5}])
+    torch.testing.assert_close(draw_one(made), half, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading_inference_denoiser(made, tmp_path, offload_type):
+    made.load_lora_weights(save_adapter(made.unet, tmp_path))
+    expected = draw_one(made)
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    disk = str(tmp_path / "disk")
+    made.unet.enable_group_offload(torch.device("cpu"), offload_type=offload_type, offload_to_disk_path=disk, **blocks)
+    assert torch.equal(draw_one(made), expected)
+
+
 def test_hotswap(made, tmp_path):
     first, second = (save_adapter(made.unet, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     made.load_lora_weights(second, adapter_name="own")

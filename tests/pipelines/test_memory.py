@@ -1,0 +1,112 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Less memory: offloading, layerwise casting, device maps; by the names of diffusers' own suite. Both devices are the CPU."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+
+from ..testing_utils import draw_one, make_core, make_grown, make_pipeline
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[make_core, make_grown], ids=["core", "grown"])
+def made(request) -> GreedyGrowPipeline:
+    return make_pipeline(request.param())
+
+
+def test_model_cpu_offload_forward_pass(made):
+    expected = draw_one(made)
+    made.enable_model_cpu_offload(device="cpu")
+    assert hasattr(made.unet, "_hf_hook") and hasattr(made.text_encoder, "_hf_hook")
+    for _ in range(2):  # the second time after the hooks have moved everything back
+        assert torch.equal(draw_one(made), expected)
+
+
+def test_offloading_keeps_what_is_computed_once(made, monkeypatch):
+    """The text is projected once for all steps: hooks that copy arguments must not copy the cache."""
+    calls = []
+    block = getattr(made.unet, "core", made.unet).transformer_blocks[0].attn2.to_k
+    block.register_forward_hook(lambda *args: calls.append(1))
+    made.enable_model_cpu_offload(device="cpu")
+    draw_one(made)
+    assert len(calls) == 1
+    made.remove_all_hooks()
+    made.enable_group_offload(onload_device=CPU, offload_type="leaf_level")
+    draw_one(made)
+    assert len(calls) == 2
+
+
+def test_pipeline_with_accelerator_device_map(made, tmp_path):
+    made.save_pretrained(tmp_path)
+    for device_map in ("cpu", "balanced"):
+        loaded = DiffusionPipeline.from_pretrained(tmp_path, device_map=device_map)
+        assert torch.equal(draw_one(loaded), draw_one(made))
+
+
+def test_layerwise_casting_inference(made):
+    expected = draw_one(made)
+    made.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert (draw_one(made) - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offloading_inference(made, offload_type):
+    expected = draw_one(made)
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    made.unet.enable_group_offload(CPU, offload_type=offload_type, **blocks)
+    apply_group_offloading(made.text_encoder, onload_device=CPU, offload_type=offload_type, **blocks)
+    for _ in range(2):
+        assert torch.equal(draw_one(made), expected)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_pipeline_level_group_offloading_inference(made, offload_type, tmp_path):
+    """To the disk: what does not come back in time is missing. Leaf by leaf diffusers loses T5's tied embeddings there."""
+    expected = draw_one(made)
+    excluded = ["text_encoder"] if offload_type == "leaf_level" else None
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    made.enable_group_offload(
+        CPU, offload_type=offload_type, offload_to_disk_path=str(tmp_path), exclude_modules=excluded, **blocks
+    )
+    assert list(tmp_path.rglob("*.safetensors"))
+    for _ in range(2):
+        assert torch.equal(draw_one(made), expected)
+
+
+def test_pipeline_level_group_offloading_sanity_checks(made):
+    made.enable_group_offload(CPU, offload_type="leaf_level", exclude_modules=["text_encoder"])
+    assert _get_top_level_group_offload_hook(made.unet) is not None
+    assert _get_top_level_group_offload_hook(made.text_encoder) is None
+
+
+def test_compile_repeated_blocks(made):
+    expected = draw_one(made)
+    torch.compiler.reset()
+    made.unet.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(draw_one(made), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_bar(made, quiet, capfd):
+    made.set_progress_bar_config(disable=quiet)
+    made("a small blue square", num_inference_steps=2)
+    assert ("2/2" in capfd.readouterr().err) != quiet
