@@ -36,7 +36,6 @@ from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, veloci
 from ..hub import HubMixin, prepare_push, push_or_keep
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.blocks import TextCache
-from ..models.growable_unet_2d_condition import load_core
 from .lora import GreedyGrowLoraLoaderMixin
 
 
@@ -177,10 +176,11 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             create_pr=create_pr,
             commit_message=commit_message,
         )
+        stage = {"block_out_channels": block_out_channels, "layers_per_block": layers_per_block, "init": init}
         if isinstance(core, (str, Path)):
             kwargs |= {"token": token, "revision": revision}
-            # The model is loaded apart because it has to be complete.
-            pipeline = cls.from_pretrained(core, unet=load_core(core, subfolder="unet", **kwargs), **kwargs)
+            unet = GrowableUNet2DConditionModel.from_core(core, sample_size, **stage, **kwargs)
+            pipeline = cls.from_pretrained(core, unet=None, **kwargs)
         elif not isinstance(core, GreedyGrowPipeline):
             raise ValueError(
                 f"`core` has to be a GreedyGrowPipeline, a folder or a repository id, but is a {type(core).__name__}; "
@@ -189,23 +189,15 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
         else:
+            unet = GrowableUNet2DConditionModel.from_core(core.unet, sample_size, **stage)
             pipeline = core
-        unet = GrowableUNet2DConditionModel.from_core(
-            pipeline.unet,
-            sample_size,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            init=init,
-        )
+        *inner_sample_sizes, _ = unet.sample_sizes
         name = shift_name(pipeline.scheduler)
-        shift = pipeline.scheduler.config[name] * sample_size / pipeline.unet.config.sample_size
+        shift = pipeline.scheduler.config[name] * sample_size / inner_sample_sizes[-1]
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{name: shift})
         variances = None
-        if detail_variance is not None and len(pipeline.unet.sample_sizes) > 1:
-            variances = pipeline.config.detail_variances and (
-                *pipeline.config.detail_variances,
-                detail_variance,
-            )
+        if detail_variance is not None and len(inner_sample_sizes) > 1:
+            variances = pipeline.config.detail_variances and (*pipeline.config.detail_variances, detail_variance)
         elif detail_variance is not None:
             variances = (detail_variance,)
         grown = cls(
