@@ -364,7 +364,7 @@ def build_core_pipeline(model_args: ModelArguments, captions: list[str]) -> Gree
 
 
 def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowUNet2DModel:
-    return ShallowUNet2DModel(
+    unet = ShallowUNet2DModel(
         sample_size=model_args.resolutions[0],
         patch_size=model_args.patch_size,
         hidden_size=model_args.hidden_size,
@@ -373,6 +373,8 @@ def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowU
         mlp_ratio=model_args.mlp_ratio,
         cross_attention_dim=cross_attention_dim,
     )
+    unet.silence()
+    return unet
 
 
 def grow_pipeline(

@@ -287,7 +287,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             [`GrowableUNet2DConditionModel`] in the dtype and on the device of the core.
 
         Raises:
-            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or it has adapters.
+            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or it has adapters or is quantised.
             `TypeError`: if there are `kwargs` although `core` is a loaded model, or arguments of a push without one.
             `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
@@ -318,6 +318,11 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             raise ValueError(
                 f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "
                 "`core.unload_lora()`, and load them into the grown model."
+            )
+        if getattr(core, "hf_quantizer", None) is not None:
+            raise ValueError(
+                "`core` was loaded with a `quantization_config`, and a grown model could neither be trained nor saved with such "
+                "weights: grow it as it was trained, and pass the `quantization_config` when loading the result."
             )
 
         stages: dict = {"inner_sample_sizes": (), "block_out_channels": (), "layers_per_block": (), "init": init}

@@ -89,3 +89,9 @@ def test_torchao_quantization_lora_inference(folder):
     assert not torch.allclose(draw_one(pipeline), expected)
     pipeline.unload_lora_weights()
     assert torch.equal(draw_one(pipeline), expected)
+
+
+def test_a_quantized_core_is_not_grown(folder):
+    for core, arguments in ((load(folder), {}), (folder, {"quantization_config": eight_bits()})):
+        with pytest.raises(ValueError, match="`core` was loaded with a `quantization_config`"):
+            GrowableUNet2DConditionModel.from_core(core, 64, block_out_channels=(8,), **arguments)
