@@ -14,16 +14,20 @@ PRECISION := $(shell ! command -v nvidia-smi > /dev/null && grep -qs amx_bf16 /p
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train]"
+	touch $@
+
+.venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/$(LAUNCH) training_examples/grow.py $(PRECISION) $(ARGS)
 
-test: .venv/installed
+test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
-lint: .venv/installed
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -76,7 +76,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             The tokenizer of `text_encoder`.
         max_sequence_length (`int`, defaults to 128):
             How many text tokens of a prompt are read.
-        detail_variances (`tuple[float, ...]`, *optional*):
+        detail_variances (`list[float]`, *optional*):
             For each growth stage, the innermost first, [`~flow.detail_variance`] of the training pictures by its growth
             factor. `core_first="auto"` needs it; `training_examples/grow.py` measures it.
 
@@ -96,7 +96,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_sequence_length: int = 128,
-        detail_variances: tuple[float, ...] | None = None,
+        detail_variances: list[float] | None = None,
     ):
         super().__init__()
         if scheduler is not None:  # as diffusers makes it to encode prompts only
@@ -197,9 +197,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{name: shift})
         variances = None
         if detail_variance is not None and len(inner_sample_sizes) > 1:
-            variances = pipeline.config.detail_variances and (*pipeline.config.detail_variances, detail_variance)
+            variances = pipeline.config.detail_variances and [*pipeline.config.detail_variances, detail_variance]
         elif detail_variance is not None:
-            variances = (detail_variance,)
+            variances = [detail_variance]
         grown = cls(
             unet=unet,
             scheduler=scheduler,

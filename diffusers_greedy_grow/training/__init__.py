@@ -21,7 +21,6 @@ from .checkpoints import (
     sorted_checkpoints,
 )
 from .data import CaptionedPictures, EpochOrder, load_captioned_data, normalize, sample_generators
-from .ema import carry_ema, named_shadows
 from .losses import FlowLoss, LossMeter, flow_loss
 from .plan import PhasePlan, describe_parts, format_plan, plan_phase
 from .report import draw_losses, draw_samples

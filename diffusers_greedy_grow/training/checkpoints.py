@@ -24,8 +24,6 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from .ema import carry_ema, named_shadows
-
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Saves a pipeline to `folder`, which it replaces if it exists."""
@@ -58,7 +56,8 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     if accelerator.is_main_process:
-        shadows = {name: tensor.contiguous() for name, tensor in named_shadows(ema, named_parameters).items()}
+        pairs = zip(named_parameters, ema.shadow_params, strict=True)
+        shadows = {name: shadow.contiguous() for (name, _), shadow in pairs}
         save_file(shadows, temporary / "ema.safetensors")
         progress = {"phase": phase, "step": step, "ema_optimization_step": ema.optimization_step}
         progress["schedule"] = schedule or {}
@@ -113,7 +112,18 @@ def load_checkpoint(
     named_parameters: list[tuple[str, torch.nn.Parameter]],
     ema_decay: float,
 ) -> EMAModel:
-    """Restores what [`save_checkpoint`] saved into what accelerate has prepared, and returns the moving average."""
+    """
+    Restores what [`save_checkpoint`] saved into what accelerate has prepared, and returns the moving average.
+
+    Raises:
+        `ValueError`: if the average is of other parameters than `named_parameters`.
+    """
     accelerator.load_state(str(checkpoint))
     shadows = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
-    return carry_ema(shadows, read_progress(checkpoint)["ema_optimization_step"], named_parameters, ema_decay)
+    shapes = {name: parameter.shape for name, parameter in named_parameters}
+    if {name: shadow.shape for name, shadow in shadows.items()} != shapes:
+        raise ValueError(f"{checkpoint} has a moving average of other parameters than this phase trains.")
+    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay)
+    ema.shadow_params = [shadows[name] for name in shapes]  # by name: diffusers goes by position
+    ema.optimization_step = read_progress(checkpoint)["ema_optimization_step"]
+    return ema

@@ -435,6 +435,7 @@ def test_bad_arguments(arguments, message, tmp_path):
 def test_values_for_each_resolution_or_stage(tmp_path):
     spec = importlib.util.spec_from_file_location("grow", SCRIPT)
     grow = importlib.util.module_from_spec(spec)
+    sys.modules["grow"] = grow  # where dataclasses look for it
     spec.loader.exec_module(grow)
 
     _, model, training = grow.parse_arguments(["--resolutions", "16", "32", "64", "--detail_steps", "7", "5"])

@@ -25,7 +25,6 @@ from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DMod
 from diffusers_greedy_grow.flow import SIGMA_MIN, high_band, pool
 from diffusers_greedy_grow.training import (
     LossMeter,
-    carry_ema,
     describe_parts,
     draw_losses,
     draw_samples,
@@ -33,7 +32,6 @@ from diffusers_greedy_grow.training import (
     flow_loss,
     format_plan,
     load_checkpoint,
-    named_shadows,
     plan_phase,
     read_progress,
     save_checkpoint,
@@ -41,7 +39,7 @@ from diffusers_greedy_grow.training import (
     sorted_checkpoints,
 )
 
-from ..testing_utils import make_core, make_grown, make_inputs, make_pipeline
+from ..testing_utils import make_grown, make_inputs, make_pipeline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,58 +84,6 @@ def test_loss_meter():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Moving average
-
-
-def step_ema(model, ema, steps: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        ema.step(model.parameters())
-
-
-def test_the_average_goes_through_growth_by_name():
-    core = make_core()
-    ema = EMAModel(core.parameters(), decay=0.9)
-    step_ema(core, ema, 20)
-    shadows = {f"core.{name}": value for name, value in named_shadows(ema, list(core.named_parameters())).items()}
-    grown = make_grown(core)
-    carried = carry_ema(shadows, ema.optimization_step, list(grown.named_parameters()), decay=0.9)
-    after = named_shadows(carried, list(grown.named_parameters()))
-    for (name, parameter), shadow in zip(core.named_parameters(), ema.shadow_params):
-        assert torch.equal(after[f"core.{name}"], shadow)
-        assert not torch.equal(shadow, parameter)
-    for name, parameter in grown.stages.named_parameters():
-        assert torch.equal(after[f"stages.{name}"], parameter)
-
-    # It goes on averaging with the full decay, not from scratch, and independently of the old one.
-    before = {name: value.clone() for name, value in after.items()}
-    with torch.no_grad():
-        for parameter in grown.parameters():
-            parameter.add_(1.0)
-    carried.step(grown.parameters())
-    decay = carried.get_decay(carried.optimization_step)
-    assert decay > 0.6
-    for (name, parameter), shadow in zip(grown.named_parameters(), carried.shadow_params):
-        torch.testing.assert_close(shadow, decay * before[name] + (1 - decay) * parameter.detach())
-    assert torch.equal(ema.shadow_params[0], shadows["core." + next(core.named_parameters())[0]])
-
-
-def test_averages_that_do_not_fit_are_refused():
-    core, grown = make_core(), make_grown()
-    ema = EMAModel(core.parameters())
-    with pytest.raises(ValueError, match="`ema` averages"):
-        named_shadows(ema, list(grown.named_parameters()))
-    with pytest.raises(ValueError, match="'conv_in.weight'.*which the new model lacks"):
-        carry_ema(named_shadows(ema, list(core.named_parameters())), 1, list(grown.named_parameters()), 0.9)
-    wrong = {"core.conv_in.bias": torch.zeros(3)}
-    with pytest.raises(ValueError, match="core.conv_in.bias"):
-        carry_ema(wrong, 1, list(grown.named_parameters()), 0.9)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -147,7 +93,7 @@ def test_checkpoints(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     named = list(model.named_parameters())
-    ema = carry_ema({}, 0, named, 0.9)
+    ema = EMAModel([parameter for _, parameter in named], decay=0.9)
 
     def train(steps):
         for step in range(steps):
@@ -168,6 +114,9 @@ def test_checkpoints(tmp_path):
     train(2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected))
     assert all(torch.equal(a, b) for a, b in zip(ema.shadow_params, expected_ema))
+
+    with pytest.raises(ValueError, match="a moving average of other parameters"):
+        load_checkpoint(accelerator, path, named[1:], 0.9)
 
     for step in (3, 4, 5):
         save_checkpoint(accelerator, tmp_path / "checkpoints", "grown-32", step, ema, named, total_limit=2)
