@@ -34,6 +34,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 # As on the Hub: what is written by LFS whatever its size. Anything else is from this size on.
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
@@ -66,6 +68,37 @@ class HubError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
+
+
+def check_card(content: str) -> list[str]:
+    """What the Hub finds wrong with a card's metadata; the part of its rules that concerns models like ours."""
+    found = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
+    if found is None:
+        return ["there is no metadata"]
+    data, errors = yaml.safe_load(found[1]), []
+    choices = {
+        "license": ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "cc-by-4.0", "cc0-1.0", "other", "unknown"),
+        "pipeline_tag": ("text-to-image", "unconditional-image-generation", "image-to-image"),
+        "base_model_relation": ("finetune", "adapter", "merge", "quantized"),
+    }
+    for name, allowed in choices.items():
+        if data.get(name, allowed[0]) not in allowed:
+            errors.append(f'"{name}" must be one of {list(allowed)}')
+    for name in ("tags", "datasets"):
+        value = data.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            errors.append(f'"{name}" must be an array of strings')
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(data.get("base_model", "a/b"))):
+        errors.append('"base_model" must be the name of a model')
+    for model in data.get("model-index", []):
+        for result in model.get("results", [{}]):
+            metrics = result.get("metrics", [{}])
+            complete = model.get("name") and result.get("task", {}).get("type") and metrics
+            if not complete or not {"name", "type"} <= result.get("dataset", {}).keys():
+                errors.append('"model-index" has results without name, task, dataset or metrics')
+            elif not all(metric.get("type") and "value" in metric for metric in metrics):
+                errors.append('"model-index" has metrics without type or value')
+    return errors
 
 
 class HubServer:
@@ -362,7 +395,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         elif match("POST", "/api/repos/create"):
             answer = hub.create(token, json.loads(body))
         elif match("POST", "/api/validate-yaml"):
-            answer = {"errors": [], "warnings": []}
+            answer = {"errors": [{"message": error} for error in check_card(json.loads(body)["content"])], "warnings": []}
         elif found := match("POST", f"{name}/preupload/(.+)"):
             hub.check_owner(found[1], token)
             repository = hub.read(found[1], token)

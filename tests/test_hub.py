@@ -321,6 +321,15 @@ def test_a_card_says_it_all(hub, tmp_path):
     assert hub.files("owner/card")["samples.png"] == grid.read_bytes()
 
 
+def test_a_card_that_the_hub_refuses_loses_nothing(hub):
+    core = make_core()
+    with pytest.raises(UploadError, match='"license" must be one of.*Nothing is lost'):
+        core.push_to_hub("owner/refused", license="apache-3.0")
+    assert not hub.files("owner/refused")
+    core.push_to_hub("owner/refused", license="apache-2.0")
+    assert ModelCard.load("owner/refused").data.license == "apache-2.0"
+
+
 @pytest.mark.parametrize("make", [make_core, make_grown, make_pipeline])
 def test_what_a_card_says_to_run_runs(hub, make, tmp_path):
     repo_id = f"owner/run-{make.__name__}"

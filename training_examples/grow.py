@@ -47,7 +47,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.utils import disable_progress_bars
 from PIL import Image
 from tqdm.auto import tqdm
@@ -859,6 +859,8 @@ class Publisher:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         disable_progress_bars()  # of uploads, between those of training
         self.repo_id = prepare_repository(name, private=args.hub_private_repo or None)
+        if args.hub_license is not None:
+            ModelCard(f"---\nlicense: {args.hub_license}\n---\n").validate()  # by the Hub, before any work
         if args.hub_steps is not None:
             prepare_repository(self.repo_id, revision="training")
         self.executor = ThreadPoolExecutor(max_workers=1)

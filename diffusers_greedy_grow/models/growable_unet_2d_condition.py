@@ -158,7 +158,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GreedyGrowTransformerBlock", "ResnetBlock2D", "GrowthEncoder", "GrowthDecoder"]
-    _repeated_blocks = ["GreedyGrowTransformerBlock", "ResnetBlock2D"]
+    _repeated_blocks = ["GreedyGrowTransformerBlock", "GrowthEncoder", "GrowthDecoder"]
     _group_offload_block_modules = ["core"]
     _keep_in_fp32_modules = ["time_embedding", "time_modulation", "scale_shift_table"]
     _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out", "time_embedding", "time_modulation"]

@@ -64,13 +64,13 @@ def test_torch_compile_repeated_blocks(core):
 
 @torch.no_grad()
 def test_torch_compile_repeated_blocks_of_a_grown_model():
-    """As many graphs as there are kinds of blocks: those of the stages have different channels."""
+    """One graph for each kind of block: a stage's encoder and decoder are whole, since their blocks have all channels."""
     model, inputs = make_model_and_inputs("preserve")
     expected = model(**inputs).sample
     model.compile_repeated_blocks(fullgraph=True)
-    model(**inputs)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(2):
+            torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()
