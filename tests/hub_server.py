@@ -77,7 +77,16 @@ def check_card(content: str) -> list[str]:
         return ["there is no metadata"]
     data, errors = yaml.safe_load(found[1]), []
     choices = {
-        "license": ("apache-2.0", "mit", "openrail", "creativeml-openrail-m", "cc-by-4.0", "cc0-1.0", "other", "unknown"),
+        "license": (
+            "apache-2.0",
+            "mit",
+            "openrail",
+            "creativeml-openrail-m",
+            "cc-by-4.0",
+            "cc0-1.0",
+            "other",
+            "unknown",
+        ),
         "pipeline_tag": ("text-to-image", "unconditional-image-generation", "image-to-image"),
         "base_model_relation": ("finetune", "adapter", "merge", "quantized"),
     }
@@ -395,7 +404,10 @@ class RequestHandler(BaseHTTPRequestHandler):
         elif match("POST", "/api/repos/create"):
             answer = hub.create(token, json.loads(body))
         elif match("POST", "/api/validate-yaml"):
-            answer = {"errors": [{"message": error} for error in check_card(json.loads(body)["content"])], "warnings": []}
+            answer = {
+                "errors": [{"message": error} for error in check_card(json.loads(body)["content"])],
+                "warnings": [],
+            }
         elif found := match("POST", f"{name}/preupload/(.+)"):
             hub.check_owner(found[1], token)
             repository = hub.read(found[1], token)
