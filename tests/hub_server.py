@@ -404,10 +404,8 @@ class RequestHandler(BaseHTTPRequestHandler):
         elif match("POST", "/api/repos/create"):
             answer = hub.create(token, json.loads(body))
         elif match("POST", "/api/validate-yaml"):
-            answer = {
-                "errors": [{"message": error} for error in check_card(json.loads(body)["content"])],
-                "warnings": [],
-            }
+            errors = [{"message": error} for error in check_card(json.loads(body)["content"])]
+            return self.send(400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode())
         elif found := match("POST", f"{name}/preupload/(.+)"):
             hub.check_owner(found[1], token)
             repository = hub.read(found[1], token)

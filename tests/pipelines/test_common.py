@@ -108,7 +108,7 @@ def test_save_load_float16(made, tmp_path, dtype):
     made.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
     assert loaded.unet.dtype == loaded.text_encoder.dtype == dtype
-    assert (draw_one(loaded) - expected).abs().mean() < 0.02
+    assert (draw_one(loaded) - expected).abs().mean() < 0.05
 
 
 def test_torch_dtype_dict(made, tmp_path):
