@@ -188,7 +188,9 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
         arguments={
             **COMMON,
             **setting.core_arguments(),
+            # A stage that is not trained: the same for all settings, as the core is.
             "resolutions": [setting.core_resolution, 128],
+            "block_out_channels": ["24,32,64,96"],
             "seed": seed,
             **NARROW,
             "core_steps": steps,
