@@ -151,7 +151,10 @@ def test_a_name_means_the_same_run_in_all_benchmarks():
     parser = argparse.ArgumentParser()
     add_queue_arguments(parser)
     data = Path("shapes-128px-20000")
-    jobs = [job for arm in grow_vs_scratch.ARMS for job in grow_vs_scratch.make_jobs(SETTING, arm, 1, data, data)]
+    jobs = []
+    for setting in grow_vs_scratch.SETTINGS.values():
+        own = Path(f"shapes-{setting.resolution}px-20000")
+        jobs += [job for arm in grow_vs_scratch.ARMS for job in grow_vs_scratch.make_jobs(setting, arm, 1, own, data)]
     for share in few_high_res.SHARES:
         jobs += few_high_res.make_jobs(1, share, data, 20000, 1.0)
     jobs += [job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(num_layers, 1, data, 1.0)]
