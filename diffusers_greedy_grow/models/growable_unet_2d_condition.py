@@ -115,11 +115,11 @@ class GrowthStage(nn.Module):
         # 2. What is inside, on the state of its own level
         pred_original_sample, features = inner(*descend(sample, sigma, self.factor), to_inner)
 
-        # 3. Decoder, which adds its detail to the picture so far
-        detail, features = self.decoder(features, hidden_states, skips, temb)
+        # 3. Decoder, which adds its detail to the picture so far; by a device map, that may come from another device
+        detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb)
         detail = detail.to(sample.dtype)
         if self.preserves:
-            detail = upsample(pred_original_sample, self.factor) + detail
+            detail = upsample(pred_original_sample.to(sample.device), self.factor) + detail
         return detail, features
 
 
@@ -157,7 +157,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["GreedyGrowTransformerBlock", "ResnetBlock2D", "GrowthEncoder", "GrowthDecoder"]
+    _no_split_modules = ["GreedyGrowTransformerBlock", "ResnetBlock2D", "GrowthStage"]
     _repeated_blocks = ["GreedyGrowTransformerBlock", "GrowthEncoder", "GrowthDecoder"]
     _group_offload_block_modules = ["core"]
     _keep_in_fp32_modules = ["time_embedding", "time_modulation", "scale_shift_table"]
@@ -539,6 +539,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         if num_stages < len(self.stages):
             pred_original_sample = upsample(pred_original_sample, height // pred_original_sample.shape[-2])
 
+        pred_original_sample = pred_original_sample.to(sample.device)
         velocity = velocity_from_clean(sample, pred_original_sample, sigma).to(sample.dtype)
         if not return_dict:
             return (velocity,)

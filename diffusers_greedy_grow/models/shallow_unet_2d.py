@@ -199,7 +199,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         if self.conv_in is not None:
             hidden_states = self.conv_in(sample.to(self.dtype))
             if additional_features is not None:
-                hidden_states = hidden_states + additional_features
+                hidden_states = hidden_states + additional_features.to(hidden_states.device)
             hidden_states = self.resnet_in(hidden_states, temb)
         else:
             hidden_states = additional_features
