@@ -198,10 +198,3 @@ def velocity_from_clean(
 ) -> torch.Tensor:
     """`u = (x - x0) / max(sigma, sigma_min)`: the velocity at the state `x` that points away from the picture `x0`."""
     return (x - x0) / expand(sigma, x).clamp(min=sigma_min)
-
-
-def clean_from_velocity(
-    x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_min: float = SIGMA_MIN
-) -> torch.Tensor:
-    """The inverse of [`velocity_from_clean`]: `x0 = x - max(sigma, sigma_min) u`."""
-    return x - expand(sigma, x).clamp(min=sigma_min) * velocity

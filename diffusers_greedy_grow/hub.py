@@ -20,16 +20,28 @@ Where a model came from is its *lineage*, a list of entries in its configuration
 growths (`{"grown_to": 256, ...}`) and phases of training (`{"phase": "grown-256-detail", ...}`), the oldest first.
 """
 
+import fnmatch
+import inspect
 import re
+import shlex
 import shutil
+import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers.utils import logging
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard, ModelCardData, constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RevisionNotFoundError
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -37,6 +49,7 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 # What a server answers when the same request may well succeed a moment later; 412: somebody else has committed.
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
 ATTEMPTS = 4
+PUSH_ARGUMENTS = {"repo_id", "commit_message", "private", "token", "create_pr", "revision"}
 CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
 
 
@@ -79,15 +92,16 @@ TAGS = ["diffusers", "diffusers-greedy-grow", "greedy-growing", "pixel-space", "
 USE_PIPELINE = """import diffusers_greedy_grow
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{repo_id}")
-pipe("a large red striped circle on a white background").images[0].save("picture.png")"""
+pipe = DiffusionPipeline.from_pretrained({source})
+pipe({prompt}).images[0].save("picture.png")"""
 USE_MODEL = """import diffusers_greedy_grow
 from diffusers import AutoModel
 
-unet = AutoModel.from_pretrained("{repo_id}")"""
+unet = AutoModel.from_pretrained({source})"""
 GROW = """from diffusers_greedy_grow import {name}
 
-grown = {name}.from_core("{repo_id}", sample_size={size}, block_out_channels=(32, 64))"""
+grown = {name}.from_core({source}, sample_size={size}, block_out_channels=(32, 64))"""
+PROMPT = '"a large red striped circle on a white background"'
 
 
 def make_card(
@@ -121,10 +135,12 @@ def make_card(
     lineage = get_lineage(model)
     cores = [entry["core"] for entry in lineage if entry.get("core")]
     name = repo_id.split("/")[-1]
+    source = f'"{repo_id}"' + (f', revision="{tag}"' if tag else "")
+    has_text = model.config.cross_attention_dim is not None
     relation: dict = {"base_model": cores[-1], "base_model_relation": "finetune"} if cores else {}
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="text-to-image" if has_text else "unconditional-image-generation",
         tags=TAGS,
         license=license,
         datasets=datasets,
@@ -142,8 +158,9 @@ def make_card(
         sizes=model.sample_sizes,
         parameters=f"{model.num_parameters() / 1e6:.1f} M",
         untrained=bool(lineage) and "grown_to" in lineage[-1],
-        use=(USE_PIPELINE if is_pipeline else USE_MODEL).format(repo_id=repo_id),
-        grow=GROW.format(name=grown_name, repo_id=repo_id, size=4 * model.sample_sizes[-1]),
+        has_text=has_text,
+        use=(USE_PIPELINE if is_pipeline else USE_MODEL).format(source=source, prompt=PROMPT if has_text else ""),
+        grow=GROW.format(name=grown_name, source=source, size=4 * model.sample_sizes[-1]),
         lineage=[describe(entry) for entry in lineage],
         figures=[(result.dataset_name, result.metric_name, result.metric_value) for result in eval_results or []],
         samples=samples,
@@ -164,7 +181,7 @@ def describe(entry: dict[str, Any]) -> tuple:
     if "grown_to" in entry:
         core, revision = entry.get("core"), entry.get("core_revision")
         source = f" from `{core}`" + (f" at `{revision[:12]}`" if revision else "") if core else ""
-        return (f"grown{source}, `init={entry['init']!r}`", entry["grown_to"], "", "", "", "")
+        return (f"grown{source}, `init={entry.get('init')!r}`", entry["grown_to"], "", "", "", "")
     return tuple(entry.get(name, "") for name in ("phase", "resolution", "trained", "steps", "pictures", "seed"))
 
 
@@ -214,6 +231,7 @@ class HubMixin:
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -222,6 +240,9 @@ class HubMixin:
         Raises:
             `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load.
         """
+        given = inspect.signature(super().save_pretrained).bind_partial(save_directory, *args)  # type: ignore[misc]
+        safe_serialization = given.arguments.pop("safe_serialization", safe_serialization)
+        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS & kwargs.keys()}
         write_safetensors(safe_serialization)
         model: Any = getattr(self, "unet", self)
         if getattr(model, "peft_config", None):
@@ -230,16 +251,17 @@ class HubMixin:
                 "Save them by `save_lora_weights` and take them off by `unload_lora_weights()` (of a pipeline) or "
                 "`save_lora_adapter` and `unload_lora()` (of a model); those that are fused stay part of the weights."
             )
-        if max_shard_size is not None:
-            kwargs["max_shard_size"] = max_shard_size
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, *args, safe_serialization=True, variant=variant, **kwargs
-        )
+        arguments = {"safe_serialization": True, "variant": variant, "max_shard_size": max_shard_size, **kwargs}
+        arguments = {name: value for name, value in arguments.items() if value is not None} | given.arguments
+        super().save_pretrained(**arguments)  # type: ignore[misc]
         for index in Path(save_directory).glob("*.safetensors.index*.json"):
             name = index.name.removesuffix(".json").replace(".safetensors.index", "") + ".safetensors"
             weights = index.with_name(name)
             if weights.exists() and weights.stat().st_mtime_ns > index.stat().st_mtime_ns:
                 index.unlink()  # of shards that are gone: it would be believed when loading
+        if push_to_hub:
+            repo_id = push.pop("repo_id", None) or Path(save_directory).resolve().name
+            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **push)
 
     def push_to_hub(
         self,
@@ -253,6 +275,7 @@ class HubMixin:
         subfolder: str | None = None,
         revision: str | None = None,
         samples: str | Path | None = None,
+        max_shard_size: int | str | None = None,
         **card: Any,
     ) -> str:
         r"""
@@ -279,6 +302,8 @@ class HubMixin:
                 The branch to commit to; it is made if there is none.
             samples (`str` or `Path`, *optional*):
                 A picture to upload and to show in the card.
+            max_shard_size (`int` or `str`, *optional*):
+                As for `save_pretrained`.
             card:
                 `license`, `datasets` and `eval_results` of [`make_card`].
 
@@ -286,12 +311,18 @@ class HubMixin:
             `str`: The address of the commit, or of the pull request.
 
         Raises:
+            `TypeError`, `ValueError`: if an argument does not fit, before anything else.
             `HfHubHTTPError`: if the token is missing or wrong or may not write there, before anything is saved.
             [`UploadError`]: if the upload fails; the message names the folder in which all files are.
         """
         write_safetensors(safe_serialization)
-        repo_id = prepare_repository(repo_id, private, token, revision)
-        return publish(self, repo_id, token, revision, create_pr, commit_message, variant, subfolder, samples, card)
+        if unknown := sorted(card.keys() - {"license", "datasets", "eval_results"}):
+            raise TypeError(f"{unknown} are no arguments of `push_to_hub`.")
+        if samples is not None and not Path(samples).is_file():
+            raise ValueError(f"`samples={str(samples)!r}` is no file.")
+        repo_id = prepare_repository(repo_id, private, token, revision, create_pr)
+        saving = {"variant": variant, "max_shard_size": max_shard_size}
+        return publish(self, repo_id, token, revision, create_pr, commit_message, saving, subfolder, samples, card)
 
 
 class ModelHubMixin(HubMixin):
@@ -330,36 +361,42 @@ def write_safetensors(safe_serialization: bool) -> None:
 def publish(
     pushed,
     repo_id: str,
-    token: str | None,
-    revision: str | None,
-    create_pr: bool,
-    commit_message: str | None,
-    variant: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    saving: dict[str, Any] = {},
     subfolder: str | None = None,
     samples: str | Path | None = None,
     card: dict[str, Any] = {},
 ) -> str:
-    """What [`HubMixin.push_to_hub`] does once [`prepare_repository`] has found that it may; the arguments are its own."""
-    folder = upload_folder_of(repo_id, subfolder)
+    """
+    What [`HubMixin.push_to_hub`] does once [`prepare_repository`] has found that it may; the arguments are its own, those in
+    `saving` are for `save_pretrained`.
+    """
+    folder = None
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        pushed.save_pretrained(folder, variant=variant)
+        folder = new_upload_folder(repo_id)
+        pushed.save_pretrained(folder, **saving)
         if subfolder is None:
             write_card(folder, pushed, repo_id, samples, **card)
-    except OSError as error:
+    except Exception as error:  # whatever it is, what was grown has to survive it
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise UploadError(
-            f"Nothing was uploaded to {repo_id}, since it cannot be saved to {folder} first: {error} Set HF_HOME to a folder "
-            "with room for it, or save it elsewhere by `save_pretrained` and upload that by `hf upload`."
+            f"Nothing was uploaded to {repo_id}, since it cannot be saved first: {type(error).__name__}: {error} If there is no "
+            f"room in {constants.HF_HOME}, set HF_HOME to a folder that has, or save it elsewhere by `save_pretrained` and upload "
+            "that by `hf upload`."
         ) from error
     message = commit_message or f"Upload {type(pushed).__name__}"
     commit = upload(folder, repo_id, token, revision, create_pr, message, subfolder)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return str(commit.pr_url or commit.commit_url)
 
 
-def prepare_push(push_to_hub: bool, core_is_loaded: bool, private: bool | None = None, **given: Any) -> dict[str, Any]:
+def check_push(push_to_hub: bool, core_is_loaded: bool, private: bool | None = None, **given: Any) -> dict[str, Any]:
     """
-    What `from_core` does about publishing before it grows anything.
+    What `from_core` does about publishing before anything else.
 
     Args:
         push_to_hub (`bool`):
@@ -374,7 +411,7 @@ def prepare_push(push_to_hub: bool, core_is_loaded: bool, private: bool | None =
 
     Raises:
         `TypeError`: if something was given that has no effect.
-        `ValueError`, `HfHubHTTPError`: see [`prepare_repository`].
+        `ValueError`: if there is no `repo_id`.
     """
     about_core = {} if core_is_loaded else {"token", "revision"}
     if not push_to_hub:
@@ -385,28 +422,45 @@ def prepare_push(push_to_hub: bool, core_is_loaded: bool, private: bool | None =
             where = "" if set(idle) - {"token", "revision"} else "`core` is a path or repository, or with "
             raise TypeError(f"{idle} only apply when {where}`push_to_hub=True`.")
         return {}
+    if given["repo_id"] is None:
+        raise ValueError('`push_to_hub=True` needs a `repo_id`, such as "user/model-256".')
     if not core_is_loaded:
         given["revision"] = None
-    repo_id = prepare_repository(given["repo_id"], private, given["token"], given["revision"])
-    return {**given, "repo_id": repo_id}
+    return {**given, "private": private}
+
+
+def prepare_push(push: dict[str, Any]) -> dict[str, Any]:
+    """[`prepare_repository`] for what [`check_push`] has returned; the arguments that are left are for [`push_or_keep`]."""
+    names = ("repo_id", "private", "token", "revision", "create_pr")
+    repo_id = prepare_repository(*(push[name] for name in names))
+    return {**{name: value for name, value in push.items() if name != "private"}, "repo_id": repo_id}
 
 
 def push_or_keep(pushed, **arguments: Any) -> None:
     """[`publish`] at the end of something that must not be lost with it: a failed upload is logged."""
     try:
-        publish(pushed, **arguments)
+        url = publish(pushed, **arguments)
     except UploadError as error:
         logger.error(error)
+    else:
+        logger.warning(
+            f"Published: {url}"
+        )  # the caller gets no address otherwise, and less than a warning is not shown
 
 
-def upload_folder_of(repo_id: str, subfolder: str | None = None) -> Path:
-    """Where files wait for their upload, and where they stay if it fails."""
-    name = "--".join(filter(None, [*repo_id.split("/"), subfolder]))
-    return Path(constants.HF_HOME) / "greedy-grow-uploads" / re.sub(r"[^\w.-]", "-", name)
+def new_upload_folder(repo_id: str) -> Path:
+    """An empty folder for files that wait for their upload, and that stay there if it fails."""
+    place = Path(constants.HF_HOME) / "greedy-grow-uploads"
+    place.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=re.sub(r"[^\w.-]", "-", repo_id.replace("/", "--")) + "-", dir=place))
 
 
 def prepare_repository(
-    repo_id: str | None, private: bool | None = None, token: str | None = None, revision: str | None = None
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """
     Makes sure, before any work, that there is a repository which may be written to, and the branch `revision` in it.
@@ -415,13 +469,19 @@ def prepare_repository(
         `str`: Its full name.
 
     Raises:
-        `ValueError`: if there is no `repo_id`, or it is no name of a repository.
+        `ValueError`: if it is no name of a repository, `token` has blanks in it, or `create_pr` comes with a `revision`.
         `HfHubHTTPError`: if the token is missing or wrong, or may not write there.
     """
-    if repo_id is None:
-        raise ValueError('`push_to_hub=True` needs a `repo_id`, such as "user/model-256".')
+    if token is not None and re.search(r"\s", token):
+        raise ValueError("`token` has blanks or line ends in it: pass it without, as by `.strip()`.")
+    if create_pr and revision is not None:
+        raise ValueError(
+            f"`create_pr=True` and `revision={revision!r}`: a pull request goes to `main`; pass one of them."
+        )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    # Of a repository that exists, creating it says nothing about who may write. Anybody may open a pull request.
+    api.auth_check(repo_id, write=not create_pr)
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
@@ -433,54 +493,89 @@ def upload(
     token: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_message: str | None = None,
+    commit_message: str = "Upload",
     path_in_repo: str | None = None,
     tag: str | None = None,
 ) -> CommitInfo:
     """
     Uploads a folder as one commit, again after errors that pass. With `tag`, that tag is the commit's from then on.
 
-    Large files that have arrived are not sent again. A commit holds all files or does not exist, so that no half a
+    Large files that have arrived are not sent again. The commit holds all files or does not exist, so that no half a
     repository can be seen. It removes the same weights in another number of shards.
 
     Raises:
         [`UploadError`]: if it fails for good.
     """
-    api = HfApi(token=token)
-    for attempt in range(1, ATTEMPTS + 1):
+    api, commit = HfApi(token=token), None
+    attempts = 1 if create_pr else ATTEMPTS  # a commit whose answer is lost would become a second pull request
+    for attempt in range(1, attempts + 1):
         try:
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=path_in_repo,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                delete_patterns=other_shards(folder),
-            )
+            if commit is None:
+                operations = list_operations(api, folder, repo_id, revision, path_in_repo)
+                commit = api.create_commit(
+                    repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
+                )
             if tag is not None:
-                with suppress(RevisionNotFoundError):
-                    api.delete_tag(repo_id, tag=tag)
-                api.create_tag(repo_id, tag=tag, revision=commit.oid)
+                move_tag(api, repo_id, tag, commit.oid)
             break
         except Exception as error:  # whatever it is, the weights have to survive it
+            reason = f"{type(error).__name__}: {error}"
+            reason = reason.replace(api.token, "***") if isinstance(api.token, str) and api.token else reason
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             passes = status in TRANSIENT if status else isinstance(error, (OSError, HTTPError))
-            if attempt == ATTEMPTS or not passes:
-                command = " ".join(
-                    ["hf upload", repo_id, str(folder), path_in_repo or "."]
-                    + (["--revision", revision] if revision else [])
-                    + (["--create-pr"] if create_pr else [])
-                    + (["&&", "hf", "repos", "tag", "create", repo_id, tag] if tag else [])
-                )
+            if attempt == attempts or not passes:
                 raise UploadError(
-                    f"The upload to {repo_id} failed: {type(error).__name__}: {error} Nothing is lost: all files are in "
-                    f"{folder}. Go on with `{command}`."
+                    f"The upload to {repo_id} failed: {reason} Nothing is lost: all files are in {folder}. Go on with "
+                    f"`{upload_command(folder, repo_id, revision, create_pr, path_in_repo, tag)}`."
                 ) from error
-            logger.warning(f"The upload to {repo_id} failed ({type(error).__name__}: {error}); trying again.")
+            logger.warning(f"The upload to {repo_id} failed ({reason}); trying again.")
             time.sleep(2.0 ** (attempt - 1))
+    assert commit is not None
     logger.info(f"Uploaded to {commit.pr_url or commit.commit_url}.")
     return commit
+
+
+def list_operations(
+    api: HfApi, folder: Path, repo_id: str, revision: str | None, path_in_repo: str | None
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What one commit does: it adds all files of `folder`, and removes those that [`other_shards`] names."""
+    prefix = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
+    files = {
+        prefix + path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    patterns = [prefix + pattern for pattern in other_shards(folder)]
+    stale = [
+        name
+        for name in api.list_repo_files(repo_id, revision=revision)
+        if name not in files and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    return [
+        *(CommitOperationDelete(path_in_repo=name) for name in stale),
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()),
+    ]
+
+
+def move_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+        api.delete_tag(repo_id, tag=tag)
+        api.create_tag(repo_id, tag=tag, revision=commit)
+
+
+def upload_command(
+    folder: Path, repo_id: str, revision: str | None, create_pr: bool, path_in_repo: str | None, tag: str | None
+) -> str:
+    """What a shell does in place of [`upload`]."""
+    words = ["hf", "upload", repo_id, str(folder), path_in_repo or "."]
+    words += [word for pattern in other_shards(folder) for word in ("--delete", pattern)]
+    words += (["--revision", revision] if revision else []) + (["--create-pr"] if create_pr else [])
+    command = shlex.join(words)
+    if tag:
+        command += f" && (hf repos tag delete -y {repo_id} {tag}; hf repos tag create {repo_id} {tag})"
+    return command
 
 
 def other_shards(folder: Path) -> list[str]:

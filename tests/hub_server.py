@@ -358,7 +358,11 @@ class RequestHandler(BaseHTTPRequestHandler):
             if fault is not None and fault.isdigit():
                 raise HubError(int(fault), f"told to answer {fault}")
             with self.hub.lock:
+                if fault == "lost":  # done, but the answer does not arrive
+                    self.send = lambda *args, **kwargs: None
                 self.route(path, query, body, truncate=fault == "truncate")
+            if fault == "lost":
+                self.break_off()
         except HubError as error:
             headers = {"X-Error-Message": error.message.splitlines()[0]}
             if error.code:
@@ -460,6 +464,11 @@ class RequestHandler(BaseHTTPRequestHandler):
             files = repository.commits[hub.resolve(repository, found[2])]["files"]
             paths = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
             answer = [hub.entry(file, files[file]) for file in paths if file in files]
+        elif found := match("GET", f"{name}/auth-check(/write)?"):
+            hub.read(found[1], token)
+            if found[2]:
+                hub.check_owner(found[1], token)
+            answer = {}
         elif found := match("GET", f"{name}(?:/revision/(.+))?"):
             repository = hub.read(found[1], token)
             answer = hub.info(found[1], repository, hub.resolve(repository, found[2] or "main"))

@@ -15,21 +15,23 @@
 """Publishing and loading, with the real client, against a Hub on the loopback interface that misbehaves on demand."""
 
 import logging
+import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
-from huggingface_hub import EvalResult, HfApi, ModelCard
+from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import EvalResult, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow import hub as hub_module
-from diffusers_greedy_grow.hub import UploadError, get_lineage, make_card, upload_folder_of
+from diffusers_greedy_grow.hub import UploadError, get_lineage, make_card
 
 from .testing_utils import draw_one, make_core, make_grown, make_pipeline
 
@@ -47,8 +49,19 @@ torch.save(pipe("a small blue square", latents=noise, num_inference_steps=3, out
 """
 
 
+def waiting() -> list[Path]:
+    """The folders of what waits for its upload, or has failed to arrive."""
+    return sorted((Path(constants.HF_HOME) / "greedy-grow-uploads").glob("*"))
+
+
 def count_commits(hub, repo_id: str) -> int:
     return hub.requests.count(f"POST /api/models/{repo_id}/commit/main")
+
+
+def run_in_a_shell(command: str) -> None:
+    """With the `hf` of this environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(command, shell=True, check=True, env={**os.environ, "PATH": path})
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +81,7 @@ def test_a_pipeline_there_and_back_in_a_fresh_process(hub, tmp_path):
     files = hub.files("owner/there-and-back")
     assert {"README.md", "model_index.json", "unet/config.json", "tokenizer/tokenizer.json"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl", ".py"))]
-    assert not upload_folder_of("owner/there-and-back").exists()
+    assert not waiting()
     subprocess.run([sys.executable, "-c", DRAW, "owner/there-and-back", tmp_path / "picture.pt"], check=True)
     assert torch.equal(torch.load(tmp_path / "picture.pt"), draw_one(pipeline))
 
@@ -84,10 +97,7 @@ def test_a_model_there_and_back(hub, make):
 
 def test_a_smaller_upload_leaves_no_shards_of_a_larger_one(hub):
     model, repo_id = make_core(), "owner/shards"
-    folder = upload_folder_of(repo_id)
-    model.save_pretrained(folder, max_shard_size="20KB")
-    HfApi().create_repo(repo_id)
-    hub_module.upload(folder, repo_id)
+    model.push_to_hub(repo_id, max_shard_size="20KB")
     assert sum(name.endswith(".safetensors") for name in hub.files(repo_id)) > 1
     model.push_to_hub(repo_id)
     assert sum(name.endswith(".safetensors") for name in hub.files(repo_id)) == 1
@@ -204,7 +214,7 @@ def test_an_upload_survives_what_passes(hub, request_, fault):
     torch.nn.init.normal_(model.conv_in.bias)  # a large file that the Hub has not seen yet
     hub.fail(request_, fault)
     model.push_to_hub(repo_id)
-    assert not hub.faults[0].times and not upload_folder_of(repo_id).exists()
+    assert not hub.faults[0].times and not waiting()
     again = ShallowUNet2DModel.from_pretrained(repo_id)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
@@ -221,21 +231,73 @@ def test_a_failed_upload_loses_nothing(hub, request_, caplog):
         )
     assert grown.config.sample_size == 32
     (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    folder = upload_folder_of(repo_id)
-    assert f"Nothing is lost: all files are in {folder}" in message and TOKEN not in message
+    folder = Path(re.search("Nothing is lost: all files are in (.*). Go on", message)[1])
+    assert waiting() == [folder] and TOKEN not in message
     kept = GrowableUNet2DConditionModel.from_pretrained(folder)
     assert all(torch.equal(value, kept.state_dict()[name]) for name, value in grown.state_dict().items())
     assert not hub.files(repo_id)
     with pytest.raises(OSError):
         GrowableUNet2DConditionModel.from_pretrained(repo_id)
+    other = make_grown(init="random")
+    torch.seed()
+    torch.nn.init.normal_(other.stages[0].conv_to_inner.bias)
     with pytest.raises(UploadError, match=f"The upload to {repo_id} failed"):
-        grown.push_to_hub(repo_id)
+        other.push_to_hub(repo_id)
+    assert len(waiting()) == 2  # the first one is still there
+    kept = GrowableUNet2DConditionModel.from_pretrained(folder)
+    assert all(torch.equal(value, kept.state_dict()[name]) for name, value in grown.state_dict().items())
 
     # What the message says goes on from there.
     hub.faults.clear()
-    command = re.search("Go on with `(.*)`", message)[1]
-    subprocess.run([Path(sys.executable).parent / "hf", *shlex.split(command)[1:]], check=True)
+    run_in_a_shell(re.search("Go on with `(.*)`", message)[1])
     GrowableUNet2DConditionModel.from_pretrained(repo_id, force_download=True)
+    for place in waiting():
+        shutil.rmtree(place)
+
+
+def test_what_goes_on_from_a_failure_leaves_no_other_shards(hub):
+    """By hand as by itself: else the index of shards that are old would be believed."""
+    core, newer, repo_id = make_core(), make_core(), "owner/by hand".replace(" ", "-")
+    core.push_to_hub(repo_id, max_shard_size="20KB")
+    torch.nn.init.ones_(newer.conv_in.bias)
+    hub.fail("POST .*/commit/", "400")
+    with pytest.raises(UploadError) as error:
+        newer.push_to_hub(repo_id)
+    run_in_a_shell(re.search("Go on with `(.*)`", str(error.value))[1])
+    again = ShallowUNet2DModel.from_pretrained(repo_id, force_download=True)
+    assert torch.equal(again.conv_in.bias, newer.conv_in.bias)
+    for place in waiting():
+        shutil.rmtree(place)
+
+
+def test_an_answer_that_is_lost_opens_no_second_pull_request(hub):
+    core = make_core()
+    core.push_to_hub("owner/lost")
+    torch.nn.init.ones_(core.conv_in.bias)
+    hub.fail("POST .*/commit/", "lost")
+    with pytest.raises(UploadError):
+        core.push_to_hub("owner/lost", create_pr=True)
+    assert len(HfApi().list_repo_refs("owner/lost", include_pull_requests=True).pull_requests) == 1
+
+    # Made twice, a commit to a branch changes nothing.
+    hub.fail("POST .*/commit/", "lost")
+    core.push_to_hub("owner/lost")
+    again = ShallowUNet2DModel.from_pretrained("owner/lost", force_download=True)
+    assert torch.equal(again.conv_in.bias, core.conv_in.bias)
+    for place in waiting():
+        shutil.rmtree(place)
+
+
+def test_a_tag_moves_and_is_never_lost(hub, tmp_path):
+    core = make_core()
+    core.save_pretrained(tmp_path)
+    hub_module.prepare_repository("owner/tags")
+    first = hub_module.upload(tmp_path, "owner/tags", tag="core").oid
+    (tmp_path / "more.txt").write_text("more")
+    hub.fail("POST .*/tag/", "500", times=2)
+    second = hub_module.upload(tmp_path, "owner/tags", tag="core").oid
+    (tag,) = HfApi().list_repo_refs("owner/tags").tags
+    assert tag.target_commit == second != first
 
 
 def test_a_disk_without_room_loses_nothing(hub, tmp_path, monkeypatch, caplog):
@@ -245,8 +307,23 @@ def test_a_disk_without_room_loses_nothing(hub, tmp_path, monkeypatch, caplog):
         grown = GrowableUNet2DConditionModel.from_core(
             make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/no-room"
         )
-    assert grown.config.sample_size == 32 and "Set HF_HOME to a folder with room" in caplog.text
+    assert grown.config.sample_size == 32 and "set HF_HOME to a folder that has" in caplog.text
     assert not hub.files("owner/no-room")
+
+
+def test_whatever_saving_meets_loses_nothing(hub, monkeypatch, caplog):
+    """A full disk is an error of safetensors, for one."""
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    core = make_core()
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with caplog.at_level(logging.ERROR, "diffusers_greedy_grow.hub"):
+        grown = GrowableUNet2DConditionModel.from_core(
+            core, 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/full"
+        )
+    assert grown.config.sample_size == 32 and "No space left on device" in caplog.text and not waiting()
 
 
 @pytest.mark.parametrize("fault", ["truncate", "reset", "500"])
@@ -279,8 +356,27 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
             make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/forbidden", token=token
         )
     assert error.value.response.status_code == status and token not in str(error.value)
+
+    # Neither may it where everybody may read.
+    make_core().push_to_hub("owner/public")
+    with pytest.raises(HfHubHTTPError) as error:
+        GrowableUNet2DConditionModel.from_core(
+            make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/public", token=token
+        )
+    assert error.value.response.status_code in (401, 403)
     with pytest.raises(ValueError, match="`push_to_hub=True` needs a `repo_id`"):
         GrowableUNet2DConditionModel.from_core(make_core(), 32, block_out_channels=(8,), push_to_hub=True)
+    with pytest.raises(ValueError, match="`token` has blanks"):
+        make_core().push_to_hub("owner/blanks", token=f"{TOKEN}\n")
+    with pytest.raises(ValueError, match="a pull request goes to `main`"):
+        make_core().push_to_hub("owner/blanks", create_pr=True, revision="trial")
+    with pytest.raises(TypeError, match=r"\['licence'\] are no arguments of `push_to_hub`"):
+        make_core().push_to_hub("owner/blanks", licence="mit")
+    with pytest.raises(ValueError, match="`sample_size=20`"):
+        GrowableUNet2DConditionModel.from_core(make_core(), 20, push_to_hub=True, repo_id="owner/blanks")
+    with pytest.raises(ValueError, match="`sample_size=20`"):
+        GreedyGrowPipeline.from_core(make_pipeline(), 20, push_to_hub=True, repo_id="owner/blanks")
+    assert not HfApi().repo_exists("owner/blanks")
     with pytest.raises(ValueError, match="no/name/at-all"):
         GrowableUNet2DConditionModel.from_core(make_core(), 32, push_to_hub=True, repo_id="no/name/at-all")
 
@@ -351,3 +447,44 @@ def test_a_card_without_the_plugin_names_the_error_that_is_seen(hub):
     assert done.returncode and re.search(
         "(AttributeError|ValueError).*(GreedyGrowPipeline|diffusers_greedy_grow)", done.stderr
     )
+
+
+def test_saving_may_push_as_well(hub, tmp_path):
+    """`save_pretrained(push_to_hub=True)` of diffusers, with our card."""
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path / "a", True, push_to_hub=True, repo_id="owner/saved", private=True)
+    make_core().save_pretrained(tmp_path / "saved-core", push_to_hub=True)
+    assert (
+        "import diffusers_greedy_grow" in ModelCard.load("owner/saved").text
+        and HfApi().model_info("owner/saved").private
+    )
+    assert "import diffusers_greedy_grow" in ModelCard.load("owner/saved-core").text
+
+
+def test_a_pipeline_is_grown_around_its_own_model(hub):
+    """Not around one that lies beside it in the repository."""
+    make_core(num_layers=1).push_to_hub("owner/beside")
+    make_pipeline(make_core()).push_to_hub("owner/beside")
+    assert GreedyGrowPipeline.from_core("owner/beside", 32, block_out_channels=(8,)).unet.config.num_layers == 2
+
+
+def test_the_card_of_a_tag_is_about_its_tag(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = make_card(make_pipeline(), "owner/tagged", tag="core")
+    make_pipeline().push_to_hub("owner/tagged")
+    HfApi().create_tag("owner/tagged", tag="core")
+    make_pipeline(make_grown()).push_to_hub("owner/tagged")
+    names: dict = {}
+    for block in re.findall("```python\n(.*?)```", card.text, re.DOTALL):
+        exec(compile(block, "card", "exec"), names)
+    assert names["pipe"].unet.sample_sizes == (16,) and names["grown"].unet.sample_sizes == (16, 64)
+    assert "--core_revision core" in card.text
+
+
+def test_the_card_of_an_unconditional_pipeline_runs(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline = GreedyGrowPipeline(make_core(cross_attention_dim=None), FlowMatchEulerDiscreteScheduler())
+    pipeline.push_to_hub("owner/unconditional")
+    card = ModelCard.load("owner/unconditional")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    exec(compile(re.findall("```python\n(.*?)```", card.text, re.DOTALL)[0], "card", "exec"), {})

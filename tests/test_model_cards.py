@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from diffusers_greedy_grow.hub import TAGS
 
@@ -46,17 +46,26 @@ def test_metadata(path, hub):
     for name, value in figures.items():
         assert f"| {name} | {value} |" in card.text
     (picture,) = re.findall(r"!\[Samples\]\((.*)\)", card.text)
-    assert (path.parents[1] / "core" / picture).exists() or (path.parent / picture).exists()
+    assert (path.parent / picture).exists()
+
+
+@pytest.fixture(scope="module")
+def published():
+    """A repository with small models under the tags of the demo."""
+    core = make_core()
+    for tag, model in (("core", core), ("grown-64-detail", make_grown(core)), ("grown-64", make_grown(core))):
+        make_pipeline(model).push_to_hub("owner/cards-64")
+        HfApi().create_tag("owner/cards-64", tag=tag)
 
 
 @pytest.mark.parametrize("path", CARDS, ids=IDS)
-def test_code(path, hub, tmp_path, monkeypatch):
+def test_code(path, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pipeline = make_pipeline(make_core() if path.parent.name == "core" else make_grown())
-    pipeline.push_to_hub("owner/shapes-64")
     blocks = re.findall("```python\n(.*?)```", path.read_text(), re.DOTALL)
     assert len(blocks) == 2
     names: dict = {}
     for block in blocks:
-        exec(compile(block.replace("diffusers-greedy-grow/shapes-64", "owner/shapes-64"), str(path), "exec"), names)
-    assert (tmp_path / "picture.png").exists() and names["grown"].unet.config.sample_size > 64 - 1
+        exec(compile(block.replace("diffusers-greedy-grow/shapes-64", "owner/cards-64"), str(path), "exec"), names)
+    inner = (16,) if path.parent.name == "core" else (16, 32)
+    assert names["pipe"].unet.sample_sizes == inner and (tmp_path / "picture.png").exists()
+    assert names["grown"].unet.sample_sizes == (*inner, 64 if path.parent.name == "core" else 256)

@@ -130,7 +130,7 @@ class Evil:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("what", ["model", "pipeline", "adapter"])
+@pytest.mark.parametrize("what", ["model", "pipeline", "text encoder", "adapter"])
 def test_pickles_are_not_read(tmp_path, what):
     pipeline = make_pipeline()
     pipeline.save_pretrained(tmp_path)
@@ -138,6 +138,11 @@ def test_pickles_are_not_read(tmp_path, what):
         torch.save(Evil(str(tmp_path / "ran")), tmp_path / "pytorch_lora_weights.bin")
         with pytest.raises((OSError, ValueError)):
             pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.bin")
+    elif what == "text encoder":
+        (tmp_path / "text_encoder" / "model.safetensors").unlink()
+        torch.save(Evil(str(tmp_path / "ran")), tmp_path / "text_encoder" / "pytorch_model.bin")
+        with pytest.raises((OSError, ValueError), match="safetensors"):
+            GreedyGrowPipeline.from_pretrained(tmp_path)
     else:
         weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
         torch.save(load_file(weights), weights.with_suffix(".bin"))

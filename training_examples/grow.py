@@ -25,6 +25,7 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -47,7 +48,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.utils import disable_progress_bars
 from PIL import Image
 from tqdm.auto import tqdm
@@ -130,6 +131,9 @@ class ModelArguments:
 
     core: str | None = field(
         default=None, metadata={"help": "A trained pipeline to grow, a folder or Hub id; skips the core phase."}
+    )
+    core_revision: str | None = field(
+        default=None, metadata={"help": "Its branch, tag or commit, if it is on the Hub."}
     )
     resolutions: list[int] = field(
         default_factory=lambda: [16, 64], metadata={"help": "The core's, then each stage's, in pixels."}
@@ -267,7 +271,7 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
 
     sizes = model.resolutions
     for smaller, larger in zip(sizes, sizes[1:]):
-        if larger <= smaller or larger % smaller:
+        if smaller < 1 or larger <= smaller or larger % smaller:
             parser.error(f"--resolutions {sizes}: {larger} is no larger multiple of {smaller}.")
     for owner, name, count in (
         (model, "block_out_channels", len(sizes) - 1),
@@ -294,6 +298,27 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
     for name in ("core_steps", "detail_steps", "joint_steps", "learning_rate", "core_lr_scale", "logit_std"):
         if np.min(getattr(training, name), initial=0) < 0:
             parser.error(f"--{name} {getattr(training, name)}: cannot be negative.")
+    for owner, name, low, high in (
+        (training, "ema_decay", 0, 1),
+        (training, "adam_beta2", 0, 1),
+        (data, "caption_dropout", 0, 1),
+        (data, "shapes_objects", 1, 3),
+        (data, "num_validation_pictures", 0, math.inf),
+        (data, "num_scored_pictures", 0, math.inf),
+        (data, "dataloader_num_workers", 0, math.inf),
+        (model, "resolutions", 1, math.inf),
+        (model, "max_sequence_length", 1, math.inf),
+        (model, "text_num_layers", 1, math.inf),
+        (model, "text_hidden_size", 1, math.inf),
+        (training, "max_grad_norm", 0, math.inf),
+        (training, "lr_warmup_steps", 0, math.inf),
+        (training, "adam_weight_decay", 0, math.inf),
+    ):
+        value = getattr(owner, name)
+        if not all(low <= one <= high for one in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name} {value}: has to be from {low} to {high}.")
+    if model.core_revision is not None and model.core is None:
+        parser.error(f"--core_revision {model.core_revision}: needs --core.")
     if model.core is None and training.core_steps < 1 and (len(sizes) != 2 or training.detail_steps[0]):
         parser.error(
             f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
@@ -415,7 +440,7 @@ def make_plan(
     """What each phase will cost, and that as text. No weights are read or allocated."""
     with torch.device("meta"):
         if model_args.core is not None:
-            model_class, config, _, _ = find_core(model_args.core)
+            model_class, config, _, _ = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)
             unet = model_class.from_config(config)
             if unet.config.sample_size != model_args.resolutions[0]:
                 raise ValueError(
@@ -875,12 +900,25 @@ class Publisher:
         if self.last is not None and not self.last.done():
             logger.info(f"{phase.name}: step {step} is not published, since the upload before is still under way.")
             return
-        folder = run.output_dir / "uploads" / f"{phase.name}-{step}"
+        uploads = run.output_dir / "uploads"
+        folder = uploads / f"{phase.name}-{step}"
         record_phase(run, phase, pipeline.unet, step)
-        save_pipeline(pipeline, folder)
-        write_card(folder, pipeline, self.repo_id, license=run.args.hub_license)
+        try:
+            shutil.rmtree(uploads, ignore_errors=True)  # of steps whose upload has failed: this one is newer
+            save_pipeline(pipeline, folder)
+            write_card(folder, pipeline, self.repo_id, license=run.args.hub_license)
+        except Exception as error:
+            logger.error(f"{phase.name}: step {step} is not published: {type(error).__name__}: {error}")
+            return
         message = f"{phase.name}, step {step}"
         self.last = self.executor.submit(self.upload, folder, "training", remove=True, commit_message=message)
+
+    def push_missing(self, phases: list[Phase], output_dir: Path) -> None:
+        """Finished phases of a run that goes on, as far as they lack their tags: it was killed before they had arrived."""
+        tags = {tag.name for tag in HfApi().list_repo_refs(self.repo_id).tags}
+        for phase in phases:
+            if phase.name not in tags and (output_dir / phase.name / "README.md").exists():
+                self.push_phase(phase, output_dir / phase.name)
 
     def upload(self, folder: Path, revision: str | None = None, remove: bool = False, **kwargs) -> None:
         try:
@@ -1072,7 +1110,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{checkpoint} was saved with {progress['schedule']}; it cannot go on with {schedule}.")
     start = output_dir / phases[first - 1].name if first > 0 else model_args.core
     if start is not None:
-        pipeline = GreedyGrowPipeline.from_pretrained(start, unet=load_core(start))
+        revision = model_args.core_revision if start == model_args.core else None
+        core = load_core(start, subfolder="unet", revision=revision)
+        pipeline = GreedyGrowPipeline.from_pretrained(start, unet=core, revision=revision)
     else:
         pipeline = build_core_pipeline(model_args, train_data.captions)
 
@@ -1088,6 +1128,8 @@ def main(argv: list[str] | None = None) -> None:
         (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     if checkpoint is not None:
         keep_metrics_until(run, phases[: first + 1], progress["step"])
+    if publisher is not None and checkpoint is not None:
+        publisher.push_missing(phases[:first], output_dir)
     accelerator.init_trackers("grow")
 
     # 6. The phases

@@ -30,7 +30,7 @@ from diffusers.utils import apply_lora_scale
 from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, upsample, velocity_from_clean
-from ..hub import ModelHubMixin, add_to_lineage, find_source, get_lineage, prepare_push, push_or_keep
+from ..hub import ModelHubMixin, add_to_lineage, check_push, find_source, get_lineage, prepare_push, push_or_keep
 from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
@@ -295,7 +295,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         check_sizes(sample_size=sample_size, layers_per_block=layers_per_block)
         check_sizes(1, block_out_channels=block_out_channels)
         is_loaded_here = isinstance(core, (str, Path))
-        push = prepare_push(
+        push = check_push(
             push_to_hub,
             not is_loaded_here,
             private,
@@ -325,25 +325,18 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 "weights: grow it as it was trained, and pass the `quantization_config` when loading the result."
             )
 
-        stages: dict = {"inner_sample_sizes": (), "block_out_channels": (), "layers_per_block": (), "init": init}
-        if isinstance(core, GrowableUNet2DConditionModel):
-            if init != "preserve":
-                raise ValueError(
-                    f"`init={init!r}` keeps a transformer and throws away what is around it, but the encoder and decoder "
-                    'of a grown core are part of what was trained: pass `init="preserve"`, or grow `core.core` anew.'
-                )
-            stages = {name: core.config[name] for name in stages}
+        if any(parameter.dtype.itemsize == 1 or parameter.is_meta for parameter in core.parameters()) and not (
+            all(parameter.is_meta for parameter in core.parameters())  # to count what it would cost
+        ):
+            raise ValueError(
+                "`core` has weights in eight bits or on the disk, by layerwise casting or offloading: grow it as it was loaded, "
+                "and enable these on the grown model."
+            )
 
         # 1. The configuration of the grown model: the core's, with one more stage. No memory yet, nor random numbers.
-        with torch.device("meta"):
-            grown = cls(
-                sample_size=sample_size,
-                inner_sample_sizes=(*stages["inner_sample_sizes"], core.config.sample_size),
-                block_out_channels=(*stages["block_out_channels"], tuple(block_out_channels)),
-                layers_per_block=(*stages["layers_per_block"], layers_per_block),
-                init=stages["init"],
-                **{name: core.config[name] for name in CORE_CONFIG_NAMES},
-            )
+        grown = cls.build_on_meta(core.config, sample_size, block_out_channels, layers_per_block, init)
+        if push_to_hub:
+            push = prepare_push(push)
 
         # 2. What is inside: every parameter comes from the core. One that was loaded for the purpose gives its tensors away.
         inside = [(grown.core, core)]
@@ -364,6 +357,37 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         if push_to_hub:
             push_or_keep(grown, **push)
         return grown
+
+    @classmethod
+    def build_on_meta(
+        cls,
+        config: dict[str, Any],
+        sample_size: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int = 1,
+        init: str = "preserve",
+    ) -> "GrowableUNet2DConditionModel":
+        """
+        The model that growing a core of that `config` would give, without weights; raises a `ValueError` that names what does
+        not fit. The arguments are those of [`~GrowableUNet2DConditionModel.from_core`].
+        """
+        stages: dict = {"inner_sample_sizes": (), "block_out_channels": (), "layers_per_block": (), "init": init}
+        if "inner_sample_sizes" in config:
+            if init != "preserve":
+                raise ValueError(
+                    f"`init={init!r}` keeps a transformer and throws away what is around it, but the encoder and decoder "
+                    'of a grown core are part of what was trained: pass `init="preserve"`, or grow `core.core` anew.'
+                )
+            stages = {name: config[name] for name in stages}
+        with torch.device("meta"):
+            return cls(
+                sample_size=sample_size,
+                inner_sample_sizes=(*stages["inner_sample_sizes"], config["sample_size"]),
+                block_out_channels=(*stages["block_out_channels"], tuple(block_out_channels)),
+                layers_per_block=(*stages["layers_per_block"], layers_per_block),
+                init=stages["init"],
+                **{name: config[name] for name in CORE_CONFIG_NAMES},
+            )
 
     @property
     def sample_sizes(self) -> tuple[int, ...]:
@@ -468,7 +492,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             `ValueError`: if text, sides or `num_stages` do not fit, or if a stage or a core is asked for an answer that it
             cannot give by itself, since with `init="random"` the first stage and the core are one.
         """
-        check_text(self.config.cross_attention_dim, encoder_hidden_states)
+        check_text(self.config.cross_attention_dim, encoder_hidden_states, encoder_attention_mask)
         batch_size, _, height, width = sample.shape
         cell = self.config.patch_size * self.config.sample_size // self.config.inner_sample_sizes[0]
         if height % cell or width % cell:
@@ -484,6 +508,14 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             raise ValueError(
                 f"`num_stages={num_stages}` and `guide={guide}`: the core of a model grown with `init='random'` draws no "
                 "pictures of its own. Run all stages, and for either text."
+            )
+        if guide is not None:
+            check_text(
+                self.config.cross_attention_dim, negative_encoder_hidden_states, negative_encoder_attention_mask
+            )
+        if guide is not None and (encoder_attention_mask is None) != (negative_encoder_attention_mask is None):
+            raise ValueError(
+                "`encoder_attention_mask` and `negative_encoder_attention_mask` need each other: pass both or neither."
             )
 
         grad_enabled = torch.is_grad_enabled()
@@ -618,7 +650,8 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
         except OSError:
             raise OSError(
                 f"`core={str(path)!r}` is no model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
-                "Pass the folder or repository of a trained core, or of a pipeline around one."
+                "Pass the folder or repository of a trained core, or of a pipeline around one; of a repository, a `revision` that "
+                f"it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
             ) from error
     classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
     if config.get("_class_name") not in classes:
@@ -634,8 +667,8 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
     than all of its weights. `kwargs` go to `from_pretrained`.
 
     Raises:
-        `OSError`: if nothing is there, or a file is damaged.
-        `ValueError`: if it is another kind of model, or weights are missing, left over, or of another shape.
+        `OSError`: if nothing is there, a file is damaged, or weights have other shapes than its configuration says.
+        `ValueError`: if it is another kind of model, or weights are missing or left over.
     """
     model_class, _, kwargs["subfolder"], commit = find_core(path, **kwargs)
     try:

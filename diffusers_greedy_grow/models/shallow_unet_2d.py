@@ -182,7 +182,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
         """
-        check_text(self.config.cross_attention_dim, encoder_hidden_states)
+        check_text(self.config.cross_attention_dim, encoder_hidden_states, encoder_attention_mask)
         patch_size = self.config.patch_size
         batch_size, _, height, width = sample.shape
         if height % patch_size or width % patch_size:
@@ -259,7 +259,11 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         return GreedyGrowOutput(sample=velocity, pred_original_sample=pred_original_sample, features=features)
 
 
-def check_text(cross_attention_dim: int | None, encoder_hidden_states: torch.Tensor | None) -> None:
+def check_text(
+    cross_attention_dim: int | None,
+    encoder_hidden_states: torch.Tensor | None,
+    encoder_attention_mask: torch.Tensor | None = None,
+) -> None:
     """Raises a `ValueError` if a conditional model gets no text, or text of another width, or the other way round."""
     if cross_attention_dim is None:
         if encoder_hidden_states is not None:
@@ -270,4 +274,9 @@ def check_text(cross_attention_dim: int | None, encoder_hidden_states: torch.Ten
         given = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape)
         raise ValueError(
             f"`encoder_hidden_states` has to be of shape (batch, tokens, {cross_attention_dim}) but is {given}."
+        )
+    elif encoder_attention_mask is not None and encoder_attention_mask.shape != encoder_hidden_states.shape[:2]:
+        raise ValueError(
+            f"`encoder_attention_mask` has to be of shape {tuple(encoder_hidden_states.shape[:2])}, as `encoder_hidden_states` "
+            f"is, but is {tuple(encoder_attention_mask.shape)}."
         )

@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.utils import logging
 
 from ..hub import write_safetensors
 from ..models import GrowableUNet2DConditionModel
 
+
+logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -119,6 +122,11 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
             for name in state_dict
             if "lora" not in name or (name.startswith("unet.") and name.split(".lora_")[0] not in layers)
         ]
+        if not any(name.startswith("unet.") for name in state_dict):
+            logger.warning(
+                "None of these LoRA layers is of a `unet`, so none is loaded. What `unet.save_lora_adapter` has saved is loaded by "
+                "`unet.load_lora_adapter(..., prefix=None)`."
+            )
         if strange:
             raise ValueError(
                 f"These are no LoRA layers of a {type(self.unet).__name__}: {strange[:3]}. Pass an adapter that was trained on "

@@ -15,6 +15,7 @@
 """Text to image, in pixel space, with a core or with a model grown from it."""
 
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +34,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
-from ..hub import HubMixin, prepare_push, push_or_keep
+from ..hub import HubMixin, check_push, prepare_push, push_or_keep
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.blocks import TextCache
+from ..models.growable_unet_2d_condition import find_core
 from .lora import GreedyGrowLoraLoaderMixin
 
 
@@ -166,7 +168,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         Returns:
             [`GreedyGrowPipeline`]
         """
-        push = prepare_push(
+        push = check_push(
             push_to_hub,
             not isinstance(core, (str, Path)),
             private,
@@ -179,8 +181,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         stage = {"block_out_channels": block_out_channels, "layers_per_block": layers_per_block, "init": init}
         if isinstance(core, (str, Path)):
             kwargs |= {"token": token, "revision": revision}
-            unet = GrowableUNet2DConditionModel.from_core(core, sample_size, **stage, **kwargs)
-            pipeline = cls.from_pretrained(core, unet=None, **kwargs)
+            config = find_core(core, subfolder="unet", **kwargs)[1]
         elif not isinstance(core, GreedyGrowPipeline):
             raise ValueError(
                 f"`core` has to be a GreedyGrowPipeline, a folder or a repository id, but is a {type(core).__name__}; "
@@ -188,6 +189,19 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             )
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
+        else:
+            config = core.unet.config
+        GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
+        if detail_variance is not None and not 0 < detail_variance < math.inf:
+            raise ValueError(
+                f"`detail_variance={detail_variance}` has to be positive: a variance of pictures in [-1, 1]."
+            )
+        if push_to_hub:
+            push = prepare_push(push)
+
+        if isinstance(core, (str, Path)):
+            unet = GrowableUNet2DConditionModel.from_core(core, sample_size, subfolder="unet", **stage, **kwargs)
+            pipeline = cls.from_pretrained(core, unet=None, **kwargs)
         else:
             unet = GrowableUNet2DConditionModel.from_core(core.unet, sample_size, **stage)
             pipeline = core
@@ -197,7 +211,12 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{name: shift})
         variances = None
         if detail_variance is not None and len(inner_sample_sizes) > 1:
-            variances = pipeline.config.detail_variances and [*pipeline.config.detail_variances, detail_variance]
+            if pipeline.config.detail_variances is None:
+                raise ValueError(
+                    f"`detail_variance={detail_variance}` needs those of the stages inside, which `core` lacks: leave it out, or "
+                    "set `core.register_to_config(detail_variances=[...])`, one for each of its stages, first."
+                )
+            variances = [*pipeline.config.detail_variances, detail_variance]
         elif detail_variance is not None:
             variances = [detail_variance]
         grown = cls(
@@ -237,7 +256,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         prompt: str | list[str] | None = None,
         device: torch.device | None = None,
         do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -254,7 +273,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 Where to; the pipeline's execution device by default.
             do_classifier_free_guidance (`bool`, defaults to `True`):
                 Whether to encode the negative prompts as well.
-            negative_prompt (`str` or `list[str]`, defaults to `""`):
+            negative_prompt (`str` or `list[str]`, *optional*):
                 One for all prompts, or one each.
             num_images_per_prompt (`int`, defaults to 1):
                 How often to repeat each prompt.
@@ -272,6 +291,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
             batch_size = len(prompts)
             if do_classifier_free_guidance:
+                negative_prompt = negative_prompt or ""
                 negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
                 prompts = prompts + list(negatives)
             tokens = tokenize(self.tokenizer, prompts, self.config.max_sequence_length)
@@ -327,6 +347,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 raise ValueError(
                     f"`timesteps` cannot be set for a {type(self.scheduler).__name__}: pass `num_inference_steps`."
                 )
+        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale={guidance_scale}` has to be a number; 1 means no guidance.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt={num_images_per_prompt}` has to be a positive integer.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -373,7 +395,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 raise ValueError(
                     "`prompt` needs a `text_encoder` and a `tokenizer`; without them pass `prompt_embeds`."
                 )
+            encoded = (negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask)
+            if any(tensor is not None for tensor in encoded):
+                raise ValueError(
+                    "`negative_prompt_embeds` and masks go with `prompt_embeds`: with `prompt`, pass `negative_prompt`."
+                )
             batch_size = 1 if isinstance(prompt, str) else len(prompt)
+            negative_prompt = negative_prompt or ""
             negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
             if not isinstance(negatives, list) or len(negatives) != batch_size:
                 raise ValueError(
@@ -441,7 +469,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 28,
@@ -469,7 +497,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         Args:
             prompt (`str` or `list[str]`, *optional*):
                 What to draw. Leave out for `prompt_embeds`, and for an unconditional model.
-            negative_prompt (`str` or `list[str]`, defaults to `""`):
+            negative_prompt (`str` or `list[str]`, *optional*):
                 What to steer away from: one for all prompts, or one each. Without effect if `guidance_scale <= 1`.
             height (`int`, *optional*), width (`int`, *optional*):
                 In pixels; the model's `sample_size` by default. Multiples of what one cell of the core's grid covers.
@@ -529,8 +557,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             `ValueError`: if an argument does not fit, before any work is done.
         """
         # 0. Default height and width
-        height = height or self.unet.config.sample_size
-        width = width or self.unet.config.sample_size
+        height = self.unet.config.sample_size if height is None else height
+        width = self.unet.config.sample_size if width is None else width
 
         # 1. Check inputs
         self._guidance_scale, self._guider = guidance_scale, guider

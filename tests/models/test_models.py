@@ -114,8 +114,12 @@ def test_getattr_is_correct(either, caplog):
     model, _ = either
     model.dummy_attribute = 5
     model.register_to_config(test_attribute=6)
-    with caplog.at_level(logging.WARNING, "diffusers.models.modeling_utils"):
-        assert model.dummy_attribute == 5 and callable(model.save_pretrained)
+    diffusers_logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.WARNING, "diffusers.models.modeling_utils"):
+            assert model.dummy_attribute == 5 and callable(model.save_pretrained)
+    finally:
+        diffusers_logging.disable_propagation()
     assert not caplog.text
     with pytest.warns(FutureWarning):
         assert model.test_attribute == 6

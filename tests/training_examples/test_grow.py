@@ -397,6 +397,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert "The last good checkpoint is" in error and "core-1" in error and "`learning_rate`" in error
 
 
+def test_each_phase_averages_anew(finished):
+    """It starts from the averages of the one before; to go on with their decay would hold new weights back."""
+    checkpoints = [json.loads(path.read_text()) for path in (finished[0] / "checkpoints").glob("*/progress.json")]
+    assert any(progress["phase"] != "core" for progress in checkpoints)
+    for progress in checkpoints:
+        assert progress["ema_optimization_step"] == progress["step"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad arguments
 
@@ -409,6 +417,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
         ({"detail_steps": [1, 2]}, "--detail_steps.*it takes at most 1"),
         ({"block_out_channels": "8;9"}, "write numbers with commas"),
         ({"block_out_channels": "8,8,8,8,8"}, "`block_out_channels=.*between 1 and"),
+        ({"resolutions": [0, 64]}, r"--resolutions \[0, 64\]"),
+        ({"ema_decay": 1.5}, "--ema_decay 1.5: has to be from 0 to 1"),
+        ({"caption_dropout": 2}, "--caption_dropout 2.0: has to be from 0 to 1"),
+        ({"max_sequence_length": 0}, "--max_sequence_length 0: has to be from 1"),
+        ({"core_revision": "core"}, "--core_revision core: needs --core"),
+        ({"hub_steps": 5}, "--hub_steps and --hub_private_repo need --push_to_hub"),
         ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
         ({"core": "nowhere"}, "`core='nowhere'` is no model"),
         ({"resume_from_checkpoint": "latest"}, "there is no checkpoint in"),
