@@ -15,7 +15,6 @@
 """Publishing and loading, with the real client, against a Hub on the loopback interface that misbehaves on demand."""
 
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -33,7 +32,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionMod
 from diffusers_greedy_grow import hub as hub_module
 from diffusers_greedy_grow.hub import UploadError, get_lineage, make_card
 
-from .testing_utils import draw_one, make_core, make_grown, make_pipeline
+from .testing_utils import draw_one, make_core, make_grown, make_pipeline, run_in_a_shell
 
 
 TOKEN, STRANGER = "hf_of_the_owner", "hf_of_a_stranger"
@@ -56,12 +55,6 @@ def waiting() -> list[Path]:
 
 def count_commits(hub, repo_id: str) -> int:
     return hub.requests.count(f"POST /api/models/{repo_id}/commit/main")
-
-
-def run_in_a_shell(command: str) -> None:
-    """With the `hf` of this environment."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(command, shell=True, check=True, env={**os.environ, "PATH": path})
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,11 @@
 
 """Tiny models, inputs and pipelines with real components."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -85,3 +90,9 @@ def draw_one(pipeline: GreedyGrowPipeline, **kwargs) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return pipeline("a small blue square", latents=noise, num_inference_steps=3, output_type="pt", **kwargs).images
+
+
+def run_in_a_shell(command: str) -> None:
+    """With the `hf` of this environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(command, shell=True, check=True, env={**os.environ, "PATH": path})

@@ -17,9 +17,7 @@
 
 import os
 import re
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +28,7 @@ from safetensors.torch import load
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.hub import get_lineage
 
+from ..testing_utils import run_in_a_shell
 from ..training.test_data import write_image_folder
 from .test_grow import assert_same_weights, command, weights
 
@@ -116,9 +115,8 @@ def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
 
     # What the message says makes up for it.
     hub.faults.clear()
-    for commands in re.findall("Go on with `(.*?)`", done.stdout):
-        for one in commands.split(" && "):
-            subprocess.run([Path(sys.executable).parent / "hf", *shlex.split(one)[1:]], check=True)
+    for command_of_phase in re.findall("Go on with `(.*?)`", done.stdout):
+        run_in_a_shell(command_of_phase)
     assert tags_of(repo_id).keys() == {*PHASES}
     assert load(hub.files(repo_id, "core")[WEIGHTS]).keys() == weights(output_dir / "core").keys()
 
