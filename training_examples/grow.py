@@ -180,7 +180,7 @@ class TrainingArguments:
     )
     core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
     lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
-    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase."})
+    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase, of which they are a tenth at most."})
     adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
     adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})

@@ -338,6 +338,15 @@ def test_random_growth_has_no_core_that_draws(core):
 
 
 @torch.no_grad()
+def test_masks_have_to_fit(grown):
+    inputs = make_inputs(height=32, width=32)
+    text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
+    with pytest.raises(ValueError, match=r"`encoder_attention_mask` has to be of shape \(2, 6\).*is \(2, 5\)"):
+        grown(**{**inputs, "encoder_attention_mask": mask[:, :5]})
+    with pytest.raises(ValueError, match="`negative_encoder_attention_mask` need each other"):
+        grown(**inputs, negative_encoder_hidden_states=text, guide=lambda pred, negative_pred: pred)
+
+
 def test_guidance_at_the_core_needs_text_and_a_guide(grown):
     inputs = make_inputs(height=32, width=32)
     for arguments in ({"negative_encoder_hidden_states": inputs["encoder_hidden_states"]}, {"guide": torch.add}):
@@ -443,6 +452,12 @@ def test_a_damaged_core_is_refused(core, name, tmp_path):
     BREAKS[name](tmp_path)
     with pytest.raises((OSError, ValueError), match=f"`core='{tmp_path}'`"):
         GrowableUNet2DConditionModel.from_core(tmp_path, 32, block_out_channels=(16,))
+
+
+def test_a_core_in_eight_bits_is_not_grown(core):
+    core.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match="`core` has weights in eight bits or on the disk"):
+        GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16,))
 
 
 @pytest.mark.parametrize(
