@@ -105,6 +105,21 @@ def test_every_phase_is_published(hub, data, tmp_path):
         assert not [name for name, content in hub.files(repo_id, revision).items() if TOKEN.encode() in content]
 
 
+def test_growing_what_is_on_the_hub(hub, data, tmp_path):
+    """A tag of somebody's run is the core of another, and its card says so."""
+    assert run(tmp_path / "first", hub_model_id="owner/first", train_data_dir=data).returncode == 0
+    done = run(
+        tmp_path / "second", hub_model_id="owner/second", core="owner/first", core_revision="core", train_data_dir=data,
+        joint_steps=0,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
+    pipeline = GreedyGrowPipeline.from_pretrained("owner/second")
+    revision = tags_of("owner/first")["core"]
+    assert [entry.get("core_revision") for entry in get_lineage(pipeline.unet)] == [None, revision, None]
+    card = ModelCard.load("owner/second")
+    assert card.data.base_model == "owner/first" and f"grown from `owner/first` at `{revision[:12]}`" in card.text
+
+
 def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
     repo_id, output_dir = "owner/never", tmp_path / "output"
     hub.fail(f"POST /api/models/{repo_id}/commit/", "400", times=1000)
