@@ -480,8 +480,11 @@ def prepare_repository(
         )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    # Of a repository that exists, creating it says nothing about who may write. Anybody may open a pull request.
-    api.auth_check(repo_id, write=not create_pr)
+    try:  # of a repository that exists, creating it says nothing about who may write; anybody may open a pull request
+        api.auth_check(repo_id, write=not create_pr)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):  # 404: a Hub that does not know the question
+            raise
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
