@@ -513,10 +513,10 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             check_text(
                 self.config.cross_attention_dim, negative_encoder_hidden_states, negative_encoder_attention_mask
             )
-        if guide is not None and (encoder_attention_mask is None) != (negative_encoder_attention_mask is None):
-            raise ValueError(
-                "`encoder_attention_mask` and `negative_encoder_attention_mask` need each other: pass both or neither."
-            )
+            if (encoder_attention_mask is None) != (negative_encoder_attention_mask is None):
+                raise ValueError(
+                    "`encoder_attention_mask` and `negative_encoder_attention_mask` need each other: pass both or neither."
+                )
 
         grad_enabled = torch.is_grad_enabled()
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
