@@ -404,7 +404,9 @@ def grow_pipeline(
     pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, data: torch.utils.data.Dataset
 ) -> GreedyGrowPipeline:
     factor = phase.resolution // pipeline.unet.config.sample_size
-    variance = measure_detail(data, phase.resolution, factor)
+    variance = None
+    if len(pipeline.unet.sample_sizes) == 1 or pipeline.config.detail_variances is not None:
+        variance = measure_detail(data, phase.resolution, factor)  # one for each stage, or none
     stage = stage_arguments(phase, model_args)
     return GreedyGrowPipeline.from_core(pipeline, phase.resolution, detail_variance=variance, **stage)
 

@@ -397,6 +397,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert "The last good checkpoint is" in error and "core-1" in error and "`learning_rate`" in error
 
 
+def test_a_core_that_was_only_grown(finished, data, tmp_path):
+    """What `from_core` returns does not know how much detail its pictures have, and grows all the same."""
+    grown = GreedyGrowPipeline.from_core(finished[0] / "core", 16, block_out_channels=(8,))
+    grown.save_pretrained(tmp_path / "core")
+    launch(tmp_path / "output", train_data_dir=data, core=tmp_path / "core", resolutions=[16, 32], joint_steps=0)
+    assert GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-32").config.detail_variances is None
+
+
 def test_each_phase_averages_anew(finished):
     """It starts from the averages of the one before; to go on with their decay would hold new weights back."""
     checkpoints = [json.loads(path.read_text()) for path in (finished[0] / "checkpoints").glob("*/progress.json")]
