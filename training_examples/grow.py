@@ -25,15 +25,13 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 
 import json
 import logging
-import math
 import os
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +41,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
@@ -52,28 +49,37 @@ from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.utils import disable_progress_bars
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.flow import descend, detail_variance, sample_sigma
+from diffusers_greedy_grow.flow import descend, detail_variance
 from diffusers_greedy_grow.hub import UploadError, add_to_lineage, prepare_repository, upload, write_card
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
-from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import tokenize
 from diffusers_greedy_grow.training import (
     CaptionedPictures,
+    DataArguments,
     EpochOrder,
+    Interrupt,
     LossMeter,
+    ModelArguments,
     PhasePlan,
+    TqdmHandler,
+    TrainingArguments,
+    averaged,
     build_small_text_encoder,
     describe_parts,
     draw_losses,
+    draw_noise,
     draw_samples,
+    encode_captions,
     find_checkpoint,
     flow_loss,
     format_plan,
     load_captioned_data,
     load_checkpoint,
     normalize,
+    parse_arguments,
+    parse_channels,
     plan_phase,
     read_progress,
     sample_generators,
@@ -93,146 +99,7 @@ VALIDATION, SAMPLES = 1000, 1001
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-@dataclass
-class DataArguments:
-    """What to train on; by default captioned shapes, drawn for the purpose."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
-    train_data_dir: str | None = field(
-        default=None, metadata={"help": "A folder: imagefolder with metadata, or parquet files; or one parquet file."}
-    )
-    image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
-    caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
-    shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
-    shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
-    num_high_res_pictures: int | None = field(
-        default=None,
-        metadata={"help": "Train above the core's resolution on that many pictures only, drawn at random."},
-    )
-    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Captions of the sample grid; held-out captions by default."}
-    )
-    num_validation_pictures: int = field(default=256, metadata={"help": "Held-out pictures the loss is measured on."})
-    num_scored_pictures: int = field(default=96, metadata={"help": "Captioned shapes: pictures drawn for the score."})
-
-    @property
-    def on_shapes(self) -> bool:
-        return self.dataset_name is None and self.train_data_dir is None
-
-
-@dataclass
-class ModelArguments:
-    """The core, and what grows around it."""
-
-    core: str | None = field(
-        default=None, metadata={"help": "A trained pipeline to grow, a folder or Hub id; skips the core phase."}
-    )
-    core_revision: str | None = field(
-        default=None, metadata={"help": "Its branch, tag or commit, if it is on the Hub."}
-    )
-    resolutions: list[int] = field(
-        default_factory=lambda: [16, 64], metadata={"help": "The core's, then each stage's, in pixels."}
-    )
-    init: str = field(default="preserve", metadata={"help": '"preserve", or the paper\'s "random".'})
-    patch_size: int = field(default=2, metadata={"help": "The core's."})
-    hidden_size: int = field(default=128, metadata={"help": "The core's."})
-    num_layers: int = field(default=6, metadata={"help": "The core's."})
-    num_attention_heads: int = field(default=2, metadata={"help": "The core's."})
-    mlp_ratio: float = field(default=4.0, metadata={"help": "The core's."})
-    block_out_channels: list[str] = field(
-        default_factory=lambda: ["48,96"],
-        metadata={
-            "help": 'Channels of each stage, outermost first, such as "64,128"; the last entry for all further stages.'
-        },
-    )
-    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per entry of block_out_channels."})
-    text_encoder: str = field(
-        default="small",
-        metadata={"help": 'A folder or Hub id, used frozen; or "small": one trained with the core, from scratch.'},
-    )
-    text_hidden_size: int = field(default=128, metadata={"help": "Of the small text encoder."})
-    text_num_layers: int = field(default=1, metadata={"help": "Of the small text encoder."})
-    max_sequence_length: int = field(default=64, metadata={"help": "How many text tokens are read."})
-
-
-@dataclass
-class TrainingArguments:
-    """How to train. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
-
-    output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": '"latest", or a checkpoint folder.'})
-    plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
-    core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
-    detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
-    joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
-    train_batch_size: list[int] = field(
-        default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
-    )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
-    learning_rate: list[float] = field(
-        default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
-    )
-    core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
-    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase, of which they are a tenth at most."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
-    adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
-    ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
-    logit_mean: list[float] = field(
-        default_factory=lambda: [1.0, 0.3],
-        metadata={
-            "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
-            "are over the first one's levels, whichever resolution trains."
-        },
-    )
-    logit_std: list[float] = field(
-        default_factory=lambda: [1.0, 1.1], metadata={"help": "Its standard deviation, at each resolution."}
-    )
-    loss_weighting: list[str] = field(
-        default_factory=lambda: ["velocity", "clean"],
-        metadata={"help": 'Whose error trains each resolution: the "velocity" or the "clean" picture.'},
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
-    attention_backend: str | None = field(
-        default=None,
-        metadata={"help": "Of diffusers, such as _native_cudnn or _native_math; torch's choice by default."},
-    )
-    mixed_precision: str | None = field(default=None, metadata={"help": '"no", "bf16" or "fp16".'})
-    seed: int = field(default=0, metadata={"help": "Of weights, data order, noise and caption dropout."})
-    num_inference_steps: int = field(default=20, metadata={"help": "Of the samples."})
-    guidance_scale: float = field(default=3.0, metadata={"help": "Of the samples."})
-    logging_steps: int = field(default=50, metadata={"help": "Steps between lines in metrics.jsonl."})
-    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
-    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
-    push_to_hub: bool = field(
-        default=False,
-        metadata={
-            "help": "Publish each phase's pipeline on the Hub, under a tag of its name, with the token of `hf auth login` or "
-            "HF_TOKEN."
-        },
-    )
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={
-            "help": 'The repository that is published to and that model cards name, such as "user/model"; one of your own with '
-            "the name of output_dir by default."
-        },
-    )
-    hub_private_repo: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
-    hub_license: str | None = field(default=None, metadata={"help": "For the model cards, such as apache-2.0."})
-    hub_steps: int | None = field(
-        default=None,
-        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
-    )
-    report_to: str | None = field(default=None, metadata={"help": "A tracker of accelerate, such as tensorboard."})
+# Phases
 
 
 @dataclass
@@ -246,106 +113,6 @@ class Phase:
     resolution: int
     steps: int
     batch_size: int
-
-
-def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
-    """Reads flags over the YAML file that `--config` names over the defaults, and checks what can be checked now."""
-    parser = HfArgumentParser(
-        (DataArguments, ModelArguments, TrainingArguments), description=__doc__.splitlines()[1], allow_abbrev=False
-    )
-    parser.add_argument("--config", help="A YAML file with any of these arguments; flags win.")
-    config = parser.parse_known_args(argv)[0].config
-    if config is not None:
-        values = yaml.safe_load(Path(config).read_text()) or {}
-        unknown = set(values) - {action.dest for action in parser._actions}
-        if unknown:
-            parser.error(f"{config} has unknown arguments: {sorted(unknown)}")
-        flags = []
-        for name, value in values.items():
-            if isinstance(value, list) and value:
-                flags += [f"--{name}", *map(str, value)]
-            elif value is not None and value != []:
-                flags.append(f"--{name}={value}")
-        argv = [*flags, *argv]  # the last one of a name wins
-    data, model, training, _ = parser.parse_args_into_dataclasses(argv)
-
-    sizes = model.resolutions
-    for smaller, larger in zip(sizes, sizes[1:]):
-        if smaller < 1 or larger <= smaller or larger % smaller:
-            parser.error(f"--resolutions {sizes}: {larger} is no larger multiple of {smaller}.")
-    for owner, name, count in (
-        (model, "block_out_channels", len(sizes) - 1),
-        (training, "detail_steps", len(sizes) - 1),
-        (training, "joint_steps", len(sizes) - 1),
-        (training, "train_batch_size", len(sizes)),
-        (training, "learning_rate", len(sizes)),
-        (training, "logit_mean", len(sizes)),
-        (training, "logit_std", len(sizes)),
-        (training, "loss_weighting", len(sizes)),
-    ):
-        given, default = getattr(owner, name), type(owner).__dataclass_fields__[name].default_factory()
-        if len(given) > count and given != default:
-            parser.error(f"--{name} {given}: with --resolutions {sizes} it takes at most {count}.")
-        setattr(owner, name, (given + given[-1:] * count)[:count])
-    try:
-        [parse_channels(channels) for channels in model.block_out_channels]
-    except ValueError:
-        parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
-    counts = ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
-    for name in (*counts, "gradient_accumulation_steps", "num_inference_steps", "train_batch_size"):
-        if np.min(getattr(training, name)) < 1:
-            parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
-    for name in ("core_steps", "detail_steps", "joint_steps", "learning_rate", "core_lr_scale", "logit_std"):
-        if np.min(getattr(training, name), initial=0) < 0:
-            parser.error(f"--{name} {getattr(training, name)}: cannot be negative.")
-    for owner, name, low, high in (
-        (training, "ema_decay", 0, 1),
-        (training, "adam_beta2", 0, 1),
-        (data, "caption_dropout", 0, 1),
-        (data, "shapes_objects", 1, 3),
-        (data, "num_validation_pictures", 0, math.inf),
-        (data, "num_scored_pictures", 0, math.inf),
-        (data, "dataloader_num_workers", 0, math.inf),
-        (model, "resolutions", 1, math.inf),
-        (model, "max_sequence_length", 1, math.inf),
-        (model, "text_num_layers", 1, math.inf),
-        (model, "text_hidden_size", 1, math.inf),
-        (training, "max_grad_norm", 0, math.inf),
-        (training, "lr_warmup_steps", 0, math.inf),
-        (training, "adam_weight_decay", 0, math.inf),
-    ):
-        value = getattr(owner, name)
-        if not all(low <= one <= high for one in (value if isinstance(value, list) else [value])):
-            parser.error(f"--{name} {value}: has to be from {low} to {high}.")
-    if model.core_revision is not None and model.core is None:
-        parser.error(f"--core_revision {model.core_revision}: needs --core.")
-    if model.core is None and training.core_steps < 1 and (len(sizes) != 2 or training.detail_steps[0]):
-        parser.error(
-            f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
-        )
-    if data.num_high_res_pictures is not None and data.num_high_res_pictures < 1:
-        parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
-    if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
-        parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
-    if training.hub_steps is not None and training.hub_steps < 1:
-        parser.error(f"--hub_steps {training.hub_steps}: has to be at least 1.")
-    if not training.push_to_hub and (training.hub_steps is not None or training.hub_private_repo):
-        parser.error("--hub_steps and --hub_private_repo need --push_to_hub.")
-    for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
-        values = [choice.value for choice in choices]
-        if getattr(training, name) not in (None, *values):
-            parser.error(f"--{name} {getattr(training, name)}: choose one of {', '.join(values)}.")
-    if not {*training.loss_weighting} <= {"velocity", "clean"}:
-        parser.error(f'--loss_weighting {training.loss_weighting}: choose "velocity" or "clean".')
-    if model.init not in ("preserve", "random"):
-        parser.error(f'--init {model.init}: choose "preserve" or "random".')
-    if model.init == "random" and len(sizes) > 2:
-        parser.error(f"--init random grows one stage, not the {len(sizes) - 1} of --resolutions {sizes}.")
-    return data, model, training
-
-
-def parse_channels(channels: str) -> tuple[int, ...]:
-    return tuple(int(count) for count in str(channels).split(","))
 
 
 def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Phase]:
@@ -480,20 +247,6 @@ def make_plan(
 # Training
 
 
-class Interrupt:
-    """Notes Ctrl-C and SIGTERM, so that the step at hand is finished and a checkpoint is saved."""
-
-    def __init__(self):
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, frame) -> None:
-        if self.signal is not None:  # the second time at once
-            sys.exit(128 + number)
-        self.signal = number
-
-
 @dataclass
 class Run:
     """What all phases share."""
@@ -545,30 +298,6 @@ class Run:
             {f"{phase.name}/{name}": value for name, value in values.items()},
             step=sum(plan.steps for plan in earlier) + step,
         )
-
-
-def encode_captions(
-    pipeline: GreedyGrowPipeline, text_encoder, captions: list[str], device
-) -> dict[str, torch.Tensor]:
-    """The model's text arguments for `captions`, as the pipeline makes them for prompts."""
-    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device)
-    hidden_states = text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": tokens["attention_mask"].bool()}
-
-
-def draw_noise(
-    generators: list[torch.Generator],
-    shape: torch.Size,
-    shift: float,
-    args: TrainingArguments,
-    stage: int,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each picture's noise and, from the levels at which `stage` trains, its noise level, from its own generator."""
-    noise = randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
-    mean, deviation = args.logit_mean[stage], args.logit_std[stage]
-    sigma = [sample_sigma(1, shift, mean, deviation, generator) for generator in generators]
-    return noise, torch.cat(sigma).to(device)
 
 
 def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None) -> None:
@@ -662,7 +391,9 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
                 micro_step % args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
             )
             generators = sample_generators((args.seed, phase.index, step), place * batch_size, len(x0))
-            noise, sigma = draw_noise(generators, x0.shape, shift, args, phase.stage, device)
+            noise, sigma = draw_noise(
+                generators, x0.shape, shift, args.logit_mean[phase.stage], args.logit_std[phase.stage], device
+            )
             dropped = [
                 torch.rand(1, generator=generator).item() < run.data_args.caption_dropout for generator in generators
             ]
@@ -745,23 +476,12 @@ def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet
     )
 
 
-@contextmanager
-def averaged(ema: EMAModel, parameters: list[torch.nn.Parameter]):
-    """Within it, parameters have the values of their moving average."""
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
 @torch.no_grad()
 def validate(
     run: Run, phase: Phase, pipeline: GreedyGrowPipeline, shift: float, pool_factor: int, band_factor: int
 ) -> dict:
     """The held-out loss, on the same pictures with the same noise each time; spread over the processes."""
-    accelerator = run.accelerator
+    accelerator, args = run.accelerator, run.args
     count, num_processes = (
         min(run.data_args.num_validation_pictures, len(run.validation_data)),
         accelerator.num_processes,
@@ -773,8 +493,10 @@ def validate(
         rows = [run.validation_data[i] for i in range(start, min(start + phase.batch_size, end))]
         pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
         x0 = normalize(pixel_values, pool_factor)
-        generators = sample_generators((run.args.seed, VALIDATION, phase.stage), start, len(x0))
-        noise, sigma = draw_noise(generators, x0.shape, shift, run.args, 0, accelerator.device)
+        generators = sample_generators((args.seed, VALIDATION, phase.stage), start, len(x0))
+        noise, sigma = draw_noise(
+            generators, x0.shape, shift, args.logit_mean[0], args.logit_std[0], accelerator.device
+        )
         captions = [row["caption"] for row in rows]
         with accelerator.autocast():
             conditions = encode_captions(pipeline, pipeline.text_encoder, captions, accelerator.device)
@@ -974,13 +696,6 @@ def write_phase_card(
 # The run
 
 
-class TqdmHandler(logging.Handler):
-    """Prints log lines above the progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
-
-
 def write_shapes_once(
     data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments, output_dir: Path
 ) -> str:
@@ -1017,7 +732,7 @@ def keep_metrics_until(run: Run, phases: list[Phase], step: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,

@@ -31,7 +31,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
 from ..hub import HubMixin, check_push, prepare_push, push_or_keep
@@ -719,9 +719,7 @@ def shift_name(scheduler) -> str:
     )
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int
-) -> dict[str, torch.Tensor]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> BatchEncoding:
     """`input_ids` and `attention_mask`, both `(B, L)`, padded to the longest; warns about what it cuts off."""
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=max_sequence_length, return_tensors="pt")
     if tokens["input_ids"].shape[1] == max_sequence_length:

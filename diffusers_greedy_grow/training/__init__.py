@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, parse_channels
 from .checkpoints import (
     find_checkpoint,
     load_checkpoint,
@@ -21,7 +22,8 @@ from .checkpoints import (
     sorted_checkpoints,
 )
 from .data import CaptionedPictures, EpochOrder, load_captioned_data, normalize, sample_generators
-from .losses import FlowLoss, LossMeter, flow_loss
+from .loop import Interrupt, TqdmHandler, averaged
+from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
 from .plan import PhasePlan, describe_parts, format_plan, plan_phase
 from .report import draw_losses, draw_samples
-from .text import build_small_text_encoder, train_small_tokenizer
+from .text import build_small_text_encoder, encode_captions, train_small_tokenizer

@@ -17,12 +17,42 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
-from ..flow import SIGMA_MIN, add_noise, expand, pool
+from ..flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma
 
 
 # Edges of the noise-level bins that the loss is reported in. The first holds the levels at which grain would show.
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
+
+
+def draw_noise(
+    generators: list[torch.Generator],
+    shape: torch.Size,
+    shift: float,
+    logit_mean: float,
+    logit_std: float,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Each picture's noise and noise level, from its own generator.
+
+    Args:
+        generators (`list[torch.Generator]`):
+            On the CPU, one for each picture. On another `device`, noise is drawn there, by generators with their seeds: a
+            CPU would take longer for it than a GPU for the step.
+        shape (`torch.Size`): `(B, C, H, W)`.
+        shift (`float`), logit_mean (`float`), logit_std (`float`): The distribution of levels, see [`sample_sigma`].
+
+    Returns:
+        Noise of that shape, float32, and levels `(B,)`, both on `device`.
+    """
+    on_device = generators
+    if device.type != "cpu":
+        on_device = [torch.Generator(device).manual_seed(generator.initial_seed()) for generator in generators]
+    noise = randn_tensor(shape, generator=on_device, device=device, dtype=torch.float32)
+    sigma = [sample_sigma(1, shift, logit_mean, logit_std, generator) for generator in generators]
+    return noise, torch.cat(sigma).to(device)
 
 
 @dataclass

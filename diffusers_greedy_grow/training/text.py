@@ -16,8 +16,12 @@
 
 from collections.abc import Iterable
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from ..pipelines import GreedyGrowPipeline
+from ..pipelines.pipeline_greedy_grow import tokenize
 
 
 def train_small_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -57,3 +61,12 @@ def build_small_text_encoder(
         eos_token_id=tokenizer.eos_token_id,
     )
     return T5EncoderModel(config)
+
+
+def encode_captions(
+    pipeline: GreedyGrowPipeline, text_encoder: torch.nn.Module, captions: list[str], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The model's text arguments for `captions`, as the pipeline makes them for prompts."""
+    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device)
+    hidden_states = text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+    return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": tokens["attention_mask"].bool()}

@@ -14,7 +14,6 @@
 
 """The main job as users run it: `accelerate launch` in a subprocess, on real files, with small models."""
 
-import importlib.util
 import json
 import os
 import re
@@ -452,25 +451,6 @@ def test_each_phase_averages_anew(finished):
 def test_bad_arguments(arguments, message, tmp_path):
     assert re.search(message, refuse(tmp_path / "output", **arguments), re.DOTALL)
     assert not (tmp_path / "output").exists()
-
-
-def test_values_for_each_resolution_or_stage(tmp_path):
-    spec = importlib.util.spec_from_file_location("grow", SCRIPT)
-    grow = importlib.util.module_from_spec(spec)
-    sys.modules["grow"] = grow  # where dataclasses look for it
-    spec.loader.exec_module(grow)
-
-    _, model, training = grow.parse_arguments(["--resolutions", "16", "32", "64", "--detail_steps", "7", "5"])
-    assert training.train_batch_size == [32, 16, 16] and training.detail_steps == [7, 5]
-    assert len(training.learning_rate) == 3 and len(model.block_out_channels) == len(training.joint_steps) == 2
-    _, _, training = grow.parse_arguments(["--resolutions", "16"])
-    assert training.train_batch_size == [32] and training.detail_steps == []
-
-    config = {"resolutions": [8, 16], "train_batch_size": 6, "learning_rate": "2e-3", "core_steps": 5, "seed": 3}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    _, model, training = grow.parse_arguments(["--config", str(tmp_path / "config.yaml"), "--core_steps", "9"])
-    assert training.train_batch_size == [6, 6] and training.learning_rate == [2e-3, 2e-3]
-    assert model.resolutions == [8, 16] and training.seed == 3 and training.core_steps == 9
 
 
 def test_noise_levels_for_each_resolution(finished, data, tmp_path):

@@ -1,0 +1,264 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The arguments of `training_examples/grow.py`: flags over a YAML file over defaults."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.optimization import SchedulerType
+from transformers import HfArgumentParser
+
+
+@dataclass
+class DataArguments:
+    """What to train on; by default captioned shapes, drawn for the purpose."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
+    train_data_dir: str | None = field(
+        default=None, metadata={"help": "A folder: imagefolder with metadata, or parquet files; or one parquet file."}
+    )
+    image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
+    caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
+    shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
+    shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
+    num_high_res_pictures: int | None = field(
+        default=None,
+        metadata={"help": "Train above the core's resolution on that many pictures only, drawn at random."},
+    )
+    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Captions of the sample grid; held-out captions by default."}
+    )
+    num_validation_pictures: int = field(default=256, metadata={"help": "Held-out pictures the loss is measured on."})
+    num_scored_pictures: int = field(default=96, metadata={"help": "Captioned shapes: pictures drawn for the score."})
+
+    @property
+    def on_shapes(self) -> bool:
+        return self.dataset_name is None and self.train_data_dir is None
+
+
+@dataclass
+class ModelArguments:
+    """The core, and what grows around it."""
+
+    core: str | None = field(
+        default=None, metadata={"help": "A trained pipeline to grow, a folder or Hub id; skips the core phase."}
+    )
+    core_revision: str | None = field(
+        default=None, metadata={"help": "Its branch, tag or commit, if it is on the Hub."}
+    )
+    resolutions: list[int] = field(
+        default_factory=lambda: [16, 64], metadata={"help": "The core's, then each stage's, in pixels."}
+    )
+    init: str = field(default="preserve", metadata={"help": '"preserve", or the paper\'s "random".'})
+    patch_size: int = field(default=2, metadata={"help": "The core's."})
+    hidden_size: int = field(default=128, metadata={"help": "The core's."})
+    num_layers: int = field(default=6, metadata={"help": "The core's."})
+    num_attention_heads: int = field(default=2, metadata={"help": "The core's."})
+    mlp_ratio: float = field(default=4.0, metadata={"help": "The core's."})
+    block_out_channels: list[str] = field(
+        default_factory=lambda: ["48,96"],
+        metadata={
+            "help": 'Channels of each stage, outermost first, such as "64,128"; the last entry for all further stages.'
+        },
+    )
+    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per entry of block_out_channels."})
+    text_encoder: str = field(
+        default="small",
+        metadata={"help": 'A folder or Hub id, used frozen; or "small": one trained with the core, from scratch.'},
+    )
+    text_hidden_size: int = field(default=128, metadata={"help": "Of the small text encoder."})
+    text_num_layers: int = field(default=1, metadata={"help": "Of the small text encoder."})
+    max_sequence_length: int = field(default=64, metadata={"help": "How many text tokens are read."})
+
+
+@dataclass
+class TrainingArguments:
+    """How to train. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
+
+    output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": '"latest", or a checkpoint folder.'})
+    plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
+    core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
+    detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
+    joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
+    train_batch_size: list[int] = field(
+        default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
+    learning_rate: list[float] = field(
+        default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
+    )
+    core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
+    lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
+    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase, of which they are a tenth at most."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
+    adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
+    logit_mean: list[float] = field(
+        default_factory=lambda: [1.0, 0.3],
+        metadata={
+            "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
+            "are over the first one's levels, whichever resolution trains."
+        },
+    )
+    logit_std: list[float] = field(
+        default_factory=lambda: [1.0, 1.1], metadata={"help": "Its standard deviation, at each resolution."}
+    )
+    loss_weighting: list[str] = field(
+        default_factory=lambda: ["velocity", "clean"],
+        metadata={"help": 'Whose error trains each resolution: the "velocity" or the "clean" picture.'},
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    attention_backend: str | None = field(
+        default=None,
+        metadata={"help": "Of diffusers, such as _native_cudnn or _native_math; torch's choice by default."},
+    )
+    mixed_precision: str | None = field(default=None, metadata={"help": '"no", "bf16" or "fp16".'})
+    seed: int = field(default=0, metadata={"help": "Of weights, data order, noise and caption dropout."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Of the samples."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Of the samples."})
+    logging_steps: int = field(default=50, metadata={"help": "Steps between lines in metrics.jsonl."})
+    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Publish each phase's pipeline on the Hub, under a tag of its name, with the token of `hf auth login` or "
+            "HF_TOKEN."
+        },
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={
+            "help": 'The repository that is published to and that model cards name, such as "user/model"; one of your own with '
+            "the name of output_dir by default."
+        },
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
+    hub_license: str | None = field(default=None, metadata={"help": "For the model cards, such as apache-2.0."})
+    hub_steps: int | None = field(
+        default=None,
+        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
+    )
+    report_to: str | None = field(default=None, metadata={"help": "A tracker of accelerate, such as tensorboard."})
+
+
+def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """Reads flags over the YAML file that `--config` names over the defaults, and checks what can be checked now."""
+    parser = HfArgumentParser(
+        (DataArguments, ModelArguments, TrainingArguments), description=description, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="A YAML file with any of these arguments; flags win.")
+    config = parser.parse_known_args(argv)[0].config
+    if config is not None:
+        values = yaml.safe_load(Path(config).read_text()) or {}
+        unknown = set(values) - {action.dest for action in parser._actions}
+        if unknown:
+            parser.error(f"{config} has unknown arguments: {sorted(unknown)}")
+        flags = []
+        for name, value in values.items():
+            if isinstance(value, list) and value:
+                flags += [f"--{name}", *map(str, value)]
+            elif value is not None and value != []:
+                flags.append(f"--{name}={value}")
+        argv = [*flags, *argv]  # the last one of a name wins
+    data, model, training, _ = parser.parse_args_into_dataclasses(argv)
+
+    sizes = model.resolutions
+    for smaller, larger in zip(sizes, sizes[1:]):
+        if smaller < 1 or larger <= smaller or larger % smaller:
+            parser.error(f"--resolutions {sizes}: {larger} is no larger multiple of {smaller}.")
+    for owner, name, count in (
+        (model, "block_out_channels", len(sizes) - 1),
+        (training, "detail_steps", len(sizes) - 1),
+        (training, "joint_steps", len(sizes) - 1),
+        (training, "train_batch_size", len(sizes)),
+        (training, "learning_rate", len(sizes)),
+        (training, "logit_mean", len(sizes)),
+        (training, "logit_std", len(sizes)),
+        (training, "loss_weighting", len(sizes)),
+    ):
+        given, default = getattr(owner, name), type(owner).__dataclass_fields__[name].default_factory()
+        if len(given) > count and given != default:
+            parser.error(f"--{name} {given}: with --resolutions {sizes} it takes at most {count}.")
+        setattr(owner, name, (given + given[-1:] * count)[:count])
+    try:
+        [parse_channels(channels) for channels in model.block_out_channels]
+    except ValueError:
+        parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
+    counts = ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
+    for name in (*counts, "gradient_accumulation_steps", "num_inference_steps", "train_batch_size"):
+        if np.min(getattr(training, name)) < 1:
+            parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
+    for name in ("core_steps", "detail_steps", "joint_steps", "learning_rate", "core_lr_scale", "logit_std"):
+        if np.min(getattr(training, name), initial=0) < 0:
+            parser.error(f"--{name} {getattr(training, name)}: cannot be negative.")
+    for owner, name, low, high in (
+        (training, "ema_decay", 0, 1),
+        (training, "adam_beta2", 0, 1),
+        (data, "caption_dropout", 0, 1),
+        (data, "shapes_objects", 1, 3),
+        (data, "num_validation_pictures", 0, math.inf),
+        (data, "num_scored_pictures", 0, math.inf),
+        (data, "dataloader_num_workers", 0, math.inf),
+        (model, "resolutions", 1, math.inf),
+        (model, "max_sequence_length", 1, math.inf),
+        (model, "text_num_layers", 1, math.inf),
+        (model, "text_hidden_size", 1, math.inf),
+        (training, "max_grad_norm", 0, math.inf),
+        (training, "lr_warmup_steps", 0, math.inf),
+        (training, "adam_weight_decay", 0, math.inf),
+    ):
+        value = getattr(owner, name)
+        if not all(low <= one <= high for one in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name} {value}: has to be from {low} to {high}.")
+    if model.core_revision is not None and model.core is None:
+        parser.error(f"--core_revision {model.core_revision}: needs --core.")
+    if model.core is None and training.core_steps < 1 and (len(sizes) != 2 or training.detail_steps[0]):
+        parser.error(
+            f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
+        )
+    if data.num_high_res_pictures is not None and data.num_high_res_pictures < 1:
+        parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
+    if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
+        parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
+    if training.hub_steps is not None and training.hub_steps < 1:
+        parser.error(f"--hub_steps {training.hub_steps}: has to be at least 1.")
+    if not training.push_to_hub and (training.hub_steps is not None or training.hub_private_repo):
+        parser.error("--hub_steps and --hub_private_repo need --push_to_hub.")
+    for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
+        values = [choice.value for choice in choices]
+        if getattr(training, name) not in (None, *values):
+            parser.error(f"--{name} {getattr(training, name)}: choose one of {', '.join(values)}.")
+    if not {*training.loss_weighting} <= {"velocity", "clean"}:
+        parser.error(f'--loss_weighting {training.loss_weighting}: choose "velocity" or "clean".')
+    if model.init not in ("preserve", "random"):
+        parser.error(f'--init {model.init}: choose "preserve" or "random".')
+    if model.init == "random" and len(sizes) > 2:
+        parser.error(f"--init random grows one stage, not the {len(sizes) - 1} of --resolutions {sizes}.")
+    return data, model, training
+
+
+def parse_channels(channels: str) -> tuple[int, ...]:
+    return tuple(int(count) for count in str(channels).split(","))
