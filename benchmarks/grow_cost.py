@@ -101,19 +101,23 @@ print(seconds, max(peak, resident()) - before, sum(p.numel() * p.element_size() 
 
 
 def prepare(folder: Path, size: str, dtype: torch.dtype) -> int:
-    """Saves a core and a model grown from it, both of random numbers, and returns the grown one's parameters."""
+    """Saves a core and a model grown from it, of random numbers that repeat, and returns the grown one's parameters."""
     from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 
     hidden_size, num_layers, heads, channels = SIZES[size]
-    torch.set_default_dtype(dtype)
-    core = ShallowUNet2DModel(
-        sample_size=64,
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_attention_heads=heads,
-        cross_attention_dim=1024,
-    )
-    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        core = ShallowUNet2DModel(
+            sample_size=64,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_attention_heads=heads,
+            cross_attention_dim=1024,
+        )
+    core.to(dtype).to_empty(device="cpu")
+    numbers = 0.02 * torch.randn(2**22).to(dtype)  # drawing billions would take minutes
+    for parameter in core.parameters():
+        for part in parameter.data.view(-1).split(len(numbers)):
+            part.copy_(numbers[: len(part)])
     core.save_pretrained(folder / "core")
     grown = GrowableUNet2DConditionModel.from_core(core, 256, block_out_channels=channels)
     del core

@@ -18,6 +18,7 @@ Sampling: what each way to cheaper steps brings, alone and added to those before
 steps in float32.
 
     python -m benchmarks.sampling                                    # time: 16 -> 128 and 64 -> 512 px, random weights
+    python -m benchmarks.sampling --models "64 -> 256" "64 -> 1024"                     # larger ones, for a GPU
     python -m benchmarks.sampling --pipeline output/grown-128 --data data_folder        # pictures: scorer and distances
     python -m benchmarks.sampling --quick
 """
@@ -46,6 +47,8 @@ NUM_STEPS, GUIDANCE_SCALE = 30, 3.0
 MODELS = {
     "16 -> 128": (16, 2, 128, 6, 2, 128, (24, 32, 64, 96), 4),
     "64 -> 512": (64, 4, 512, 8, 8, 512, (64, 128, 256), 1),
+    "64 -> 256": (64, 4, 1024, 12, 16, 256, (128, 256), 16),
+    "64 -> 1024": (64, 4, 1024, 12, 16, 1024, (64, 128, 256, 512), 4),
 }
 # What grow.py measures on captioned shapes between 16 and 32 px.
 DETAIL_VARIANCE = 0.0275
@@ -219,7 +222,7 @@ def measure_pictures(args: argparse.Namespace, device: torch.device) -> list[dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS)[:2], choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pipeline", help="A trained pipeline, to score its pictures.")
     parser.add_argument("--data", help="The folder of captioned pictures that it was trained on.")

@@ -18,17 +18,20 @@ What a training and a sampling step cost, against diffusers' models in pixel spa
 machine, batch, resolution and text, arms in turn.
 
     python -m benchmarks.step_time                  # 64, 128 and 256 px
+    python -m benchmarks.step_time --resolutions 256 --hidden_size 1024 --num_layers 12 --channels 128 256   # for a GPU
     python -m benchmarks.step_time --core           # the core alone: its share of the machine's matrix-product peak
     python -m benchmarks.step_time --quick
 """
 
 import argparse
+import bisect
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from threading import Event, Thread
 
 import torch
@@ -40,7 +43,19 @@ from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DMod
 
 
 TEXT_DIM, NUM_TOKENS, GRID = 128, 32, 16
-CHANNELS = (48, 96)
+
+
+@dataclass
+class Size:
+    """Of our model, and by their number of parameters of its peers."""
+
+    hidden_size: int = 192
+    num_layers: int = 6
+    channels: tuple[int, ...] = (48, 96)
+    factor: int = 4
+
+
+SIZE = Size()  # as the flags have it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -48,16 +63,16 @@ CHANNELS = (48, 96)
 
 
 def build_ours(resolution: int, grid: int = GRID) -> GrowableUNet2DConditionModel:
-    """A core of a quarter of the resolution and `grid x grid` tokens, grown once."""
+    """A core of `grid x grid` tokens, grown once."""
     core = ShallowUNet2DModel(
-        sample_size=resolution // 4,
-        patch_size=resolution // 4 // grid,
-        hidden_size=192,
-        num_layers=6,
-        num_attention_heads=3,
+        sample_size=resolution // SIZE.factor,
+        patch_size=resolution // SIZE.factor // grid,
+        hidden_size=SIZE.hidden_size,
+        num_layers=SIZE.num_layers,
+        num_attention_heads=SIZE.hidden_size // 64,
         cross_attention_dim=TEXT_DIM,
     )
-    return GrowableUNet2DConditionModel.from_core(core, resolution, block_out_channels=CHANNELS)
+    return GrowableUNet2DConditionModel.from_core(core, resolution, block_out_channels=SIZE.channels)
 
 
 def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel:
@@ -73,7 +88,7 @@ def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel
         down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
         cross_attention_dim=TEXT_DIM,
-        attention_head_dim=4,
+        attention_head_dim=max(4, SIZE.hidden_size // 64),  # which diffusers takes for the number of heads
         norm_num_groups=2,
     )
 
@@ -101,8 +116,8 @@ def build_dit(resolution: int, width: int) -> DiTTransformer2DModel:
         patch_size=resolution // GRID,
         in_channels=3,
         out_channels=3,
-        num_layers=6,
-        num_attention_heads=4,
+        num_layers=SIZE.num_layers,
+        num_attention_heads=max(4, SIZE.hidden_size // 64),
         attention_head_dim=width,
     )
 
@@ -122,11 +137,22 @@ def build(name: str, resolution: int) -> torch.nn.Module:
         if "detail" in name:
             model.freeze_core()
         return model
+    return PEERS[name](resolution, find_width(name, resolution))
+
+
+def find_width(name: str, resolution: int) -> int:
+    """Of a peer with as many parameters as ours; within 5 % rather a multiple of 8, which tensor cores are fast with."""
+
+    def count(width: int) -> int:
+        return PEERS[name](resolution, width).num_parameters()
+
     with torch.device("meta"):
         goal = build_ours(resolution).num_parameters()
-        widths = range(8, 200, 2)
-        width = min(widths, key=lambda width: abs(PEERS[name](resolution, width).num_parameters() - goal))
-    return PEERS[name](resolution, width)
+        widths = range(8, 600, 2)
+        place = bisect.bisect_left(widths, goal, key=count)
+        differences = {width: abs(count(width) / goal - 1) for width in widths[max(place - 4, 0) : place + 4]}
+    aligned = {width: difference for width, difference in differences.items() if width % 8 == 0 and difference < 0.05}
+    return min(aligned or differences, key=(aligned or differences).__getitem__)
 
 
 def call(model: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -189,8 +215,9 @@ def timed(function) -> float:
     return time.perf_counter() - started
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The best that this machine makes of one large matrix product, in operations per second."""
+    size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = [timed(lambda: a @ b) for _ in range(20)]
     return 2 * size**3 / statistics.median(times[5:])
@@ -198,7 +225,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> f
 
 def measure_memory(name: str, resolution: int, batch_size: int) -> float:
     """Peak memory of a training step in MB: of a process of its own, less what it holds before building the model."""
-    command = [sys.executable, "-m", "benchmarks.step_time", "--memory", name, str(resolution), str(batch_size)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step_time",
+        *sys.argv[1:],
+        "--memory",
+        name,
+        str(resolution),
+        str(batch_size),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -311,6 +347,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[128, 512, 1024])
+    parser.add_argument("--hidden_size", type=int, default=Size.hidden_size, help="Of our core.")
+    parser.add_argument("--num_layers", type=int, default=Size.num_layers, help="Of our core.")
+    parser.add_argument("--channels", type=int, nargs="+", default=Size.channels, help="Of our stage.")
+    parser.add_argument(
+        "--factor", type=int, default=Size.factor, help="How many times smaller the core's pictures are."
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--core", action="store_true", help="Measure the core alone.")
@@ -319,6 +361,8 @@ def main() -> None:
     args = parser.parse_args()
     # As grow.py has it: attention in plain torch, without a detour through float32.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    for name in ("hidden_size", "num_layers", "channels", "factor"):
+        setattr(SIZE, name, getattr(args, name))
     if args.memory:
         return print_memory(args.memory[0], int(args.memory[1]), int(args.memory[2]))
     if args.quick:

@@ -26,6 +26,8 @@ import torch
 
 
 RESULTS = Path(__file__).parent / "results"
+if torch.cuda.is_available():
+    RESULTS /= "gpu"
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -21,18 +21,17 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 
-def draw_samples(
-    rows: dict[str, list[Image.Image]], captions: list[str], path: str | Path, picture_size: int = 128
-) -> None:
+def draw_samples(rows: dict[str, list[Image.Image]], captions: list[str], path: str | Path) -> None:
     """
-    Writes a grid: one row of pictures for each entry of `rows`, whose name stands on the left, and the captions below.
+    Writes a grid: one row of pictures for each entry of `rows`, whose name stands on the left, and the captions below. All
+    are shown at the size of the largest, and at 128 pixels per side at least, enlarged without smoothing.
 
     Args:
         rows (`dict[str, list[Image.Image]]`): For each row's name, one square picture per caption.
         captions (`list[str]`): Printed under the columns.
         path (`str` or `Path`): The PNG to write.
-        picture_size (`int`): Pixels per side that each picture is shown at, enlarged without smoothing.
     """
+    picture_size = max(128, *(picture.width for pictures in rows.values() for picture in pictures))
     font = ImageFont.load_default(size=11)
     texts = ["\n".join(textwrap.wrap(caption, picture_size // 6)) for caption in captions]
     lines = max(text.count("\n") + 1 for text in texts)
