@@ -353,7 +353,8 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path]) -> dict:
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
             flags += [f"--{name}", str(value)]
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--dynamo_backend=no"]
     train = [*launcher, "--num_cpu_threads_per_process=1", job.script, *flags]
     evaluate = [sys.executable, "-m", "benchmarks.evaluate", str(folder), str(job.data)]

@@ -56,9 +56,11 @@ from diffusers_greedy_grow.flow import descend, detail_variance
 from diffusers_greedy_grow.hub import UploadError, add_to_lineage, prepare_repository, upload, write_card
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.training import (
+    FREE_TO_CHANGE,
     CaptionedPictures,
     DataArguments,
     EpochOrder,
+    GradientGuard,
     Interrupt,
     LossMeter,
     ModelArguments,
@@ -72,6 +74,7 @@ from diffusers_greedy_grow.training import (
     draw_noise,
     draw_samples,
     encode_captions,
+    find_changes,
     find_checkpoint,
     flow_loss,
     format_plan,
@@ -87,6 +90,7 @@ from diffusers_greedy_grow.training import (
     save_pipeline,
     sorted_checkpoints,
     train_small_tokenizer,
+    write_text,
 )
 from diffusers_greedy_grow.training.shapes import write_shapes
 from diffusers_greedy_grow.training.shapes_scorer import CHANCE, score_images
@@ -271,14 +275,17 @@ class Run:
     def metrics_path(self) -> Path:
         return self.output_dir / "metrics.jsonl"
 
-    def schedule(self, phase: Phase) -> dict[str, int]:
-        """What decides which pictures a step sees and at what learning rate: a resumed phase has to have the same."""
-        return {
-            "steps": phase.steps,
-            "train_batch_size": phase.batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "number of processes": self.accelerator.num_processes,
-        }
+    @property
+    def config(self) -> dict:
+        """All arguments, as `config.yaml` has them."""
+        return {**asdict(self.data_args), **asdict(self.model_args), **asdict(self.args)}
+
+    @property
+    def decisive_config(self) -> dict:
+        """What a resumed run has to share with the one that was stopped, or it would end elsewhere."""
+        pictures_per_step = {plan.name: plan.batch_size for plan in self.plans.values()}
+        config = {name: value for name, value in self.config.items() if name not in FREE_TO_CHANGE}
+        return {**config, "pictures per step": pictures_per_step}
 
     def trains_text(self, phase: Phase) -> bool:
         """Whether a phase trains the text encoder: a small new one learns in the first phase."""
@@ -343,15 +350,19 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     trained_text_encoder = accelerator.prepare(text_encoder) if train_text else text_encoder
     trained = [model, trained_text_encoder] if train_text else [model]
 
+    guard = GradientGuard(args.spike_factor, args.max_skipped_steps)
     if checkpoint is not None:
-        step = read_progress(checkpoint)["step"]
-        ema = load_checkpoint(accelerator, checkpoint, named_parameters, args.ema_decay)
+        progress = read_progress(checkpoint)
+        step = progress["step"]
+        ema, losses = load_checkpoint(accelerator, checkpoint, named_parameters, args.ema_decay)
+        meter = LossMeter(losses)
+        guard.load_state_dict(progress["guard"])
     else:
-        step = 0
+        step, meter = 0, LossMeter()
         # Anew in each phase, which starts from the averages of the one before. To go on with their slow decay would hold
         # the new weights back: it cost 8 % of the held-out loss after `detail`.
-        ema = EMAModel([parameter for _, parameter in named_parameters], decay=args.ema_decay)
-    ema.to(device)
+        ema = EMAModel([parameter for _, parameter in named_parameters], decay=args.ema_decay, foreach=True)
+    ema.to("cpu" if args.offload_ema else device)
 
     # 2. The data of the steps that are left, in an order that depends on the seed alone
     batch_size = phase.batch_size
@@ -370,18 +381,19 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
 
     # 3. The loop
     def save(step: int) -> Path:
+        losses = meter.gather(accelerator)
+        progress = {
+            "phase": phase.name,
+            "step": step,
+            "config": run.decisive_config,
+            "guard": guard.state_dict(),
+            "metrics_size": run.metrics_path.stat().st_size if run.metrics_path.exists() else 0,
+        }
         return save_checkpoint(
-            accelerator,
-            run.checkpoints,
-            phase.name,
-            step,
-            ema,
-            named_parameters,
-            args.checkpoints_total_limit,
-            run.schedule(phase),
+            accelerator, run.checkpoints, progress, ema, named_parameters, losses, args.checkpoints_total_limit
         )
 
-    meter, started, step_at_start = LossMeter(), time.perf_counter(), step
+    started, step_at_start = time.perf_counter(), step
     progress = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
     logged_step, logged_time = step, started
     for micro_step, batch in enumerate(loader):
@@ -390,24 +402,31 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             place = (
                 micro_step % args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
             )
-            generators = sample_generators((args.seed, phase.index, step), place * batch_size, len(x0))
-            noise, sigma = draw_noise(
-                generators, x0.shape, shift, args.logit_mean[phase.stage], args.logit_std[phase.stage], device
+            noise, sigma, dropped = draw_noise(
+                (args.seed, phase.index, step),
+                place * batch_size,
+                pictures_per_step,
+                x0.shape,
+                shift,
+                args.logit_mean[phase.stage],
+                args.logit_std[phase.stage],
+                device,
+                run.data_args.caption_dropout,
             )
-            dropped = [
-                torch.rand(1, generator=generator).item() < run.data_args.caption_dropout for generator in generators
-            ]
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
             with accelerator.autocast():
                 conditions = encode_captions(pipeline, trained_text_encoder, captions, device)
                 weighting = args.loss_weighting[phase.stage]
                 losses = flow_loss(model, x0, noise, sigma, band_factor, weighting, **conditions)
-            if not torch.isfinite(losses.loss):
-                raise_not_finite(run, phase, step, losses.sigma)
             accelerator.backward(losses.loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], args.max_grad_norm)
-            optimizer.step()
+                norm = accelerator.clip_grad_norm_(
+                    [p for group in groups for p in group["params"]], args.max_grad_norm
+                ).item()
+                if accept_gradients(run, phase, step, guard, norm, losses.sigma):
+                    optimizer.step()
+                elif accelerator.scaler is not None:
+                    accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
             lr_scheduler.step()
             optimizer.zero_grad()
         meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
@@ -415,7 +434,11 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             continue
 
         step += 1
+        if args.offload_ema:
+            ema.to(device)
         ema.step([parameter for _, parameter in named_parameters])
+        if args.offload_ema:
+            ema.to("cpu")
         progress.update()
         if run.interrupt.signal is not None:
             accelerator.set_trigger()
@@ -425,11 +448,10 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         if step == step_at_start + min(20, phase.steps - step_at_start):
             report_time(run, phase, step, (time.perf_counter() - started) / (step - step_at_start) / pictures_per_step)
         if step % args.logging_steps == 0 or last or interrupted:
-            meter.batches = [accelerator.gather(torch.cat(meter.batches))]
             now = time.perf_counter()
             rate = (step - logged_step) * pictures_per_step / (now - logged_time)
             logged_step, logged_time = step, now
-            means = {"lr": optimizer.param_groups[0]["lr"], **meter.compute()}
+            means = {"lr": optimizer.param_groups[0]["lr"], **meter.compute(accelerator), **guard.compute()}
             run.log(phase, step, pictures=step * pictures_per_step, pictures_per_second=rate, **means)
             progress.set_postfix(loss=f"{means['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
         if step % args.validation_steps == 0 or last:
@@ -493,9 +515,15 @@ def validate(
         rows = [run.validation_data[i] for i in range(start, min(start + phase.batch_size, end))]
         pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
         x0 = normalize(pixel_values, pool_factor)
-        generators = sample_generators((args.seed, VALIDATION, phase.stage), start, len(x0))
-        noise, sigma = draw_noise(
-            generators, x0.shape, shift, args.logit_mean[0], args.logit_std[0], accelerator.device
+        noise, sigma, _ = draw_noise(
+            (args.seed, VALIDATION, phase.stage),
+            start,
+            count,
+            x0.shape,
+            shift,
+            args.logit_mean[0],
+            args.logit_std[0],
+            accelerator.device,
         )
         captions = [row["caption"] for row in rows]
         with accelerator.autocast():
@@ -505,21 +533,27 @@ def validate(
     pipeline.unet.train()
     if num_processes > 1:  # the processes may have unequal shares
         losses_of_pictures = gather_object(losses_of_pictures)
-    if not losses_of_pictures:
-        return {}
-    meter = LossMeter()
-    meter.update(torch.tensor(losses_of_pictures))
-    return {f"val_{name}": value for name, value in meter.compute().items()}
+    meter = LossMeter(torch.tensor(losses_of_pictures).reshape(-1, 3))
+    return {f"val_{name}": value for name, value in meter.compute(accelerator).items()}
 
 
-def raise_not_finite(run: Run, phase: Phase, step: int, sigma: torch.Tensor) -> None:
-    checkpoints = sorted_checkpoints(run.checkpoints)
-    remedy = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
-    levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
-    raise FloatingPointError(
-        f"The loss of {phase.name} is not finite at step {step + 1}, at the noise levels {levels}. {remedy}; a lower "
-        "`learning_rate`, a lower `max_grad_norm`, or `mixed_precision` bf16 in place of fp16 may help."
-    )
+def accept_gradients(
+    run: Run, phase: Phase, step: int, guard: GradientGuard, norm: float, sigma: torch.Tensor
+) -> bool:
+    """Whether to take a step with gradients of this `norm`. Says so if not, and what to do if it happens too often."""
+    try:
+        accepted = guard.accept(norm)
+    except FloatingPointError as error:
+        levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
+        checkpoints = sorted_checkpoints(run.checkpoints)
+        remedy = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
+        raise FloatingPointError(
+            f"{phase.name} stops at step {step + 1}: {error} This batch had the noise levels {levels}. {remedy}; a lower "
+            "`learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 in place of fp16 may help."
+        ) from error
+    if not accepted:
+        logger.warning(f"{phase.name}: step {step + 1} is left out, its gradient has the norm {norm:.3g}.")
+    return accepted
 
 
 def report_time(run: Run, phase: Phase, step: int, seconds_per_picture: float) -> None:
@@ -717,18 +751,11 @@ def write_shapes_once(
     return str(folder)
 
 
-def keep_metrics_until(run: Run, phases: list[Phase], step: int) -> None:
-    """Drops the lines of metrics that come after the `step` of the last of `phases`: they will be written again."""
-    names = [phase.name for phase in phases]
-    kept = []
-    for line in run.metrics_path.read_text().splitlines() if run.metrics_path.exists() else []:
-        record = json.loads(line)
-        if record["phase"] in names[:-1] or (record["phase"] == names[-1] and record["step"] <= step):
-            kept.append(line + "\n")
-    if run.accelerator.is_main_process:
-        temporary = run.metrics_path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(run.metrics_path)
+def keep_metrics(path: Path, size: int) -> None:
+    """Drops what was written after a checkpoint was saved: it will be written again."""
+    if not path.exists() or path.stat().st_size < size:
+        raise ValueError(f"{path} lacks lines that were there when the checkpoint was saved: put it back.")
+    os.truncate(path, size)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -765,7 +792,13 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-        logger.info(f"Going on from {checkpoint}.")
+        finished = [plan.name for plan in plans if (output_dir / plan.name).exists()]
+        if checkpoint is None and finished:
+            raise ValueError(
+                f"`resume_from_checkpoint='latest'`: there is no checkpoint in {output_dir / 'checkpoints'}, and to begin "
+                f"anew would replace {', '.join(finished)}. Grow them further with `--core`, or name another `output_dir`."
+            )
+        logger.info(f"Going on from {checkpoint}." if checkpoint else f"{output_dir} has no checkpoint yet.")
     elif (output_dir / "config.yaml").exists() and not args.overwrite_output_dir:
         raise ValueError(
             f"`output_dir={args.output_dir!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
@@ -822,9 +855,16 @@ def main(argv: list[str] | None = None) -> None:
         first = next((i for i, phase in enumerate(phases) if phase.name == progress["phase"]), -1)
         if first < 0:
             raise ValueError(f"{checkpoint} is of phase {progress['phase']}, which this run does not have.")
-        schedule = run.schedule(phases[first])
-        if schedule != progress["schedule"]:
-            raise ValueError(f"{checkpoint} was saved with {progress['schedule']}; it cannot go on with {schedule}.")
+        changes = find_changes(progress["config"], json.loads(json.dumps(run.decisive_config)))
+        if changes and not args.resume_with_changes:
+            raise ValueError(
+                f"{checkpoint} was saved with other arguments: {changes}. Go on with the same ones, or say by "
+                "`--resume_with_changes` that these are meant."
+            )
+        if progress["step"] > phases[first].steps:
+            raise ValueError(
+                f"{checkpoint} is after the {phases[first].steps} steps that {phases[first].name} has now."
+            )
     start = output_dir / phases[first - 1].name if first > 0 else model_args.core
     if start is not None:
         revision = model_args.core_revision if start == model_args.core else None
@@ -841,10 +881,9 @@ def main(argv: list[str] | None = None) -> None:
             for folder in replaced:
                 shutil.rmtree(folder, ignore_errors=True)
             (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        config = {**asdict(data_args), **asdict(model_args), **asdict(args)}
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    if checkpoint is not None:
-        keep_metrics_until(run, phases[: first + 1], progress["step"])
+        else:
+            keep_metrics(run.metrics_path, progress["metrics_size"])
+        write_text(output_dir / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
     if publisher is not None and checkpoint is not None:
         publisher.push_missing(phases[:first], output_dir)
     accelerator.init_trackers("grow")

@@ -12,17 +12,26 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments, parse_channels
+from .arguments import (
+    FREE_TO_CHANGE,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+    parse_channels,
+)
 from .checkpoints import (
+    find_changes,
     find_checkpoint,
     load_checkpoint,
     read_progress,
     save_checkpoint,
     save_pipeline,
     sorted_checkpoints,
+    write_text,
 )
 from .data import CaptionedPictures, EpochOrder, load_captioned_data, normalize, sample_generators
-from .loop import Interrupt, TqdmHandler, averaged
+from .loop import GradientGuard, Interrupt, TqdmHandler, averaged
 from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
 from .plan import PhasePlan, describe_parts, format_plan, plan_phase
 from .report import draw_losses, draw_samples

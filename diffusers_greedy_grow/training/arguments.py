@@ -95,7 +95,12 @@ class TrainingArguments:
 
     output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": '"latest", or a checkpoint folder.'})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": '"latest", if there is one, or a checkpoint folder.'}
+    )
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "Go on although arguments differ from those of the checkpoint."}
+    )
     plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
     core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
     detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
@@ -113,7 +118,13 @@ class TrainingArguments:
     adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
     adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    spike_factor: float = field(
+        default=20.0,
+        metadata={"help": "Leave out a step whose gradient has so many times the median norm of the last 100 steps."},
+    )
+    max_skipped_steps: int = field(default=20, metadata={"help": "Stop if more steps in a row are left out."})
     ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
+    offload_ema: bool = field(default=False, metadata={"help": "Keep that average in the CPU's memory."})
     logit_mean: list[float] = field(
         default_factory=lambda: [1.0, 0.3],
         metadata={
@@ -162,6 +173,37 @@ class TrainingArguments:
         metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
     )
     report_to: str | None = field(default=None, metadata={"help": "A tracker of accelerate, such as tensorboard."})
+
+
+# What may be different when a run goes on: it changes neither what is trained nor how.
+FREE_TO_CHANGE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "resume_with_changes",
+    "plan",
+    "dataloader_num_workers",
+    "validation_prompts",
+    "num_validation_pictures",
+    "num_scored_pictures",
+    "num_inference_steps",
+    "guidance_scale",
+    "gradient_checkpointing",
+    "offload_ema",
+    "logging_steps",
+    "validation_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_license",
+    "hub_steps",
+    "report_to",
+    # These may be split otherwise, as long as the pictures per step remain the same.
+    "train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
 def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
@@ -227,6 +269,8 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
         (training, "max_grad_norm", 0, math.inf),
+        (training, "spike_factor", 1, math.inf),
+        (training, "max_skipped_steps", 0, math.inf),
         (training, "lr_warmup_steps", 0, math.inf),
         (training, "adam_weight_decay", 0, math.inf),
     ):

@@ -22,7 +22,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
+
+
+logger = logging.get_logger(__name__)
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -34,76 +38,114 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     temporary.rename(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """At once: what is left if this is cut off does not look like a checkpoint."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     folder: Path,
-    phase: str,
-    step: int,
+    progress: dict,
     ema: EMAModel,
     named_parameters: list[tuple[str, torch.nn.Parameter]],
+    losses: torch.Tensor,
     total_limit: int,
-    schedule: dict[str, int] | None = None,
 ) -> Path:
     """
-    Saves all that a phase needs to go on after `step`: what accelerate has prepared, and the moving average by name;
-    and `schedule`, the numbers that have to be the same when it does. Keeps the newest `total_limit` checkpoints in
-    `folder`. Called on all processes.
+    Saves all that a phase needs to go on: what accelerate has prepared, the moving average by name, the `losses` that no
+    line of metrics tells of yet, and `progress`, which names the `phase` and the `step`. Keeps the newest `total_limit`
+    checkpoints in `folder`. Called on all processes.
     """
-    checkpoint = folder / f"{phase}-{step}"
+    checkpoint = folder / f"{progress['phase']}-{progress['step']}"
     temporary = folder / f".{checkpoint.name}.tmp"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_over in folder.glob(".*"):  # of a process that was killed while it saved or removed
+            shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     if accelerator.is_main_process:
         pairs = zip(named_parameters, ema.shadow_params, strict=True)
         shadows = {name: shadow.contiguous() for (name, _), shadow in pairs}
         save_file(shadows, temporary / "ema.safetensors")
-        progress = {"phase": phase, "step": step, "ema_optimization_step": ema.optimization_step}
-        progress["schedule"] = schedule or {}
+        save_file({"losses": losses}, temporary / "losses.safetensors")
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+        progress = {**progress, "ema_optimization_step": ema.optimization_step, "sizes": sizes}
         (temporary / "progress.json").write_text(json.dumps(progress))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if checkpoint.exists():
+            remove(checkpoint)
         temporary.rename(checkpoint)
         for old in sorted_checkpoints(folder)[:-total_limit]:
-            shutil.rmtree(old)
+            remove(old)
     accelerator.wait_for_everyone()
     return checkpoint
 
 
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing or was cut off, by a full disk or a loss of power."""
+    try:
+        sizes = read_progress(checkpoint)["sizes"]
+    except (OSError, ValueError, KeyError):
+        return "progress.json is missing or cut off"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+    return None
+
+
 def sorted_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    complete = [
-        path for path in folder.glob("*") if not path.name.startswith(".") and (path / "progress.json").exists()
-    ]
-    return sorted(complete, key=lambda path: path.stat().st_mtime)
+    """The complete checkpoints in `folder`, oldest first; those that are damaged are named in a warning."""
+    complete = []
+    for path in folder.glob("[!.]*"):
+        damage = find_damage(path)
+        if damage is None:
+            complete.append(path)
+        else:
+            logger.warning(f"{path} is no complete checkpoint and is passed over: {damage}.")
+    return sorted(complete, key=lambda path: (path / "progress.json").stat().st_mtime_ns)
 
 
-def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path:
+def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
     """
-    The checkpoint that `resume_from_checkpoint` means: `"latest"`, or a folder.
+    The checkpoint that `resume_from_checkpoint` means: for `"latest"` the newest complete one, if there is one, else a
+    folder.
 
     Raises:
-        `ValueError`: if there is none.
+        `ValueError`: if the folder is no complete checkpoint.
     """
     if resume_from_checkpoint == "latest":
-        checkpoints = sorted_checkpoints(output_dir / "checkpoints")
-        if not checkpoints:
-            raise ValueError(
-                f"`resume_from_checkpoint='latest'`: there is no checkpoint in {output_dir / 'checkpoints'}. Start the "
-                "run without it, or name the `output_dir` that it was started with."
-            )
-        return checkpoints[-1]
+        return next(reversed(sorted_checkpoints(output_dir / "checkpoints")), None)
     checkpoint = Path(resume_from_checkpoint)
-    if not (checkpoint / "progress.json").exists():
-        raise ValueError(f"`resume_from_checkpoint={resume_from_checkpoint!r}` is no checkpoint of this script.")
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise ValueError(f"`resume_from_checkpoint={resume_from_checkpoint!r}` is no complete checkpoint: {damage}.")
     return checkpoint
 
 
 def read_progress(checkpoint: Path) -> dict:
-    """The `phase`, the `step` after which a checkpoint was saved, its `schedule`, and `ema_optimization_step`."""
+    """What [`save_checkpoint`] noted: `phase`, `step` and the rest of `progress`, `ema_optimization_step`, `sizes`."""
     return json.loads((checkpoint / "progress.json").read_text())
+
+
+def find_changes(earlier: dict, now: dict) -> str:
+    """Which arguments of a run differ from those of an earlier one, for a person to read."""
+    names = [name for name in earlier | now if earlier.get(name) != now.get(name)]
+    return ", ".join(f"{name} ({earlier.get(name)} -> {now.get(name)})" for name in names)
 
 
 def load_checkpoint(
@@ -111,9 +153,10 @@ def load_checkpoint(
     checkpoint: Path,
     named_parameters: list[tuple[str, torch.nn.Parameter]],
     ema_decay: float,
-) -> EMAModel:
+) -> tuple[EMAModel, torch.Tensor]:
     """
-    Restores what [`save_checkpoint`] saved into what accelerate has prepared, and returns the moving average.
+    Restores what [`save_checkpoint`] saved into what accelerate has prepared, and returns the moving average and the
+    losses.
 
     Raises:
         `ValueError`: if the average is of other parameters than `named_parameters`.
@@ -123,7 +166,7 @@ def load_checkpoint(
     shapes = {name: parameter.shape for name, parameter in named_parameters}
     if {name: shadow.shape for name, shadow in shadows.items()} != shapes:
         raise ValueError(f"{checkpoint} has a moving average of other parameters than this phase trains.")
-    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay)
+    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay, foreach=True)
     ema.shadow_params = [shadows[name] for name in shapes]  # by name: diffusers goes by position
     ema.optimization_step = read_progress(checkpoint)["ema_optimization_step"]
-    return ema
+    return ema, load_file(checkpoint / "losses.safetensors")["losses"]

@@ -166,11 +166,15 @@ class EpochOrder(Sampler[int]):
             position += self.size - first
 
 
+def sample_seeds(key: tuple[int, ...], first: int, count: int) -> list[int]:
+    """
+    A seed for each picture of a batch, from `key`, such as (seed, step), and from the picture's place in the global batch,
+    `first` and following: noise depends neither on the number of processes nor on what was drawn before.
+    """
+    seeds = np.random.SeedSequence(key).generate_state(first + count, np.uint64)[first:]
+    return [int(seed) for seed in seeds >> np.uint64(1)]
+
+
 def sample_generators(key: tuple[int, ...], first: int, count: int) -> list[torch.Generator]:
-    """
-    One random generator for each picture of a batch, from `key`, such as (seed, step), and from the picture's place in
-    the global batch, `first` and following: noise depends neither on the number of processes nor on what was drawn
-    before.
-    """
-    seeds = [np.random.SeedSequence([*key, first + i]).generate_state(1, np.uint64)[0] for i in range(count)]
-    return [torch.Generator().manual_seed(int(seed >> np.uint64(1))) for seed in seeds]
+    """Random generators with the [`sample_seeds`], as pipelines take them."""
+    return [torch.Generator().manual_seed(seed) for seed in sample_seeds(key, first, count)]

@@ -17,9 +17,10 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
+from accelerate import Accelerator
 
 from ..flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma
+from .data import sample_seeds
 
 
 # Edges of the noise-level bins that the loss is reported in. The first holds the levels at which grain would show.
@@ -27,32 +28,40 @@ SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
 
 
 def draw_noise(
-    generators: list[torch.Generator],
+    key: tuple[int, ...],
+    first: int,
+    total: int,
     shape: torch.Size,
     shift: float,
     logit_mean: float,
     logit_std: float,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    caption_dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
     """
-    Each picture's noise and noise level, from its own generator.
+    All that is random in a step, for the pictures of one process: a function of `key` and of their places in the step's
+    whole batch, so neither the number of processes nor what was drawn before makes a difference.
 
     Args:
-        generators (`list[torch.Generator]`):
-            On the CPU, one for each picture. On another `device`, noise is drawn there, by generators with their seeds: a
-            CPU would take longer for it than a GPU for the step.
-        shape (`torch.Size`): `(B, C, H, W)`.
+        key (`tuple[int, ...]`): Such as (seed, phase, step).
+        first (`int`), total (`int`): The first picture's place in the whole batch, and how many pictures that has.
+        shape (`torch.Size`): `(B, C, H, W)` of this process's pictures.
         shift (`float`), logit_mean (`float`), logit_std (`float`): The distribution of levels, see [`sample_sigma`].
+        device (`torch.device`): Where noise is drawn. For large pictures a CPU takes longer than a GPU for the step.
+        caption_dropout (`float`): The share of captions to leave empty.
 
     Returns:
-        Noise of that shape, float32, and levels `(B,)`, both on `device`.
+        Noise of that shape, float32, and levels `(B,)`, both on `device`; and for each picture whether to drop its caption.
     """
-    on_device = generators
-    if device.type != "cpu":
-        on_device = [torch.Generator(device).manual_seed(generator.initial_seed()) for generator in generators]
-    noise = randn_tensor(shape, generator=on_device, device=device, dtype=torch.float32)
-    sigma = [sample_sigma(1, shift, logit_mean, logit_std, generator) for generator in generators]
-    return noise, torch.cat(sigma).to(device)
+    noise, generator = torch.empty(shape, device=device), torch.Generator(device)
+    level_seed, *picture_seeds = sample_seeds(key, 0, 1 + first + len(noise))
+    for picture, seed in zip(noise, picture_seeds[first:]):
+        picture.normal_(generator=generator.manual_seed(seed))
+    # These for the whole batch: drawing them one by one would take longer.
+    generator = torch.Generator().manual_seed(level_seed)
+    sigma = sample_sigma(total, shift, logit_mean, logit_std, generator)[first : first + len(noise)]
+    dropped = torch.rand(total, generator=generator)[first : first + len(noise)] < caption_dropout
+    return noise, sigma.to(device), dropped.tolist()
 
 
 @dataclass
@@ -109,19 +118,29 @@ def flow_loss(
 
 
 class LossMeter:
-    """Means of the loss, of its bands and of its noise-level bins over many batches."""
+    """Means of the loss, of its bands and of its noise-level bins over many batches; what is not finite is left out."""
 
-    def __init__(self):
+    def __init__(self, losses: torch.Tensor | None = None):
+        self.gathered = torch.empty(0, 3) if losses is None else losses
         self.batches: list[torch.Tensor] = []
 
     def update(self, losses: torch.Tensor) -> None:
         """Adds a batch: `(B, 3)` with columns low, high, sigma."""
         self.batches.append(losses)
 
-    def compute(self) -> dict[str, float]:
+    def gather(self, accelerator: Accelerator) -> torch.Tensor:
+        """All that was added since the last [`compute`], on every process that of all: what a checkpoint has to hold."""
+        if self.batches:
+            batches = accelerator.gather(torch.cat(self.batches))
+            self.gathered, self.batches = torch.cat([self.gathered, batches.float().cpu()]), []
+        return self.gathered
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """The means since the last call: `loss`, `loss_low`, `loss_high`, and `loss_sigma_<from>_<to>` where seen."""
-        low, high, sigma = torch.cat(self.batches).float().cpu().unbind(dim=1)
-        self.batches = []
+        losses, self.gathered = self.gather(accelerator), torch.empty(0, 3)
+        low, high, sigma = losses[losses.isfinite().all(dim=1)].unbind(dim=1)
+        if not len(sigma):
+            return {}
         means = {
             "loss": (low + high).mean().item(),
             "loss_low": low.mean().item(),

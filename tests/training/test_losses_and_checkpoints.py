@@ -14,6 +14,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from PIL import Image
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import SIGMA_MIN, high_band, pool
 from diffusers_greedy_grow.training import (
+    GradientGuard,
     LossMeter,
     describe_parts,
     draw_losses,
@@ -36,7 +38,6 @@ from diffusers_greedy_grow.training import (
     read_progress,
     save_checkpoint,
     save_pipeline,
-    sorted_checkpoints,
 )
 
 from ..testing_utils import make_grown, make_inputs, make_pipeline
@@ -73,14 +74,30 @@ def test_the_loss_is_that_of_the_velocity(grown):
 
 
 def test_loss_meter():
-    meter = LossMeter()
+    accelerator, meter = Accelerator(cpu=True), LossMeter()
     meter.update(torch.tensor([[1.0, 2.0, 0.1], [3.0, 4.0, 0.5]]))
-    meter.update(torch.tensor([[5.0, 6.0, 0.55]]))
-    means = meter.compute()
+    meter = LossMeter(meter.gather(accelerator))  # as from a checkpoint
+    meter.update(torch.tensor([[5.0, 6.0, 0.55], [math.nan, 1.0, 0.2]]))
+    means = meter.compute(accelerator)
     assert means == {
         "loss": 7.0, "loss_low": 3.0, "loss_high": 4.0, "loss_sigma_0.0_0.3": 3.0, "loss_sigma_0.3_0.6": 9.0,
     }  # fmt: skip
-    assert not meter.batches
+    assert meter.compute(accelerator) == {}
+
+
+def test_gradient_guard():
+    guard = GradientGuard(factor=10, limit=2)
+    assert guard.accept(500) and all(guard.accept(1 + step / 100) for step in range(30))
+    assert not guard.accept(12.5) and not guard.accept(math.nan)
+    means = guard.compute()
+    assert means["grad_norm_max"] == 500 and means["skipped_steps"] == 2 and 10 < means["grad_norm"] < 20
+
+    resumed = GradientGuard(factor=10, limit=2)
+    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for one in (guard, resumed):
+        with pytest.raises(FloatingPointError, match="for 3 steps in a row; the last one was 12"):
+            one.accept(12)
+        assert one.accept(9) and one.skipped_in_a_row == 0 and one.skipped_steps == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,7 +110,7 @@ def test_checkpoints(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
     named = list(model.named_parameters())
-    ema = EMAModel([parameter for _, parameter in named], decay=0.9)
+    ema = EMAModel([parameter for _, parameter in named], decay=0.9, foreach=True)
 
     def train(steps):
         for step in range(steps):
@@ -103,14 +120,21 @@ def test_checkpoints(tmp_path):
             ema.step(model.parameters())
 
     train(2)
-    path = save_checkpoint(accelerator, tmp_path / "checkpoints", "grown-32", 2, ema, named, 2, {"steps": 9})
-    expected = {"phase": "grown-32", "step": 2, "ema_optimization_step": 2, "schedule": {"steps": 9}}
-    assert read_progress(path) == expected
+
+    def save(step):
+        progress = {"phase": "grown-32", "step": step, "config": {"seed": 3}}
+        losses = torch.full((1, 3), step / 3)
+        return save_checkpoint(accelerator, tmp_path / "checkpoints", progress, ema, named, losses, total_limit=2)
+
+    path = save(2)
+    expected = {"phase": "grown-32", "step": 2, "ema_optimization_step": 2, "config": {"seed": 3}}
+    assert expected.items() <= read_progress(path).items()
     train(2)
     expected = [parameter.detach().clone() for parameter in model.parameters()]
     expected_ema = [shadow.clone() for shadow in ema.shadow_params]
     train(1)
-    ema = load_checkpoint(accelerator, path, named, 0.9)
+    ema, losses = load_checkpoint(accelerator, path, named, 0.9)
+    assert torch.equal(losses, torch.full((1, 3), 2 / 3))
     train(2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected))
     assert all(torch.equal(a, b) for a, b in zip(ema.shadow_params, expected_ema))
@@ -118,18 +142,40 @@ def test_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="a moving average of other parameters"):
         load_checkpoint(accelerator, path, named[1:], 0.9)
 
-    for step in (3, 4, 5):
-        save_checkpoint(accelerator, tmp_path / "checkpoints", "grown-32", step, ema, named, total_limit=2)
-    assert [path.name for path in sorted_checkpoints(tmp_path / "checkpoints")] == ["grown-32-4", "grown-32-5"]
-    # What was cut off in the middle of being saved is no checkpoint.
+    # What was cut off in the middle of being saved or removed is no checkpoint.
     (tmp_path / "checkpoints" / ".grown-32-6.tmp").mkdir()
-    (tmp_path / "checkpoints" / "grown-32-7").mkdir()
+    for step in (3, 4, 5, 5):
+        save(step)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["grown-32-4", "grown-32-5"]
     assert find_checkpoint(tmp_path, "latest").name == "grown-32-5"
     assert find_checkpoint(tmp_path, str(path.with_name("grown-32-4"))).name == "grown-32-4"
-    with pytest.raises(ValueError, match="is no checkpoint of this script"):
-        find_checkpoint(tmp_path, str(tmp_path))
-    with pytest.raises(ValueError, match="there is no checkpoint in"):
-        find_checkpoint(tmp_path / "elsewhere", "latest")
+    assert find_checkpoint(tmp_path / "elsewhere", "latest") is None
+
+
+@pytest.mark.parametrize("damage", ["cut off", "missing", "progress", "progress missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path, caplog):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(4, 4))
+    named = list(model.named_parameters())
+    ema = EMAModel([parameter for _, parameter in named], decay=0.9)
+    for step in (1, 2):
+        progress = {"phase": "core", "step": step}
+        save_checkpoint(accelerator, tmp_path / "checkpoints", progress, ema, named, torch.empty(0, 3), total_limit=2)
+    newest = find_checkpoint(tmp_path, "latest")
+    assert newest.name == "core-2"
+    path = newest / ("progress.json" if "progress" in damage else "model.safetensors")
+    if "missing" in damage:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-7])
+
+    assert find_checkpoint(tmp_path, "latest").name == "core-1"
+    message = {"cut off": r"model.safetensors has \d+ bytes of", "missing": "model.safetensors is missing"}.get(
+        damage, "progress.json is missing or cut off"
+    )
+    assert re.search(f"core-2 is no complete checkpoint and is passed over: {message}", caplog.text)
+    with pytest.raises(ValueError, match="is no complete checkpoint"):
+        find_checkpoint(tmp_path, str(newest))
 
 
 def test_a_saved_pipeline_replaces_an_earlier_one(tmp_path):
@@ -188,11 +234,11 @@ def test_sample_grid(tmp_path):
         "core": [Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "green")],
         "grown-64": [Image.new("RGB", (64, 64), "blue"), Image.new("RGB", (64, 64), "black")],
     }
-    draw_samples(rows, ["a red square", "a caption of many words that takes several lines"], tmp_path / "s.png", 64)
+    draw_samples(rows, ["a red square", "a caption of many words that takes several lines"], tmp_path / "s.png")
     grid = Image.open(tmp_path / "s.png")
     colors = {color for _, color in grid.getcolors(100000)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)} <= colors
-    assert grid.height > 2 * 64 + 14 and [path.name for path in tmp_path.iterdir()] == ["s.png"]
+    assert grid.height > 2 * 128 + 14 and [path.name for path in tmp_path.iterdir()] == ["s.png"]
 
 
 def test_loss_curves(tmp_path):

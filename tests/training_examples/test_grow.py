@@ -212,8 +212,11 @@ def test_a_finished_run_goes_on_to_its_end_at_once(finished, data, tmp_path):
     # With another batch the steps that are left would be other ones.
     error = refuse(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", train_batch_size=2)
     assert re.search(
-        "grown-16-6 was saved with .*'train_batch_size': 4.*cannot go on with .*'train_batch_size': 2", error
+        r"grown-16-6 was saved with other arguments: pictures per step \(.*'grown-16': 4.*'grown-16': 2", error
     )
+    log = launch(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", learning_rate=1e-4,
+                 joint_steps=8, resume_with_changes=True)  # fmt: skip
+    assert "grown-16-6" in log and read_metrics(tmp_path / "output")[-1]["step"] == 8
 
 
 def test_a_run_does_not_replace_the_core_it_grows(finished, data, tmp_path):
@@ -390,9 +393,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(data, tmp_path, number
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     error = refuse(
         tmp_path / "output", train_data_dir=data, learning_rate=1e20, lr_warmup_steps=0, checkpointing_steps=1,
-        max_grad_norm=1e30,
+        max_grad_norm=1e30, max_skipped_steps=2,
     )  # fmt: skip
-    assert re.search(r"The loss of core is not finite at step \d+, at the noise levels 0\.\d+", error)
+    assert re.search(r"core stops at step \d+: The gradient's norm was not finite", error)
+    assert re.search(r"for 3 steps in a row; the last one was nan. This batch had the noise levels 0\.\d+", error)
     assert "The last good checkpoint is" in error and "core-1" in error and "`learning_rate`" in error
 
 
@@ -432,7 +436,7 @@ def test_each_phase_averages_anew(finished):
         ({"hub_steps": 5}, "--hub_steps and --hub_private_repo need --push_to_hub"),
         ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
         ({"core": "nowhere"}, "`core='nowhere'` is no model"),
-        ({"resume_from_checkpoint": "latest"}, "there is no checkpoint in"),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is no complete checkpoint: progress.json is missing"),
         ({"learning_rat": 1}, "learning_rat"),
         ({"logging_steps": 0}, "--logging_steps 0: has to be at least 1"),
         ({"core_steps": 0}, "--core_steps 0: to train from scratch, name two --resolutions and --detail_steps 0"),

@@ -1,0 +1,174 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Is a run that was killed and resumed the same as the run never killed? Kills `grow.py` by SIGKILL at random moments,
+resumes it by `--resume_from_checkpoint latest`, and compares weights, averages, optimizer state and logged losses bit for
+bit.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.kill_resume --kills 100
+
+Runs are forks of one process that has imported everything, so that most of their time is training and saving.
+"""
+
+import argparse
+import collections
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+ARGUMENTS = {
+    "shapes_pictures": 40,
+    "num_scored_pictures": 4,
+    "resolutions": [8, 16],
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "block_out_channels": ["8"],
+    "text_hidden_size": 32,
+    "core_steps": 14,
+    "detail_steps": [9],
+    "joint_steps": [9],
+    "train_batch_size": [4],
+    "num_validation_pictures": 4,
+    "num_inference_steps": 2,
+    "logging_steps": 2,
+    "validation_steps": 6,
+    "checkpointing_steps": 3,
+}
+TIMES = ("pictures_per_second",)
+
+
+def load_script():
+    """`grow.py` as a module; what it imports is shared by all forks."""
+    path = Path(__file__).resolve().parents[1] / "training_examples" / "grow.py"
+    spec = importlib.util.spec_from_file_location("grow", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules["grow"] = grow = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grow)
+    return grow
+
+
+def start(grow, output_dir: Path) -> int:
+    """A run that goes on where it was, in a process of its own, whose number is returned."""
+    flags = [f"--output_dir={output_dir}", "--resume_from_checkpoint=latest"]
+    for name, value in ARGUMENTS.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        log = os.open(f"{output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        grow.main(flags)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def run_for(grow, output_dir: Path, seconds: float | None) -> bool:
+    """Whether the run came to its end before it was killed after so many `seconds`."""
+    process, end = start(grow, output_dir), time.monotonic() + (seconds or 600)
+    while time.monotonic() < end:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            if status:
+                raise RuntimeError(f"A run failed: see {output_dir}.log.")
+            return True
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    if seconds is None:
+        raise RuntimeError(f"A run hangs: see {output_dir}.log.")
+    return False
+
+
+def where(output_dir: Path) -> str:
+    """What a run was at when it was killed."""
+    if any((output_dir / "checkpoints").glob(".*")):
+        return "saving or removing a checkpoint"
+    if any(output_dir.glob("*.tmp*")):
+        return "saving a pipeline or pictures"
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        return f"training {json.loads(lines[-1])['phase']}" if lines else "before the first line of metrics"
+    except ValueError:
+        return "writing metrics"
+
+
+def fingerprint(output_dir: Path) -> dict[str, str]:
+    """Of all that has to be the same: by file a digest of its content, and the lines of metrics without times."""
+    prints = {}
+    for pattern in ("*/*/*.safetensors", "checkpoints/*/optimizer.bin", "checkpoints/*/scheduler.bin"):
+        for path in sorted(output_dir.glob(pattern)):
+            prints[str(path.relative_to(output_dir))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for i, line in enumerate((output_dir / "metrics.jsonl").read_text().splitlines()):
+        values = {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        prints[f"line {i} of metrics"] = json.dumps(values)
+    return prints
+
+
+def kill_and_compare(folder: Path, kills: int, seed: int = 0) -> Iterator[tuple[list[str], set[str]]]:
+    """For each run that was killed at least once: what it was at each time, and what differs at its end."""
+    grow, moments = load_script(), random.Random(seed)
+    run_for(grow, folder / "drawn", None)  # with the shapes yet to be drawn: the time of the others is for training
+    started = time.monotonic()
+    run_for(grow, folder / "whole", None)
+    seconds, expected = time.monotonic() - started, fingerprint(folder / "whole")
+    print(f"A run takes {seconds:.1f} s; {len(expected)} files and lines have to be the same.", flush=True)
+    run = 0
+    while kills > 0:
+        run += 1
+        output_dir, places = folder / f"run-{run}", []
+        while kills > 0 and not run_for(grow, output_dir, moments.uniform(0, seconds)):
+            places.append(where(output_dir))
+            kills -= 1
+        run_for(grow, output_dir, None)
+        if places:
+            found = fingerprint(output_dir)
+            yield places, {name for name in expected | found if expected.get(name) != found.get(name)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="Where to keep the runs; a temporary folder by default.")
+    args = parser.parse_args()
+    identical, at = 0, collections.Counter[str]()
+    with tempfile.TemporaryDirectory() as temporary:
+        for places, differences in kill_and_compare(Path(args.folder or temporary), args.kills, args.seed):
+            at.update(places)
+            identical += 0 if differences else len(places)
+            print(f"killed {len(places)} times: {sorted(differences)[:5] or 'identical'}", flush=True)
+    for place, count in at.most_common():
+        print(f"{count:4d} x {place}")
+    print(f"{identical}/{args.kills} identical")
+
+
+if __name__ == "__main__":
+    main()
