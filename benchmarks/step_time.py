@@ -25,6 +25,7 @@ machine, batch, resolution and text, arms in turn.
 
 import argparse
 import bisect
+import functools
 import json
 import resource
 import statistics
@@ -140,6 +141,7 @@ def build(name: str, resolution: int) -> torch.nn.Module:
     return PEERS[name](resolution, find_width(name, resolution))
 
 
+@functools.cache
 def find_width(name: str, resolution: int) -> int:
     """Of a peer with as many parameters as ours; within 5 % rather a multiple of 8, which tensor cores are fast with."""
 
