@@ -467,7 +467,8 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             )
             accelerator.end_training()
             sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
-        if step % args.checkpointing_steps == 0 or last:
+        # Not while steps are left out: what made them bad may be in the weights.
+        if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last:
             save(step)
         if run.publisher is not None and args.hub_steps is not None and step % args.hub_steps == 0 and not last:
             with averaged(ema, [parameter for _, parameter in named_parameters]):
