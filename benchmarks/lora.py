@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=["output/core", "output/grown-64"], help="The core is the first."
     )
-    parser.add_argument("--work_dir", type=Path, default=Path("output-lora"))
+    parser.add_argument("--work_dir", type=Path, default=Path(__file__).parent / "runs" / "lora")
     parser.add_argument("--num_pictures", type=int, default=48)
     parser.add_argument("--bfloat16", action="store_true", help="Draw in bfloat16.")
     parser.add_argument("--quick", action="store_true")

@@ -189,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is not None:
         progress = read_progress(checkpoint)
         check_changes(checkpoint, progress["config"], decisive, args.resume_with_changes)
+        if progress["step"] > args.max_train_steps:
+            raise ValueError(f"{checkpoint} is after the {args.max_train_steps} steps that this run has now.")
     repo_id = args.hub_model_id or (output_dir.resolve().name if args.push_to_hub else str(output_dir))
     if args.push_to_hub and accelerator.is_main_process:
         disable_progress_bars()
@@ -234,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. From here on the folder holds this run
     metrics_path = output_dir / "metrics.jsonl"
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
@@ -273,7 +276,6 @@ def main(argv: list[str] | None = None) -> None:
         with averaged(ema, parameters):
             rows["LoRA"] = draw(pipeline, prompts, args, accelerator)
         draw_samples(rows, prompts, output_dir / SAMPLES)
-        draw_losses(metrics_path, output_dir / "loss.png")
 
     def save(step: int) -> Path:
         size = metrics_path.stat().st_size if metrics_path.exists() else 0
@@ -343,6 +345,7 @@ def main(argv: list[str] | None = None) -> None:
     # 7. The averaged weights are what the run has made
     if accelerator.is_main_process:
         draw_grid()
+        draw_losses(metrics_path, output_dir / "loss.png")
         ema.copy_to(parameters)
         save_adapter(unet, output_dir)
         make_lora_card(
