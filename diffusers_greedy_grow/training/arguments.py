@@ -208,7 +208,9 @@ class LoraArguments(PictureArguments, LoopArguments):
         },
     )
     rank: int = field(default=8, metadata={"help": "Of the adapter's matrices."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "What they add is scaled by alpha / rank; 1."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "They are scaled by lora_alpha / rank; by default the rank."}
+    )
     lora_layers: list[str] | None = field(
         default=None,
         metadata={
