@@ -22,6 +22,7 @@ growths (`{"grown_to": 256, ...}`) and phases of training (`{"phase": "grown-256
 
 import fnmatch
 import inspect
+import json
 import re
 import shlex
 import shutil
@@ -30,6 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import logging
 from huggingface_hub import (
     CommitInfo,
@@ -50,6 +52,7 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
 ATTEMPTS = 4
 PUSH_ARGUMENTS = {"repo_id", "commit_message", "private", "token", "create_pr", "revision"}
+FETCH_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
 
 
@@ -101,6 +104,31 @@ unet = AutoModel.from_pretrained({source})"""
 GROW = """from diffusers_greedy_grow import {name}
 
 grown = {name}.from_core({source}, sample_size={size}, block_out_channels=(32, 64))"""
+USE_LORA = """import diffusers_greedy_grow
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({source})
+pipe.load_lora_weights("{repo_id}")
+pipe({prompt}).images[0].save("picture.png")"""
+LORA_CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+LoRA weights for `{{ base_model }}`, a text-to-image model in pixel space of diffusers-greedy-grow; they also load into every
+model grown from it. Trained by `training_examples/train_lora.py`: {{ trained }}.
+
+![Without and with the LoRA]({{ samples }})
+
+## Use
+
+    pip install diffusers-greedy-grow
+
+```python
+{{ use }}
+```
+"""
 PROMPT = '"a large red striped circle on a white background"'
 
 
@@ -144,7 +172,7 @@ def make_card(
         tags=TAGS,
         license=license,
         datasets=datasets,
-        eval_results=eval_results,
+        eval_results=eval_results or None,
         model_name=name if eval_results else None,
         **relation,
     )
@@ -174,6 +202,55 @@ def write_card(folder: Path, pushed, repo_id: str, samples: str | Path | None = 
         card["samples"] = "samples" + Path(samples).suffix
         shutil.copy(samples, folder / card["samples"])
     make_card(pushed, repo_id, **card).save(folder / "README.md")
+
+
+def make_lora_card(
+    repo_id: str,
+    base_model: str,
+    revision: str | None,
+    prompt: str,
+    samples: str,
+    trained: str,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+) -> ModelCard:
+    """
+    The card of an adapter.
+
+    Args:
+        repo_id (`str`):
+            Where it is published.
+        base_model (`str`), revision (`str`, *optional*):
+            The pipeline that it was trained on, a repository or a folder.
+        prompt (`str`):
+            For the example.
+        samples (`str`):
+            The name, within the repository, of a picture to show.
+        trained (`str`):
+            How it was trained, in a few words.
+        license (`str`, *optional*), datasets (`list[str]`, *optional*):
+            Identifiers of the Hub.
+    """
+    is_folder = Path(base_model).exists()
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*TAGS, "lora"],
+        license=license,
+        datasets=datasets,
+        **({} if is_folder else {"base_model": base_model, "base_model_relation": "adapter"}),  # type: ignore[arg-type]
+    )
+    source = f'"{base_model}"' + (f', revision="{revision}"' if revision else "")
+    use = USE_LORA.format(source=source, repo_id=repo_id, prompt=json.dumps(prompt, ensure_ascii=False))
+    return ModelCard.from_template(
+        data,
+        template_str=LORA_CARD,
+        name=repo_id.split("/")[-1],
+        base_model=base_model,
+        trained=trained,
+        use=use,
+        samples=samples,
+    )
 
 
 def describe(entry: dict[str, Any]) -> tuple:
@@ -340,6 +417,23 @@ class ModelHubMixin(HubMixin):
         """As diffusers has it."""
         write_safetensors(safe_serialization)
         super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
+
+
+def fetch_adapter(
+    pretrained_model_name_or_path_or_dict: Any, kwargs: dict[str, Any], weight_name: str | None = None
+) -> tuple[dict, dict | None]:
+    """
+    The tensors of an adapter and, if the file has it, its configuration: of a folder, a repository, or a dictionary of
+    tensors. Takes out of `kwargs` what says where to look.
+    """
+    return _fetch_state_dict(
+        pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+        weight_name=weight_name,
+        use_safetensors=True,
+        allow_pickle=False,
+        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+        **{name: kwargs.pop(name, None) for name in FETCH_ARGUMENTS},
+    )
 
 
 def read_safetensors(use_safetensors: bool | None) -> None:
@@ -536,6 +630,12 @@ def upload(
     assert commit is not None
     logger.info(f"Uploaded to {commit.pr_url or commit.commit_url}.")
     return commit
+
+
+def check_license(license: str | None) -> None:
+    """Asks the Hub, before any work, whether it knows an identifier; raises a `ValueError` if it does not."""
+    if license is not None:
+        ModelCard(f"---\nlicense: {license}\n---\n").validate()
 
 
 def list_operations(

@@ -434,7 +434,7 @@ def test_what_a_card_says_to_run_runs(hub, make, tmp_path):
 def test_a_card_without_the_plugin_names_the_error_that_is_seen(hub):
     pipeline = make_pipeline()
     pipeline.push_to_hub("owner/without")
-    assert "GreedyGrowPipeline" in make_card(pipeline, "owner/without").text
+    assert "GreedyGrowPipeline" in make_card(pipeline, "owner/without", eval_results=[]).text
     code = "from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained('owner/without')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode and re.search(

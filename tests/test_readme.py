@@ -55,7 +55,7 @@ def published(hub, tmp_path, monkeypatch):
 
 
 def test_from_the_hub(published, hub):
-    blocks, names = code_of("From the Hub"), {}
+    blocks, names = code_of("From the Hub") + code_of("LoRA"), {}
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)

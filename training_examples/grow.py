@@ -24,8 +24,6 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 """
 
 import json
-import logging
-import os
 import shutil
 import signal
 import sys
@@ -45,7 +43,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub import EvalResult, HfApi
 from huggingface_hub.utils import disable_progress_bars
 from PIL import Image
 from tqdm.auto import tqdm
@@ -53,7 +51,14 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import descend, detail_variance
-from diffusers_greedy_grow.hub import UploadError, add_to_lineage, prepare_repository, upload, write_card
+from diffusers_greedy_grow.hub import (
+    UploadError,
+    add_to_lineage,
+    check_license,
+    prepare_repository,
+    upload,
+    write_card,
+)
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.training import (
     FREE_TO_CHANGE,
@@ -65,19 +70,20 @@ from diffusers_greedy_grow.training import (
     LossMeter,
     ModelArguments,
     PhasePlan,
-    TqdmHandler,
     TrainingArguments,
+    accept_gradients,
     averaged,
     build_small_text_encoder,
+    check_changes,
     describe_parts,
     draw_losses,
     draw_noise,
     draw_samples,
     encode_captions,
-    find_changes,
-    find_checkpoint,
+    find_start,
     flow_loss,
     format_plan,
+    keep_metrics,
     load_captioned_data,
     load_checkpoint,
     normalize,
@@ -88,7 +94,7 @@ from diffusers_greedy_grow.training import (
     sample_generators,
     save_checkpoint,
     save_pipeline,
-    sorted_checkpoints,
+    set_up,
     train_small_tokenizer,
     write_text,
 )
@@ -423,7 +429,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
                 norm = accelerator.clip_grad_norm_(
                     [p for group in groups for p in group["params"]], args.max_grad_norm
                 ).item()
-                if accept_gradients(run, phase, step, guard, norm, losses.sigma):
+                if accept_gradients(phase.name, step, guard, norm, losses.sigma, run.checkpoints):
                     optimizer.step()
                 elif accelerator.scaler is not None:
                     accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
@@ -538,25 +544,6 @@ def validate(
     return {f"val_{name}": value for name, value in meter.compute(accelerator).items()}
 
 
-def accept_gradients(
-    run: Run, phase: Phase, step: int, guard: GradientGuard, norm: float, sigma: torch.Tensor
-) -> bool:
-    """Whether to take a step with gradients of this `norm`. Says so if not, and what to do if it happens too often."""
-    try:
-        accepted = guard.accept(norm)
-    except FloatingPointError as error:
-        levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
-        checkpoints = sorted_checkpoints(run.checkpoints)
-        remedy = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
-        raise FloatingPointError(
-            f"{phase.name} stops at step {step + 1}: {error} This batch had the noise levels {levels}. {remedy}; a lower "
-            "`learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 in place of fp16 may help."
-        ) from error
-    if not accepted:
-        logger.warning(f"{phase.name}: step {step + 1} is left out, its gradient has the norm {norm:.3g}.")
-    return accepted
-
-
 def report_time(run: Run, phase: Phase, step: int, seconds_per_picture: float) -> None:
     """Says how long the run will take, from the speed of its first steps and the plan's count of operations."""
     rate = run.plans[phase.name].train_flops / seconds_per_picture
@@ -643,8 +630,7 @@ class Publisher:
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         disable_progress_bars()  # of uploads, between those of training
         self.repo_id = prepare_repository(name, private=args.hub_private_repo or None)
-        if args.hub_license is not None:
-            ModelCard(f"---\nlicense: {args.hub_license}\n---\n").validate()  # by the Hub, before any work
+        check_license(args.hub_license)
         if args.hub_steps is not None:
             prepare_repository(self.repo_id, revision="training")
         self.executor = ThreadPoolExecutor(max_workers=1)
@@ -752,13 +738,6 @@ def write_shapes_once(
     return str(folder)
 
 
-def keep_metrics(path: Path, size: int) -> None:
-    """Drops what was written after a checkpoint was saved: it will be written again."""
-    if not path.exists() or path.stat().st_size < size:
-        raise ValueError(f"{path} lacks lines that were there when the checkpoint was saved: put it back.")
-    os.truncate(path, size)
-
-
 def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
     output_dir = Path(args.output_dir)
@@ -768,19 +747,7 @@ def main(argv: list[str] | None = None) -> None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-    logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler()])
-    for name in ("accelerate", "httpx", "httpx2", "datasets", "fsspec"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    set_seed(args.seed)
-    if accelerator.mixed_precision == "bf16":
-        # Else torch's own attention (`_native_math`, the fastest on a CPU) converts to float32 and back.
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count()
-    if accelerator.device.type == "cpu" and threads < cores:
-        logger.warning(
-            f"Training on {threads} of {cores} CPU cores, since `accelerate launch` asks for one thread per process: "
-            f"`accelerate launch --num_cpu_threads_per_process {cores // accelerator.num_processes}` uses all."
-        )
+    set_up(accelerator, args.seed)
 
     # 1. The plan
     phases = list_phases(model_args, args)
@@ -790,9 +757,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # 2. Where it goes, or goes on
-    checkpoint = None
+    checkpoint = find_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
         finished = [plan.name for plan in plans if (output_dir / plan.name).exists()]
         if checkpoint is None and finished:
             raise ValueError(
@@ -800,11 +766,6 @@ def main(argv: list[str] | None = None) -> None:
                 f"anew would replace {', '.join(finished)}. Grow them further with `--core`, or name another `output_dir`."
             )
         logger.info(f"Going on from {checkpoint}." if checkpoint else f"{output_dir} has no checkpoint yet.")
-    elif (output_dir / "config.yaml").exists() and not args.overwrite_output_dir:
-        raise ValueError(
-            f"`output_dir={args.output_dir!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
-            "replace it by `--overwrite_output_dir`, or name another folder."
-        )
     replaced = [
         (output_dir / name).resolve() for name in ("checkpoints", "samples", "uploads", *(plan.name for plan in plans))
     ]
@@ -856,12 +817,7 @@ def main(argv: list[str] | None = None) -> None:
         first = next((i for i, phase in enumerate(phases) if phase.name == progress["phase"]), -1)
         if first < 0:
             raise ValueError(f"{checkpoint} is of phase {progress['phase']}, which this run does not have.")
-        changes = find_changes(progress["config"], json.loads(json.dumps(run.decisive_config)))
-        if changes and not args.resume_with_changes:
-            raise ValueError(
-                f"{checkpoint} was saved with other arguments: {changes}. Go on with the same ones, or say by "
-                "`--resume_with_changes` that these are meant."
-            )
+        check_changes(checkpoint, progress["config"], run.decisive_config, args.resume_with_changes)
         if progress["step"] > phases[first].steps:
             raise ValueError(
                 f"{checkpoint} is after the {phases[first].steps} steps that {phases[first].name} has now."

@@ -30,7 +30,16 @@ from diffusers.utils import apply_lora_scale
 from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, upsample, velocity_from_clean
-from ..hub import ModelHubMixin, add_to_lineage, check_push, find_source, get_lineage, prepare_push, push_or_keep
+from ..hub import (
+    ModelHubMixin,
+    add_to_lineage,
+    check_push,
+    fetch_adapter,
+    find_source,
+    get_lineage,
+    prepare_push,
+    push_or_keep,
+)
 from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
@@ -441,6 +450,15 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
     # ------------------------------------------------------------------------------------------------------------------
     # The model
 
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
+    ) -> None:
+        """As diffusers has it; an adapter of the core that this model was grown from becomes one of its `core`."""
+        weight_name = kwargs.pop("weight_name", None)
+        state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
+        kwargs["metadata"] = metadata or kwargs.get("metadata")
+        super().load_lora_adapter(map_to_core(state_dict, self, prefix), prefix=prefix, **kwargs)
+
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
@@ -591,6 +609,21 @@ CORE_CONFIG_NAMES = (
     "mlp_ratio",
     "cross_attention_dim",
 )
+
+
+def map_to_core(names: dict, model, prefix: str | None = None) -> dict:
+    """
+    Names of a core's adapter layers, such as `transformer_blocks.0...` after `prefix` and a dot, as those of a grown model
+    (`core.transformer_blocks.0...`); names that are a grown model's already, and all names if `model` is a core, stay.
+    """
+    if not isinstance(model, GrowableUNet2DConditionModel):
+        return names
+    start = f"{prefix}." if prefix else ""
+    parts = tuple(f"{start}{part}." for part, _ in model.core.named_children())
+    return {
+        f"{start}core.{name.removeprefix(start)}" if name.startswith(parts) else name: value
+        for name, value in names.items()
+    }
 
 
 def get_stage_patch_size(

@@ -20,30 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
 
-from ..hub import write_safetensors
-from ..models import GrowableUNet2DConditionModel
+from ..hub import fetch_adapter, write_safetensors
+from ..models.growable_unet_2d_condition import map_to_core
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-
-
-def map_to_core(names: dict, model) -> dict:
-    """
-    Names of a core's adapter layers (`unet.transformer_blocks.0...`) as those of a grown model (`unet.core....`); names
-    that are a grown model's already, and all names if `model` is a core, stay.
-    """
-    if not isinstance(model, GrowableUNet2DConditionModel):
-        return names
-    parts = {f"unet.{name}" for name, _ in model.core.named_children()}
-    return {
-        f"unet.core.{name.removeprefix('unet.')}" if ".".join(name.split(".")[:2]) in parts else name: value
-        for name, value in names.items()
-    }
 
 
 class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
@@ -76,14 +60,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         Returns:
             `dict[str, torch.Tensor]`, or a tuple of it and the configuration.
         """
-        state_dict, metadata = _fetch_state_dict(
-            pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
-            weight_name=weight_name,
-            use_safetensors=True,
-            allow_pickle=False,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            **{name: kwargs.pop(name, None) for name in HUB_ARGUMENTS},
-        )
+        state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
         if kwargs:
             raise TypeError(f"{sorted(kwargs)} are no arguments of loading LoRA weights.")
         return (state_dict, metadata) if return_lora_metadata else state_dict
@@ -115,7 +92,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         """
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        state_dict = map_to_core(state_dict, self.unet)
+        state_dict = map_to_core(state_dict, self.unet, prefix="unet")
         layers = {f"unet.{name}" for name, _ in self.unet.named_modules()}
         strange = [
             name

@@ -15,14 +15,17 @@
 from .arguments import (
     FREE_TO_CHANGE,
     DataArguments,
+    LoraArguments,
     ModelArguments,
     TrainingArguments,
     parse_arguments,
     parse_channels,
+    parse_lora_arguments,
 )
 from .checkpoints import (
-    find_changes,
+    check_changes,
     find_checkpoint,
+    find_start,
     load_checkpoint,
     read_progress,
     save_checkpoint,
@@ -31,8 +34,8 @@ from .checkpoints import (
     write_text,
 )
 from .data import CaptionedPictures, EpochOrder, load_captioned_data, normalize, sample_generators
-from .loop import GradientGuard, Interrupt, TqdmHandler, averaged
+from .loop import GradientGuard, Interrupt, TqdmHandler, accept_gradients, averaged, set_up
 from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
 from .plan import PhasePlan, describe_parts, format_plan, plan_phase
-from .report import draw_losses, draw_samples
+from .report import draw_losses, draw_samples, keep_metrics
 from .text import build_small_text_encoder, encode_captions, train_small_tokenizer

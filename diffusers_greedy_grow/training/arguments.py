@@ -12,8 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The arguments of `training_examples/grow.py`: flags over a YAML file over defaults."""
+"""The arguments of `training_examples/`: flags over a YAML file over defaults."""
 
+import argparse
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ from transformers import HfArgumentParser
 
 
 @dataclass
-class DataArguments:
-    """What to train on; by default captioned shapes, drawn for the purpose."""
+class PictureArguments:
+    """Captioned pictures."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
     train_data_dir: str | None = field(
@@ -35,16 +36,22 @@ class DataArguments:
     )
     image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
     caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
+    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Captions of the sample grid; held-out captions by default."}
+    )
+
+
+@dataclass
+class DataArguments(PictureArguments):
+    """What to train on; by default captioned shapes, drawn for the purpose."""
+
     shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
     shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
     num_high_res_pictures: int | None = field(
         default=None,
         metadata={"help": "Train above the core's resolution on that many pictures only, drawn at random."},
-    )
-    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Captions of the sample grid; held-out captions by default."}
     )
     num_validation_pictures: int = field(default=256, metadata={"help": "Held-out pictures the loss is measured on."})
     num_scored_pictures: int = field(default=96, metadata={"help": "Captioned shapes: pictures drawn for the score."})
@@ -90,17 +97,9 @@ class ModelArguments:
 
 
 @dataclass
-class TrainingArguments:
-    """How to train. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
+class GrowthArguments:
+    """What trains for how long. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
 
-    output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": '"latest", if there is one, or a checkpoint folder.'}
-    )
-    resume_with_changes: bool = field(
-        default=False, metadata={"help": "Go on although arguments differ from those of the checkpoint."}
-    )
     plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
     core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
     detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
@@ -108,22 +107,10 @@ class TrainingArguments:
     train_batch_size: list[int] = field(
         default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
     )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
     learning_rate: list[float] = field(
         default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
     )
     core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
-    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase, of which they are a tenth at most."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
-    adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
-    spike_factor: float = field(
-        default=20.0,
-        metadata={"help": "Leave out a step whose gradient has so many times the median norm of the last 100 steps."},
-    )
-    max_skipped_steps: int = field(default=20, metadata={"help": "Stop if more steps in a row are left out."})
-    ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
     offload_ema: bool = field(default=False, metadata={"help": "Keep that average in the CPU's memory."})
     logit_mean: list[float] = field(
         default_factory=lambda: [1.0, 0.3],
@@ -139,6 +126,37 @@ class TrainingArguments:
         default_factory=lambda: ["velocity", "clean"],
         metadata={"help": 'Whose error trains each resolution: the "velocity" or the "clean" picture.'},
     )
+    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
+    hub_steps: int | None = field(
+        default=None,
+        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
+    )
+
+
+@dataclass
+class LoopArguments:
+    """What every training loop has."""
+
+    output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": '"latest", if there is one, or a checkpoint folder.'}
+    )
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "Go on although arguments differ from those of the checkpoint."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
+    lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
+    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase, of which they are a tenth at most."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
+    adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    spike_factor: float = field(
+        default=20.0,
+        metadata={"help": "Leave out a step whose gradient has so many times the median norm of the last 100 steps."},
+    )
+    max_skipped_steps: int = field(default=20, metadata={"help": "Stop if more steps in a row are left out."})
+    ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     attention_backend: str | None = field(
         default=None,
@@ -149,14 +167,13 @@ class TrainingArguments:
     num_inference_steps: int = field(default=20, metadata={"help": "Of the samples."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Of the samples."})
     logging_steps: int = field(default=50, metadata={"help": "Steps between lines in metrics.jsonl."})
-    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
     checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
     push_to_hub: bool = field(
         default=False,
         metadata={
-            "help": "Publish each phase's pipeline on the Hub, under a tag of its name, with the token of `hf auth login` or "
-            "HF_TOKEN."
+            "help": "Publish on the Hub, with the token of `hf auth login` or HF_TOKEN; grow.py publishes each phase's pipeline, "
+            "under a tag of its name."
         },
     )
     hub_model_id: str | None = field(
@@ -168,11 +185,50 @@ class TrainingArguments:
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
     hub_license: str | None = field(default=None, metadata={"help": "For the model cards, such as apache-2.0."})
-    hub_steps: int | None = field(
-        default=None,
-        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
-    )
     report_to: str | None = field(default=None, metadata={"help": "A tracker of accelerate, such as tensorboard."})
+
+
+@dataclass
+class TrainingArguments(GrowthArguments, LoopArguments):
+    """How to train; of `grow.py`."""
+
+
+@dataclass(kw_only=True)
+class LoraArguments(PictureArguments, LoopArguments):
+    """What `train_lora.py` adapts, and how."""
+
+    pretrained_model_name_or_path: str = field(metadata={"help": "The pipeline to adapt, a folder or Hub id."})
+    revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit, if it is on the Hub."})
+    output_dir: str = field(default="output-lora", metadata={"help": "Where everything goes."})
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures are scaled to it and averaged down to the model's, as a core's are by grow.py; by default "
+            "four times a core's, and a grown model's own."
+        },
+    )
+    rank: int = field(default=8, metadata={"help": "Of the adapter's matrices."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "They are scaled by lora_alpha / rank; by default the rank."}
+    )
+    lora_layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "How the names of the layers to adapt end. By default to_q, to_k, to_v and to_out.0, the core's attention; "
+            "of a grown model also its residual blocks' conv1 and conv2, and text_proj."
+        },
+    )
+    max_train_steps: int = field(default=500, metadata={"help": "Steps to train."})
+    train_batch_size: int = field(default=16, metadata={"help": "Pictures per process and step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Its peak."})
+    logit_mean: float | None = field(
+        default=None, metadata={"help": "Of logit(sigma), in terms of the core's noise level; by default grow.py's."}
+    )
+    logit_std: float | None = field(default=None, metadata={"help": "Its standard deviation; by default grow.py's."})
+    loss_weighting: str | None = field(
+        default=None, metadata={"help": '"velocity" or "clean"; by default grow.py\'s, which is by resolution.'}
+    )
+    validation_steps: int = field(default=250, metadata={"help": "Steps between sample grids."})
 
 
 # What may be different when a run goes on: it changes neither what is trained nor how.
@@ -206,18 +262,18 @@ FREE_TO_CHANGE = {
 }
 
 
-def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
-    """Reads flags over the YAML file that `--config` names over the defaults, and checks what can be checked now."""
-    parser = HfArgumentParser(
-        (DataArguments, ModelArguments, TrainingArguments), description=description, allow_abbrev=False
-    )
+def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tuple[HfArgumentParser, list]:
+    """Reads flags over the YAML file that `--config` names over the defaults, and returns an instance of each class."""
+    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file with any of these arguments; flags win.")
-    config = parser.parse_known_args(argv)[0].config
-    if config is not None:
-        values = yaml.safe_load(Path(config).read_text()) or {}
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    path = config.parse_known_args(argv)[0].config
+    if path is not None:
+        values = yaml.safe_load(Path(path).read_text()) or {}
         unknown = set(values) - {action.dest for action in parser._actions}
         if unknown:
-            parser.error(f"{config} has unknown arguments: {sorted(unknown)}")
+            parser.error(f"{path} has unknown arguments: {sorted(unknown)}")
         flags = []
         for name, value in values.items():
             if isinstance(value, list) and value:
@@ -225,7 +281,48 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
             elif value is not None and value != []:
                 flags.append(f"--{name}={value}")
         argv = [*flags, *argv]  # the last one of a name wins
-    data, model, training, _ = parser.parse_args_into_dataclasses(argv)
+    *instances, _ = parser.parse_args_into_dataclasses(argv)
+    return parser, instances
+
+
+def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
+    """Stops at an argument out of its range; each rule is its owner, its name, and the least and the largest value."""
+    for owner, name, low, high in rules:
+        value = getattr(owner, name)
+        if not all(low <= one <= high for one in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{name} {value}: has to be from {low} to {high}.")
+
+
+def check_common(parser: HfArgumentParser, pictures: PictureArguments, loop: LoopArguments) -> None:
+    """Stops at a value that no training can have."""
+    counts = ("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "num_inference_steps")
+    for name in (*counts, "gradient_accumulation_steps"):
+        if getattr(loop, name) < 1:
+            parser.error(f"--{name} {getattr(loop, name)}: has to be at least 1.")
+    check_ranges(
+        parser,
+        (loop, "ema_decay", 0, 1),
+        (loop, "adam_beta2", 0, 1),
+        (pictures, "caption_dropout", 0, 1),
+        (pictures, "dataloader_num_workers", 0, math.inf),
+        (loop, "max_grad_norm", 0, math.inf),
+        (loop, "spike_factor", 1, math.inf),
+        (loop, "max_skipped_steps", 0, math.inf),
+        (loop, "lr_warmup_steps", 0, math.inf),
+        (loop, "adam_weight_decay", 0, math.inf),
+    )
+    for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
+        values = [choice.value for choice in choices]
+        if getattr(loop, name) not in (None, *values):
+            parser.error(f"--{name} {getattr(loop, name)}: choose one of {', '.join(values)}.")
+    if loop.hub_private_repo and not loop.push_to_hub:
+        parser.error("--hub_private_repo needs --push_to_hub.")
+
+
+def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """The arguments of `grow.py`, by [`parse_dataclasses`], with everything checked that can be checked now."""
+    classes = (DataArguments, ModelArguments, TrainingArguments)
+    parser, (data, model, training) = parse_dataclasses(classes, argv, description)
 
     sizes = model.resolutions
     for smaller, larger in zip(sizes, sizes[1:]):
@@ -249,34 +346,23 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         [parse_channels(channels) for channels in model.block_out_channels]
     except ValueError:
         parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
-    counts = ("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit")
-    for name in (*counts, "gradient_accumulation_steps", "num_inference_steps", "train_batch_size"):
+    check_common(parser, data, training)
+    for name in ("validation_steps", "train_batch_size"):
         if np.min(getattr(training, name)) < 1:
             parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
     for name in ("core_steps", "detail_steps", "joint_steps", "learning_rate", "core_lr_scale", "logit_std"):
         if np.min(getattr(training, name), initial=0) < 0:
             parser.error(f"--{name} {getattr(training, name)}: cannot be negative.")
-    for owner, name, low, high in (
-        (training, "ema_decay", 0, 1),
-        (training, "adam_beta2", 0, 1),
-        (data, "caption_dropout", 0, 1),
+    check_ranges(
+        parser,
         (data, "shapes_objects", 1, 3),
         (data, "num_validation_pictures", 0, math.inf),
         (data, "num_scored_pictures", 0, math.inf),
-        (data, "dataloader_num_workers", 0, math.inf),
         (model, "resolutions", 1, math.inf),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
-        (training, "max_grad_norm", 0, math.inf),
-        (training, "spike_factor", 1, math.inf),
-        (training, "max_skipped_steps", 0, math.inf),
-        (training, "lr_warmup_steps", 0, math.inf),
-        (training, "adam_weight_decay", 0, math.inf),
-    ):
-        value = getattr(owner, name)
-        if not all(low <= one <= high for one in (value if isinstance(value, list) else [value])):
-            parser.error(f"--{name} {value}: has to be from {low} to {high}.")
+    )
     if model.core_revision is not None and model.core is None:
         parser.error(f"--core_revision {model.core_revision}: needs --core.")
     if model.core is None and training.core_steps < 1 and (len(sizes) != 2 or training.detail_steps[0]):
@@ -289,12 +375,8 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
     if training.hub_steps is not None and training.hub_steps < 1:
         parser.error(f"--hub_steps {training.hub_steps}: has to be at least 1.")
-    if not training.push_to_hub and (training.hub_steps is not None or training.hub_private_repo):
-        parser.error("--hub_steps and --hub_private_repo need --push_to_hub.")
-    for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
-        values = [choice.value for choice in choices]
-        if getattr(training, name) not in (None, *values):
-            parser.error(f"--{name} {getattr(training, name)}: choose one of {', '.join(values)}.")
+    if training.hub_steps is not None and not training.push_to_hub:
+        parser.error("--hub_steps needs --push_to_hub.")
     if not {*training.loss_weighting} <= {"velocity", "clean"}:
         parser.error(f'--loss_weighting {training.loss_weighting}: choose "velocity" or "clean".')
     if model.init not in ("preserve", "random"):
@@ -302,6 +384,19 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     if model.init == "random" and len(sizes) > 2:
         parser.error(f"--init random grows one stage, not the {len(sizes) - 1} of --resolutions {sizes}.")
     return data, model, training
+
+
+def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
+    """The arguments of `train_lora.py`, checked as far as they can be without the model."""
+    parser, (args,) = parse_dataclasses((LoraArguments,), argv, description)
+    check_common(parser, args, args)
+    counts = ("rank", "max_train_steps", "train_batch_size", "validation_steps")
+    check_ranges(parser, *((args, name, 1, math.inf) for name in counts), (args, "learning_rate", 0, math.inf))
+    if args.resolution is not None:
+        check_ranges(parser, (args, "resolution", 1, math.inf))
+    if args.loss_weighting not in (None, "velocity", "clean"):
+        parser.error(f'--loss_weighting {args.loss_weighting}: choose "velocity" or "clean".')
+    return args
 
 
 def parse_channels(channels: str) -> tuple[int, ...]:

@@ -137,15 +137,38 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
     return checkpoint
 
 
+def find_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite_output_dir: bool) -> Path | None:
+    """
+    The checkpoint that a run goes on from, if it is to.
+
+    Raises:
+        `ValueError`: if there is none, or if a run that is to begin anew would mix with an earlier one.
+    """
+    if resume_from_checkpoint is not None:
+        return find_checkpoint(output_dir, resume_from_checkpoint)
+    if (output_dir / "config.yaml").exists() and not overwrite_output_dir:
+        raise ValueError(
+            f"`output_dir={str(output_dir)!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
+            "replace it by `--overwrite_output_dir`, or name another folder."
+        )
+    return None
+
+
 def read_progress(checkpoint: Path) -> dict:
     """What [`save_checkpoint`] noted: `phase`, `step` and the rest of `progress`, `ema_optimization_step`, `sizes`."""
     return json.loads((checkpoint / "progress.json").read_text())
 
 
-def find_changes(earlier: dict, now: dict) -> str:
-    """Which arguments of a run differ from those of an earlier one, for a person to read."""
+def check_changes(checkpoint: Path, earlier: dict, now: dict, resume_with_changes: bool) -> None:
+    """Raises a `ValueError` that names which arguments differ from those of the checkpoint, unless that is meant."""
+    now = json.loads(json.dumps(now))  # with lists for tuples, as they were saved
     names = [name for name in earlier | now if earlier.get(name) != now.get(name)]
-    return ", ".join(f"{name} ({earlier.get(name)} -> {now.get(name)})" for name in names)
+    if names and not resume_with_changes:
+        changes = ", ".join(f"{name} ({earlier.get(name)} -> {now.get(name)})" for name in names)
+        raise ValueError(
+            f"{checkpoint} was saved with other arguments: {changes}. Go on with the same ones, or say by "
+            "`--resume_with_changes` that these are meant."
+        )
 
 
 def load_checkpoint(

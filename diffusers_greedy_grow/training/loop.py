@@ -16,14 +16,41 @@
 
 import logging
 import math
+import os
 import signal
 import statistics
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
+
+from .checkpoints import sorted_checkpoints
+
+
+logger = get_logger(__name__)
+
+
+def set_up(accelerator: Accelerator, seed: int) -> None:
+    """Logs above the progress bars, seeds, and sees to a CPU's speed."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler()])
+    for name in ("accelerate", "httpx", "httpx2", "datasets", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    set_seed(seed)
+    if accelerator.mixed_precision == "bf16":
+        # Else torch's own attention (`_native_math`, the fastest on a CPU) converts to float32 and back.
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count() or 1
+    if accelerator.device.type == "cpu" and threads < cores:
+        logger.warning(
+            f"Training on {threads} of {cores} CPU cores, since `accelerate launch` asks for one thread per process: "
+            f"`accelerate launch --num_cpu_threads_per_process {cores // accelerator.num_processes}` uses all."
+        )
 
 
 class Interrupt:
@@ -90,6 +117,28 @@ class GradientGuard:
 
     def load_state_dict(self, state: dict) -> None:
         self.__dict__.update(state)
+
+
+def accept_gradients(
+    name: str, step: int, guard: GradientGuard, norm: float, sigma: torch.Tensor, checkpoints_folder: Path
+) -> bool:
+    """
+    Whether phase `name` takes the step after `step`, whose batch had the noise levels `sigma`, with gradients of this `norm`.
+    Says so if not, and what to do if it happens too often.
+    """
+    try:
+        accepted = guard.accept(norm)
+    except FloatingPointError as error:
+        levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
+        checkpoints = sorted_checkpoints(checkpoints_folder)
+        remedy = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
+        raise FloatingPointError(
+            f"{name} stops at step {step + 1}: {error} This batch had the noise levels {levels}. {remedy}; a lower "
+            "`learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 in place of fp16 may help."
+        ) from error
+    if not accepted:
+        logger.warning(f"{name}: step {step + 1} is left out, its gradient has the norm {norm:.3g}.")
+    return accepted
 
 
 @contextmanager

@@ -15,6 +15,7 @@
 """Pictures of a run: samples with their captions, and loss curves."""
 
 import json
+import os
 import textwrap
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def draw_samples(rows: dict[str, list[Image.Image]], captions: list[str], path: 
     for column, text in enumerate(texts):
         draw.multiline_text((margin + column * (picture_size + gap), height - lines * 14 - gap), text, "black", font)
     _write(grid, path)
+
+
+def keep_metrics(path: Path, size: int) -> None:
+    """Drops what was written after a checkpoint was saved: it will be written again."""
+    if not path.exists() or path.stat().st_size < size:
+        raise ValueError(f"{path} lacks lines that were there when the checkpoint was saved: put it back.")
+    os.truncate(path, size)
 
 
 def draw_losses(metrics_path: str | Path, path: str | Path) -> None:

@@ -25,6 +25,8 @@ from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from diffusers_greedy_grow import GrowableUNet2DConditionModel
+
 from ..testing_utils import make_core, make_inputs
 
 
@@ -175,6 +177,27 @@ def test_lora_layerwise_casting_inference(either, compute_dtype):
     assert layer.base_layer.weight.dtype == torch.float8_e4m3fn
     assert layer.lora_A["default"].weight.dtype == compute_dtype
     assert (model(**inputs).sample - expected).abs().mean() < 0.15 * expected.abs().mean()
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_core_in_what_was_grown_from_it(tmp_path):
+    """By the model alone, from a file, which has its configuration too, or from tensors."""
+    core, inputs = make_core(), make_inputs()
+    grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(8,))
+    core.add_adapter(make_config(lora_alpha=7))
+    core.save_lora_adapter(tmp_path)
+    layers = safetensors.torch.load_file(tmp_path / FILE)
+    grown.load_lora_adapter(tmp_path, prefix=None)
+    assert torch.equal(grown.core(**inputs).sample, core(**inputs).sample)
+    assert get_peft_model_state_dict(grown, adapter_name="default_0").keys() == {f"core.{name}" for name in layers}
+    grown.save_lora_adapter(tmp_path / "grown", adapter_name="default_0")
+    grown.load_lora_adapter({f"unet.{name}": value for name, value in layers.items()}, prefix="unet")
+    # What has a grown model's names already keeps them.
+    grown.load_lora_adapter(tmp_path / "grown", prefix=None)
+    for name in ("default_1", "default_2"):
+        loaded = get_peft_model_state_dict(grown, adapter_name=name)
+        assert all(torch.equal(loaded[f"core.{layer}"], value) for layer, value in layers.items())
+    assert [config.lora_alpha for config in grown.peft_config.values()] == [7, 4, 7]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -433,7 +433,7 @@ def test_each_phase_averages_anew(finished):
         ({"caption_dropout": 2}, "--caption_dropout 2.0: has to be from 0 to 1"),
         ({"max_sequence_length": 0}, "--max_sequence_length 0: has to be from 1"),
         ({"core_revision": "core"}, "--core_revision core: needs --core"),
-        ({"hub_steps": 5}, "--hub_steps and --hub_private_repo need --push_to_hub"),
+        ({"hub_steps": 5}, "--hub_steps needs --push_to_hub"),
         ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
         ({"core": "nowhere"}, "`core='nowhere'` is no model"),
         ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is no complete checkpoint: progress.json is missing"),

@@ -1,0 +1,368 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Trains a LoRA, a small change to a frozen model, from captioned pictures:
+
+    accelerate launch training_examples/train_lora.py --pretrained_model_name_or_path output/core \
+        --train_data_dir my_pictures
+    accelerate launch training_examples/train_lora.py --pretrained_model_name_or_path user/shapes-64 --revision grown-64 \
+        --train_data_dir my_pictures
+
+One that was trained on a core, which is cheap, loads into every model grown from it. `output_dir` then holds
+`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output_dir)`, and what a repository on the Hub needs besides.
+"""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
+from huggingface_hub.utils import disable_progress_bars
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.hub import (
+    UploadError,
+    check_license,
+    make_lora_card,
+    new_upload_folder,
+    prepare_repository,
+    upload,
+)
+from diffusers_greedy_grow.training import (
+    FREE_TO_CHANGE,
+    CaptionedPictures,
+    EpochOrder,
+    GradientGuard,
+    Interrupt,
+    LoraArguments,
+    LossMeter,
+    TrainingArguments,
+    accept_gradients,
+    averaged,
+    check_changes,
+    draw_losses,
+    draw_noise,
+    draw_samples,
+    encode_captions,
+    find_start,
+    flow_loss,
+    keep_metrics,
+    load_captioned_data,
+    load_checkpoint,
+    normalize,
+    parse_lora_arguments,
+    read_progress,
+    sample_generators,
+    save_checkpoint,
+    set_up,
+    write_text,
+)
+
+
+logger = get_logger(__name__)
+
+WEIGHTS, SAMPLES = "pytorch_lora_weights.safetensors", "samples.png"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The adapter
+
+
+def add_adapter(unet: torch.nn.Module, args: LoraArguments) -> list[tuple[str, torch.nn.Parameter]]:
+    """Freezes the model, adds an adapter in float32, and returns its parameters, which are all that trains."""
+    names = [f".{name}" for name, _ in unet.named_modules()]
+    if args.lora_layers is not None:
+        layers = args.lora_layers
+        missing = [layer for layer in layers if not any(name.endswith(f".{layer}") for name in names)]
+        if missing:
+            raise ValueError(f"`lora_layers={layers}`: no name of a layer of the model ends in {missing}.")
+    else:
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]  # the core's attention: every model grown from it has it
+        if len(unet.sample_sizes) > 1:
+            layers += ["conv1", "conv2", "text_proj"]
+    unet.requires_grad_(False)
+    alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=layers))
+    cast_training_params(unet, dtype=torch.float32)
+    return [(name, parameter) for name, parameter in unet.named_parameters() if parameter.requires_grad]
+
+
+def save_adapter(unet: torch.nn.Module, folder: Path) -> None:
+    temporary = f"{WEIGHTS}.tmp.safetensors"
+    GreedyGrowPipeline.save_lora_weights(
+        folder, get_peft_model_state_dict(unet), weight_name=temporary, **_collate_lora_metadata({"unet": unet})
+    )
+    (folder / temporary).replace(folder / WEIGHTS)
+
+
+def keep_the_base_out_of_checkpoints(accelerator: Accelerator, unet: torch.nn.Module) -> None:
+    def save(models: list, weights: list, folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            save_adapter(unet, Path(folder))
+
+    def load(models: list, folder: str) -> None:
+        models.clear()
+        layers = GreedyGrowPipeline.lora_state_dict(folder, weight_name=WEIGHTS)
+        set_peft_model_state_dict(unet, {name.removeprefix("unet."): value for name, value in layers.items()})
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The result
+
+
+def draw(pipeline: GreedyGrowPipeline, prompts: list[str], args: LoraArguments, accelerator) -> list[Image.Image]:
+    """One picture for each prompt, from the same noise each time."""
+    generators = sample_generators((args.seed, 1), 0, len(prompts))  # training's begin with (seed, 0)
+    settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    with accelerator.autocast():
+        return pipeline(prompts, generator=generators, **settings).images
+
+
+def publish(output_dir: Path, repo_id: str) -> None:
+    """Uploads what a user of the adapter needs; a failure is logged, with the folder that everything is in."""
+    folder = new_upload_folder(repo_id)
+    for name in (WEIGHTS, SAMPLES, "README.md"):
+        shutil.copy(output_dir / name, folder)
+    try:
+        upload(folder, repo_id, commit_message="Upload LoRA weights")
+    except UploadError as error:
+        logger.error(str(error))
+    else:
+        shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_lora_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
+    set_up(accelerator, args.seed)
+    device = accelerator.device
+
+    # 1. Where it goes, or goes on
+    if (output_dir / "model_index.json").exists():
+        raise ValueError(
+            f"`output_dir={args.output_dir!r}` holds a pipeline, and this run another card: name another."
+        )
+    checkpoint = find_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    pictures_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    decisive = {name: value for name, value in asdict(args).items() if name not in FREE_TO_CHANGE}
+    decisive["pictures per step"] = pictures_per_step
+    progress = {"step": 0}
+    if checkpoint is not None:
+        progress = read_progress(checkpoint)
+        check_changes(checkpoint, progress["config"], decisive, args.resume_with_changes)
+        if progress["step"] > args.max_train_steps:
+            raise ValueError(f"{checkpoint} is after the {args.max_train_steps} steps that this run has now.")
+    repo_id = args.hub_model_id or (output_dir.resolve().name if args.push_to_hub else str(output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        disable_progress_bars()
+        repo_id = prepare_repository(repo_id, private=args.hub_private_repo or None)
+        check_license(args.hub_license)
+
+    # 2. The model, frozen and in low precision if any, with an adapter; and how its resolution trains
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    pipeline = GreedyGrowPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, revision=args.revision, torch_dtype=dtype
+    ).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.text_encoder.requires_grad_(False)
+    unet, shift = pipeline.unet, pipeline.scheduler.config.shift
+    named_parameters = add_adapter(unet, args)
+    parameters = [parameter for _, parameter in named_parameters]
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.attention_backend is not None:
+        unet.set_attention_backend(args.attention_backend)
+    is_grown = len(unet.sample_sizes) > 1
+    band_factor = unet.sample_sizes[-1] // unet.sample_sizes[-2] if is_grown else 2
+    *levels, weighting = (
+        getattr(TrainingArguments(), name)[is_grown] if getattr(args, name) is None else getattr(args, name)
+        for name in ("logit_mean", "logit_std", "loss_weighting")
+    )
+
+    # 3. Data, in an order that depends on the seed alone
+    resolution = args.resolution or unet.config.sample_size * (1 if is_grown else 4)
+    if resolution % unet.config.sample_size:
+        raise ValueError(f"`resolution={resolution}` has to be a multiple of the model's {unet.config.sample_size}.")
+    pool_factor = resolution // unet.config.sample_size
+    train_rows, validation_rows = load_captioned_data(
+        args.dataset_name, args.train_data_dir, args.image_column, args.caption_column
+    )
+    train_data = CaptionedPictures(train_rows, resolution)
+    prompts = args.validation_prompts or list(dict.fromkeys(validation_rows["text"]))[:8]
+    first, total = (step * pictures_per_step for step in (progress["step"], args.max_train_steps))
+    order = EpochOrder(len(train_data), start=first, num_samples=total - first, seed=(args.seed, 0))
+    loader = torch.utils.data.DataLoader(
+        train_data, batch_size=args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers
+    )
+
+    # 4. From here on the folder holds this run
+    metrics_path = output_dir / "metrics.jsonl"
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+            metrics_path.unlink(missing_ok=True)
+        else:
+            keep_metrics(metrics_path, progress["metrics_size"])
+        write_text(output_dir / "config.yaml", yaml.safe_dump(asdict(args), sort_keys=False))
+        rows = {"base": draw(pipeline, prompts, args, accelerator)}  # a new adapter changes nothing
+    accelerator.init_trackers("train_lora")
+
+    # 5. What trains
+    trained, everything = sum(parameter.numel() for parameter in parameters), unet.num_parameters()
+    logger.info(f"{len(train_data)} pictures; {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters train.")
+    betas, weight_decay = (0.9, args.adam_beta2), args.adam_weight_decay
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, weight_decay=weight_decay, fused=True)
+    lr_scheduler = get_scheduler(  # accelerate steps it once for each process
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=min(args.lr_warmup_steps, args.max_train_steps // 10) * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    keep_the_base_out_of_checkpoints(accelerator, unet)
+    model, optimizer, lr_scheduler, loader = accelerator.prepare(unet, optimizer, lr_scheduler, loader)
+    guard = GradientGuard(args.spike_factor, args.max_skipped_steps)
+    if checkpoint is not None:
+        logger.info(f"Going on from {checkpoint}.")
+        ema, losses = load_checkpoint(accelerator, checkpoint, named_parameters, args.ema_decay)
+        meter = LossMeter(losses)
+        guard.load_state_dict(progress["guard"])
+    else:
+        ema, meter = EMAModel(parameters, decay=args.ema_decay, foreach=True), LossMeter()
+    ema.to(device)
+
+    # 6. The loop
+    def draw_grid() -> None:
+        with averaged(ema, parameters):
+            rows["LoRA"] = draw(pipeline, prompts, args, accelerator)
+        draw_samples(rows, prompts, output_dir / SAMPLES)
+
+    def save(step: int) -> Path:
+        size = metrics_path.stat().st_size if metrics_path.exists() else 0
+        state = {"phase": "lora", "step": step, "config": decisive, "guard": guard.state_dict(), "metrics_size": size}
+        folder, limit = output_dir / "checkpoints", args.checkpoints_total_limit
+        return save_checkpoint(accelerator, folder, state, ema, named_parameters, meter.gather(accelerator), limit)
+
+    interrupt, step = Interrupt(), progress["step"]
+    bar = tqdm(total=args.max_train_steps, initial=step, desc="lora", disable=not accelerator.is_main_process)
+    logged_step, logged_time = step, time.perf_counter()
+    for micro_step, batch in enumerate(loader):
+        with accelerator.accumulate(model):
+            x0 = normalize(batch["pixel_values"], pool_factor)
+            accumulated = micro_step % args.gradient_accumulation_steps
+            place = (accumulated * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+            noise, sigma, dropped = draw_noise(
+                (args.seed, 0, step), place, pictures_per_step, x0.shape, shift, *levels, device, args.caption_dropout
+            )
+            captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
+            with accelerator.autocast():
+                conditions = encode_captions(pipeline, pipeline.text_encoder, captions, device)
+                losses = flow_loss(model, x0, noise, sigma, band_factor, weighting, **conditions)
+            accelerator.backward(losses.loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm).item()
+                if accept_gradients("lora", step, guard, norm, losses.sigma, output_dir / "checkpoints"):
+                    optimizer.step()
+                elif accelerator.scaler is not None:
+                    accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        ema.step(parameters)
+        bar.update()
+        if interrupt.signal is not None:
+            accelerator.set_trigger()
+        interrupted, last = accelerator.check_trigger(), step == args.max_train_steps
+        if step % args.logging_steps == 0 or last or interrupted:
+            now = time.perf_counter()
+            rate = (step - logged_step) * pictures_per_step / (now - logged_time)
+            logged_step, logged_time = step, now
+            means = {**meter.compute(accelerator), **guard.compute()}
+            values = {"pictures_per_second": rate, "lr": lr_scheduler.get_last_lr()[0], **means}
+            if accelerator.is_main_process:
+                with open(metrics_path, "a") as file:
+                    file.write(json.dumps({"phase": "lora", "step": step, **values}) + "\n")
+            accelerator.log(values, step=step)
+            bar.set_postfix(loss=f"{values['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
+        if step % args.checkpointing_steps == 0 or last or interrupted:
+            path = save(step)
+        if interrupted:
+            logger.info(
+                f"Interrupted after step {step}; saved {path}. Go on with the same arguments and "
+                "`--resume_from_checkpoint latest`."
+            )
+            accelerator.end_training()
+            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+        if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
+            draw_grid()
+            logged_time = time.perf_counter()
+    bar.close()
+
+    # 7. The averaged weights are what the run has made
+    if accelerator.is_main_process:
+        draw_grid()
+        draw_losses(metrics_path, output_dir / "loss.png")
+        ema.copy_to(parameters)
+        save_adapter(unet, output_dir)
+        make_lora_card(
+            repo_id,
+            args.pretrained_model_name_or_path,
+            args.revision,
+            prompt=prompts[0],
+            samples=SAMPLES,
+            trained=f"rank {args.rank}, {step} steps, {total} pictures seen, seed {args.seed}",
+            license=args.hub_license,
+            datasets=[args.dataset_name] if args.dataset_name else None,
+        ).save(output_dir / "README.md")
+        logger.info(f"Done: {output_dir / WEIGHTS}, pictures in {output_dir / SAMPLES}.")
+        if args.push_to_hub:
+            publish(output_dir, repo_id)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
