@@ -406,7 +406,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         step, meter = 0, LossMeter()
         # Anew in each phase, which starts from the averages of the one before. To go on with their slow decay would hold
         # the new weights back: it cost 8 % of the held-out loss after `detail`.
-        ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
+        ema = EMAModel(parameters, decay=args.ema_decay, foreach=not accelerator.is_fsdp2)
     ema.to("cpu" if args.offload_ema else device)
 
     # 2. The data of the steps that are left, in an order that depends on the seed alone

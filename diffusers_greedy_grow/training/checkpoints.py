@@ -169,7 +169,7 @@ def load_checkpoint(
     """
     accelerator.load_state(str(checkpoint))
     accelerator.step = 0  # of gradient accumulation, which may be another one now
-    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay, foreach=True)
+    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay, foreach=not accelerator.is_fsdp2)
     with safe_open(checkpoint / "ema.safetensors", framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         if shapes != {name: tuple(parameter.shape) for name, parameter in named_parameters}:
