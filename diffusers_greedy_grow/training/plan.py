@@ -210,14 +210,14 @@ def format_plan(
 
 def format_memory(phases: list[PhasePlan], num_processes: int) -> str:
     """The memory that each process needs for the model and its training, by strategy, as a table."""
-    strategies = [("one GPU or DDP", 1), (f"FSDP2 or ZeRO-3 on {num_processes} GPUs", num_processes)]
+    strategies = [("one GPU or DDP", 1), (f"FSDP2 on {num_processes} GPUs", num_processes)]
     lines = [
         "GB per GPU without the text encoder; (c): with gradient checkpointing",
-        f"{'phase':<18}{'pictures':>9}" + "".join(f"{name:>27}{'(c)':>9}" for name, _ in strategies),
+        f"{'phase':<18}{'pictures':>9}" + "".join(f"{name:>22}{'(c)':>9}" for name, _ in strategies),
     ]
     for phase in phases:
         columns = [
-            f"{phase.memory(shards) / 2**30:>27.1f}{phase.memory(shards, True) / 2**30:>9.1f}"
+            f"{phase.memory(shards) / 2**30:>22.1f}{phase.memory(shards, True) / 2**30:>9.1f}"
             for _, shards in strategies
         ]
         lines.append(f"{phase.name:<18}{phase.process_batch_size:>9}" + "".join(columns))

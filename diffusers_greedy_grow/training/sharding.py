@@ -77,8 +77,14 @@ def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:
     sharded.
 
     Raises:
-        `ValueError`: under FSDP's first version.
+        `ValueError`: under FSDP's first version, and under DeepSpeed.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed takes the step, and converts what is frozen, by itself, which neither the moving average nor the guard "
+            "against spikes can follow. FSDP2 saves as much memory as its ZeRO-3: use "
+            "`--config_file training_examples/accelerate/fsdp2.yaml`."
+        )
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin

@@ -131,9 +131,9 @@ def test_a_run_goes_on_with_another_number_of_processes(one, two, arguments, tmp
 def test_what_is_frozen_under_fsdp():
     """Kept apart, without gradients; in bfloat16 with float32 weights, gradients, noise levels and pictures."""
     config, folder = SCRIPT.parent / "accelerate" / "fsdp2.yaml", Path(__file__).parent
-    several = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0"]
+    single = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", "0"]
     done = subprocess.run(
-        [*LAUNCHER, *several, str(folder / "launch_on_cpu.py"), str(folder / "sharded_step.py")],
+        [*LAUNCHER, *single, str(folder / "launch_on_cpu.py"), str(folder / "sharded_step.py")],
         env={**environment(fsdp=True), "PYTHONPATH": str(SCRIPT.parents[1])}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "as it should be" in done.stdout, done.stderr[-5000:]
