@@ -958,7 +958,7 @@ def main(argv: list[str] | None = None) -> None:
             if publisher is not None:
                 publisher.push_phase(phase, output_dir / phase.name)
         accelerator.wait_for_everyone()
-        if accelerator.is_fsdp2:  # the weights are whole on the main process only
+        if accelerator.is_fsdp2 and phase is not phases[-1]:  # the weights are whole on the main process only
             pipeline = load_pipeline(output_dir / phase.name)
 
     if scores:
