@@ -24,12 +24,14 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 """
 
 import json
+import math
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -70,11 +72,13 @@ from diffusers_greedy_grow.training import (
     LossMeter,
     ModelArguments,
     PhasePlan,
+    TrainedModel,
     TrainingArguments,
     accept_gradients,
     averaged,
     build_small_text_encoder,
     check_changes,
+    consolidate,
     describe_parts,
     draw_losses,
     draw_noise,
@@ -82,7 +86,9 @@ from diffusers_greedy_grow.training import (
     encode_captions,
     find_start,
     flow_loss,
+    format_memory,
     format_plan,
+    gather,
     keep_metrics,
     load_captioned_data,
     load_checkpoint,
@@ -91,10 +97,14 @@ from diffusers_greedy_grow.training import (
     parse_channels,
     plan_phase,
     read_progress,
+    reshard,
     sample_generators,
     save_checkpoint,
     save_pipeline,
     set_up,
+    set_up_sharding,
+    shard,
+    tokenize_captions,
     train_small_tokenizer,
     write_text,
 )
@@ -106,6 +116,7 @@ logger = get_logger(__name__)
 
 # What random numbers are for, beside the phases that train; the index of a phase is small.
 VALIDATION, SAMPLES = 1000, 1001
+SMALL_TEXT_HIDDEN_SIZE = 128
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,10 +161,17 @@ def build_core_pipeline(model_args: ModelArguments, captions: list[str]) -> Gree
     """A pipeline around a new core, with a pretrained text encoder or a small new one."""
     if model_args.text_encoder == "small":
         tokenizer = train_small_tokenizer(captions)
-        text_encoder = build_small_text_encoder(tokenizer, model_args.text_hidden_size, model_args.text_num_layers)
+        text_encoder = build_small_text_encoder(
+            tokenizer, get_text_hidden_size(model_args), model_args.text_num_layers
+        )
     else:
         tokenizer = AutoTokenizer.from_pretrained(model_args.text_encoder)
         text_encoder = AutoModelForTextEncoding.from_pretrained(model_args.text_encoder, use_safetensors=True)
+        if model_args.text_hidden_size not in (None, text_encoder.config.hidden_size):
+            raise ValueError(
+                f"`text_hidden_size={model_args.text_hidden_size}` is not that of "
+                f"`text_encoder={model_args.text_encoder!r}`, which is {text_encoder.config.hidden_size}: leave it out."
+            )
     return GreedyGrowPipeline(
         unet=build_core(model_args, text_encoder.config.hidden_size),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -161,6 +179,11 @@ def build_core_pipeline(model_args: ModelArguments, captions: list[str]) -> Gree
         tokenizer=tokenizer,
         max_sequence_length=model_args.max_sequence_length,
     )
+
+
+def load_pipeline(folder: str | Path, revision: str | None = None) -> GreedyGrowPipeline:
+    core = load_core(folder, subfolder="unet", revision=revision)
+    return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
 
 
 def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowUNet2DModel:
@@ -214,9 +237,11 @@ def set_phase(unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, kind: str
 
 
 def make_plan(
-    phases: list[Phase], model_args: ModelArguments, args: TrainingArguments, num_processes: int
+    phases: list[Phase], model_args: ModelArguments, args: TrainingArguments, accelerator: Accelerator
 ) -> tuple[list, str]:
     """What each phase will cost, and that as text. No weights are read or allocated."""
+    num_processes = args.plan_processes if args.plan and args.plan_processes else accelerator.num_processes
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     with torch.device("meta"):
         if model_args.core is not None:
             model_class, config, _, _ = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)
@@ -226,31 +251,47 @@ def make_plan(
                     f"`resolutions={model_args.resolutions}` has to begin with the resolution of "
                     f"`core={model_args.core!r}`, which is {unet.config.sample_size}."
                 )
-        elif model_args.text_encoder == "small":
-            unet = build_core(model_args, model_args.text_hidden_size)
         else:
-            unet = build_core(
-                model_args, AutoConfig.from_pretrained(model_args.text_encoder).get_text_config().hidden_size
-            )
+            unet = build_core(model_args, get_text_hidden_size(model_args))
         plans = []
         for phase in phases:
             if phase.resolution != unet.config.sample_size:
                 stage = stage_arguments(phase, model_args)
                 unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage)
             set_phase(unet, phase.kind)
-            batch_size = phase.batch_size * num_processes * args.gradient_accumulation_steps
+            batches = num_processes * args.gradient_accumulation_steps
             plans.append(
                 plan_phase(
                     phase.name,
                     unet,
                     phase.resolution,
                     phase.steps,
-                    batch_size,
-                    num_processes * args.gradient_accumulation_steps,
+                    phase.batch_size * batches,
+                    batches,
                     model_args.max_sequence_length,
+                    dtype,
                 )
             )
-    return plans, format_plan(plans, describe_parts(unet))
+    num_shards = num_processes if accelerator.is_fsdp2 else 1
+    text = format_plan(plans, describe_parts(unet), num_shards, args.gradient_checkpointing)
+    if args.plan:
+        text += "\n" + format_memory(plans, num_processes if num_processes > 1 else 8)
+    return plans, text
+
+
+def get_text_hidden_size(model_args: ModelArguments) -> int:
+    """The width of the text embeddings, of a named encoder by its configuration unless it is given."""
+    if model_args.text_hidden_size is not None:
+        return model_args.text_hidden_size
+    if model_args.text_encoder == "small":
+        return SMALL_TEXT_HIDDEN_SIZE
+    try:
+        return AutoConfig.from_pretrained(model_args.text_encoder).get_text_config().hidden_size
+    except OSError as error:
+        raise OSError(
+            f"`text_encoder={model_args.text_encoder!r}` cannot be read: {error} To plan without it, name its "
+            "`text_hidden_size`."
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,12 +332,18 @@ class Run:
         """What a resumed run has to share with the one that was stopped, or it would end elsewhere."""
         pictures_per_step = {plan.name: plan.batch_size for plan in self.plans.values()}
         config = {name: value for name, value in self.config.items() if name not in FREE_TO_CHANGE}
-        return {**config, "pictures per step": pictures_per_step}
+        return {**config, "pictures per step": pictures_per_step, "FSDP": self.accelerator.is_fsdp2}
 
     def trains_text(self, phase: Phase) -> bool:
         """Whether a phase trains the text encoder: a small new one learns in the first phase."""
         is_new = self.model_args.text_encoder == "small" and self.model_args.core is None
         return is_new and phase.name == next(iter(self.plans))
+
+    def encode(self, phase: Phase, pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
+        """The text arguments of the [`TrainedModel`] for `captions`."""
+        if self.trains_text(phase):
+            return tokenize_captions(pipeline, captions, self.accelerator.device)
+        return encode_captions(pipeline, pipeline.text_encoder, captions, self.accelerator.device)
 
     def log(self, phase: Phase, step: int, **values: float) -> None:
         """Writes a line of metrics and tells the trackers. `flops` and the trackers' steps count over all phases."""
@@ -316,7 +363,7 @@ class Run:
 def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None) -> None:
     """Trains one phase, from `checkpoint` on if there is one, and leaves the averaged weights in `pipeline`."""
     accelerator, args, device = run.accelerator, run.args, run.accelerator.device
-    unet, text_encoder = pipeline.unet.to(device), pipeline.text_encoder.to(device)
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder.to(device)
     shift = pipeline.scheduler.config.shift
     pool_factor = run.train_data.resolution // phase.resolution
     band_factor = 2 if phase.kind == "core" else unet.sample_sizes[-1] // unet.sample_sizes[-2]
@@ -331,30 +378,28 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         unet.set_attention_backend(args.attention_backend)
     train_text = run.trains_text(phase)
     text_encoder.requires_grad_(train_text)
-    named_parameters = [(f"unet.{name}", parameter) for name, parameter in unet.named_parameters()]
+    module = TrainedModel(unet, text_encoder if train_text else None)
     if phase.kind == "core":
         groups = [{"name": "core", "params": list(unet.parameters()), "lr": lr}]
     else:
         groups = unet.parameter_groups(lr, args.core_lr_scale)
     if train_text:
-        named_parameters += [
-            (f"text_encoder.{name}", parameter) for name, parameter in text_encoder.named_parameters()
-        ]
         groups.append({"name": "text", "params": list(text_encoder.parameters()), "lr": lr})
 
     optimizer = torch.optim.AdamW(
         groups, betas=(0.9, args.adam_beta2), weight_decay=args.adam_weight_decay, fused=True
     )
-    # accelerate steps the schedule once for each process.
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
-        num_warmup_steps=min(args.lr_warmup_steps, phase.steps // 10) * accelerator.num_processes,
-        num_training_steps=phase.steps * accelerator.num_processes,
+        num_warmup_steps=min(args.lr_warmup_steps, phase.steps // 10),
+        num_training_steps=phase.steps,
     )
-    model, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
-    trained_text_encoder = accelerator.prepare(text_encoder) if train_text else text_encoder
-    trained = [model, trained_text_encoder] if train_text else [model]
+    shard(accelerator, module, pipeline)
+    model, optimizer, lr_scheduler = accelerator.prepare(module, optimizer, lr_scheduler)
+    # What is frozen is its own average.
+    named_parameters = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in named_parameters]
 
     guard = GradientGuard(args.spike_factor, args.max_skipped_steps)
     if checkpoint is not None:
@@ -367,7 +412,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         step, meter = 0, LossMeter()
         # Anew in each phase, which starts from the averages of the one before. To go on with their slow decay would hold
         # the new weights back: it cost 8 % of the held-out loss after `detail`.
-        ema = EMAModel([parameter for _, parameter in named_parameters], decay=args.ema_decay, foreach=True)
+        ema = EMAModel(parameters, decay=args.ema_decay, foreach=not accelerator.is_fsdp2)
     ema.to("cpu" if args.offload_ema else device)
 
     # 2. The data of the steps that are left, in an order that depends on the seed alone
@@ -403,7 +448,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     progress = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
     logged_step, logged_time = step, started
     for micro_step, batch in enumerate(loader):
-        with accelerator.accumulate(*trained):
+        with accelerator.accumulate(model):
             x0 = normalize(batch["pixel_values"], pool_factor)
             place = (
                 micro_step % args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
@@ -421,19 +466,17 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             )
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
             with accelerator.autocast():
-                conditions = encode_captions(pipeline, trained_text_encoder, captions, device)
+                conditions = run.encode(phase, pipeline, captions)
                 weighting = args.loss_weighting[phase.stage]
                 losses = flow_loss(model, x0, noise, sigma, band_factor, weighting, **conditions)
             accelerator.backward(losses.loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(
-                    [p for group in groups for p in group["params"]], args.max_grad_norm
-                ).item()
+                norm = gather(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
                 if accept_gradients(phase.name, step, guard, norm, losses.sigma, run.checkpoints):
                     optimizer.step()
                 elif accelerator.scaler is not None:
                     accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
-            lr_scheduler.step()
+                lr_scheduler.step()
             optimizer.zero_grad()
         meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
         if not accelerator.sync_gradients:
@@ -442,7 +485,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         step += 1
         if args.offload_ema:
             ema.to(device)
-        ema.step([parameter for _, parameter in named_parameters])
+        ema.step(parameters)
         if args.offload_ema:
             ema.to("cpu")
         progress.update()
@@ -462,8 +505,8 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             progress.set_postfix(loss=f"{means['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
         if step % args.validation_steps == 0 or last:
             paused = time.perf_counter()
-            with averaged(ema, [parameter for _, parameter in named_parameters]):
-                run.log(phase, step, **validate(run, phase, pipeline, shift, pool_factor, band_factor))
+            with averaged(ema, parameters):
+                run.log(phase, step, **validate(run, phase, pipeline, module, pool_factor, band_factor))
             logged_time += time.perf_counter() - paused
         if interrupted:
             path = save(step)
@@ -476,20 +519,21 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         # Not while steps are left out: what made them bad may be in the weights.
         if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last:
             save(step)
-        if run.publisher is not None and args.hub_steps is not None and step % args.hub_steps == 0 and not last:
-            with averaged(ema, [parameter for _, parameter in named_parameters]):
-                run.publisher.push_step(run, phase, step, pipeline)
+        if args.hub_steps is not None and step % args.hub_steps == 0 and not last:
+            with averaged(ema, parameters):
+                consolidate(accelerator, module, pipeline)
+                if run.publisher is not None:
+                    run.publisher.push_step(run, phase, step, pipeline)
     progress.close()
 
     # 4. The averaged weights are what the phase has made
-    ema.copy_to([parameter for _, parameter in named_parameters])
-    pipeline.unet = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    pipeline.text_encoder = accelerator.unwrap_model(trained_text_encoder, keep_fp32_wrapper=False)
-    pipeline.unet.disable_gradient_checkpointing()
+    ema.copy_to(parameters)
+    unet.disable_gradient_checkpointing()
+    consolidate(accelerator, module, pipeline)
     for component in (pipeline.unet, pipeline.text_encoder):
         component.requires_grad_(False).eval()
     record_phase(run, phase, pipeline.unet, phase.steps)
-    accelerator.free_memory(model, optimizer, lr_scheduler, trained_text_encoder, loader)
+    accelerator.free_memory(model, optimizer, lr_scheduler, loader)
 
 
 def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, steps: int) -> None:
@@ -507,19 +551,22 @@ def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet
 
 @torch.no_grad()
 def validate(
-    run: Run, phase: Phase, pipeline: GreedyGrowPipeline, shift: float, pool_factor: int, band_factor: int
+    run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: TrainedModel, pool_factor: int, band_factor: int
 ) -> dict:
     """The held-out loss, on the same pictures with the same noise each time; spread over the processes."""
     accelerator, args = run.accelerator, run.args
-    count, num_processes = (
-        min(run.data_args.num_validation_pictures, len(run.validation_data)),
-        accelerator.num_processes,
-    )
-    first, end = (count * rank // num_processes for rank in (accelerator.process_index, accelerator.process_index + 1))
+    count = min(run.data_args.num_validation_pictures, len(run.validation_data))
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    first, end = count * rank // num_processes, count * (rank + 1) // num_processes
     losses_of_pictures: list[list[float]] = []
-    pipeline.unet.eval()
-    for start in range(first, end, phase.batch_size):
-        rows = [run.validation_data[i] for i in range(start, min(start + phase.batch_size, end))]
+    module.eval()
+    for batch in range(math.ceil(math.ceil(count / num_processes) / phase.batch_size)):
+        start = first + batch * phase.batch_size
+        stop = min(start + phase.batch_size, end)
+        is_spare = start >= stop
+        if is_spare:  # a sharded model wants all processes in each forward pass
+            start, stop = 0, 1
+        rows = [run.validation_data[i] for i in range(start, stop)]
         pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
         x0 = normalize(pixel_values, pool_factor)
         noise, sigma, _ = draw_noise(
@@ -527,18 +574,19 @@ def validate(
             start,
             count,
             x0.shape,
-            shift,
+            pipeline.scheduler.config.shift,
             args.logit_mean[0],
             args.logit_std[0],
             accelerator.device,
         )
-        captions = [row["caption"] for row in rows]
         with accelerator.autocast():
-            conditions = encode_captions(pipeline, pipeline.text_encoder, captions, accelerator.device)
-            losses = flow_loss(pipeline.unet, x0, noise, sigma, band_factor, **conditions)
-        losses_of_pictures += torch.stack([losses.low, losses.high, losses.sigma], dim=1).tolist()
-    pipeline.unet.train()
-    if num_processes > 1:  # the processes may have unequal shares
+            conditions = run.encode(phase, pipeline, [row["caption"] for row in rows])
+            losses = flow_loss(module, x0, noise, sigma, band_factor, **conditions)
+        if not is_spare:
+            losses_of_pictures += torch.stack([losses.low, losses.high, losses.sigma], dim=1).tolist()
+    module.train()
+    reshard(module)
+    if accelerator.num_processes > 1:  # the processes may have unequal shares
         losses_of_pictures = gather_object(losses_of_pictures)
     meter = LossMeter(torch.tensor(losses_of_pictures).reshape(-1, 3))
     return {f"val_{name}": value for name, value in meter.compute(accelerator).items()}
@@ -746,12 +794,16 @@ def main(argv: list[str] | None = None) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        step_scheduler_with_optimizer=False,  # it would step once for each process
+        # The others wait while the main process draws samples.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    set_up_sharding(accelerator, args)
     set_up(accelerator, args.seed)
 
     # 1. The plan
     phases = list_phases(model_args, args)
-    plans, text = make_plan(phases, model_args, args, accelerator.num_processes)
+    plans, text = make_plan(phases, model_args, args, accelerator)
     logger.info(text)
     if args.plan:
         return
@@ -824,9 +876,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     start = output_dir / phases[first - 1].name if first > 0 else model_args.core
     if start is not None:
-        revision = model_args.core_revision if start == model_args.core else None
-        core = load_core(start, subfolder="unet", revision=revision)
-        pipeline = GreedyGrowPipeline.from_pretrained(start, unet=core, revision=revision)
+        pipeline = load_pipeline(start, model_args.core_revision if start == model_args.core else None)
     else:
         pipeline = build_core_pipeline(model_args, train_data.captions)
 
@@ -855,6 +905,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = None
         if accelerator.is_main_process:
             save_pipeline(pipeline, output_dir / phase.name)
+            pipeline.to(accelerator.device)
             draw_grids(run, phase, pipeline, captions)
             logger.info(f"{phase.name} is done: {output_dir / phase.name}, pictures in {output_dir / 'samples.png'}.")
             if data_args.on_shapes and data_args.num_scored_pictures:
@@ -864,6 +915,8 @@ def main(argv: list[str] | None = None) -> None:
             if publisher is not None:
                 publisher.push_phase(phase, output_dir / phase.name)
         accelerator.wait_for_everyone()
+        if accelerator.is_fsdp2 and phase is not phases[-1]:  # the weights are whole on the main process only
+            pipeline = load_pipeline(output_dir / phase.name)
 
     if scores:
         logger.info(format_scores(scores))

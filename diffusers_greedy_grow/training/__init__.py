@@ -36,6 +36,7 @@ from .checkpoints import (
 from .data import CaptionedPictures, EpochOrder, load_captioned_data, normalize, sample_generators
 from .loop import GradientGuard, Interrupt, TqdmHandler, accept_gradients, averaged, set_up
 from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
-from .plan import PhasePlan, describe_parts, format_plan, plan_phase
+from .plan import PhasePlan, describe_parts, format_memory, format_plan, plan_phase
 from .report import draw_losses, draw_samples, keep_metrics
-from .text import build_small_text_encoder, encode_captions, train_small_tokenizer
+from .sharding import TrainedModel, consolidate, gather, reshard, set_up_sharding, shard
+from .text import build_small_text_encoder, encode_captions, tokenize_captions, train_small_tokenizer

@@ -91,7 +91,12 @@ class ModelArguments:
         default="small",
         metadata={"help": 'A folder or Hub id, used frozen; or "small": one trained with the core, from scratch.'},
     )
-    text_hidden_size: int = field(default=128, metadata={"help": "Of the small text encoder."})
+    text_hidden_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the small text encoder, 128 by default. Of another, only to plan where it cannot be read."
+        },
+    )
     text_num_layers: int = field(default=1, metadata={"help": "Of the small text encoder."})
     max_sequence_length: int = field(default=64, metadata={"help": "How many text tokens are read."})
 
@@ -101,6 +106,9 @@ class GrowthArguments:
     """What trains for how long. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
 
     plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
+    plan_processes: int | None = field(
+        default=None, metadata={"help": "Plan for so many processes; by default for those of this launch."}
+    )
     core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
     detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
     joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
@@ -238,6 +246,7 @@ FREE_TO_CHANGE = {
     "resume_from_checkpoint",
     "resume_with_changes",
     "plan",
+    "plan_processes",
     "dataloader_num_workers",
     "validation_prompts",
     "num_validation_pictures",
@@ -289,7 +298,7 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
     """Stops at an argument out of its range; each rule is its owner, its name, and the least and the largest value."""
     for owner, name, low, high in rules:
         value = getattr(owner, name)
-        if not all(low <= one <= high for one in (value if isinstance(value, list) else [value])):
+        if not all(one is None or low <= one <= high for one in (value if isinstance(value, list) else [value])):
             parser.error(f"--{name} {value}: has to be from {low} to {high}.")
 
 
@@ -362,6 +371,7 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
+        (training, "plan_processes", 1, math.inf),
     )
     if model.core_revision is not None and model.core is None:
         parser.error(f"--core_revision {model.core_revision}: needs --core.")

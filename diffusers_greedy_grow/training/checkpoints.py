@@ -23,7 +23,10 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from .sharding import gather, scatter_as
 
 
 logger = logging.get_logger(__name__)
@@ -73,9 +76,12 @@ def save_checkpoint(
             shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    shadows = {}
+    for (name, _), shadow in zip(named_parameters, ema.shadow_params, strict=True):
+        whole = gather(shadow.to(accelerator.device))  # a process may have its averages on the CPU
+        if accelerator.is_main_process:
+            shadows[name] = whole.cpu().contiguous()
     if accelerator.is_main_process:
-        pairs = zip(named_parameters, ema.shadow_params, strict=True)
-        shadows = {name: shadow.contiguous() for (name, _), shadow in pairs}
         save_file(shadows, temporary / "ema.safetensors")
         save_file({"losses": losses}, temporary / "losses.safetensors")
         files = [path for path in temporary.rglob("*") if path.is_file()]
@@ -185,11 +191,13 @@ def load_checkpoint(
         `ValueError`: if the average is of other parameters than `named_parameters`.
     """
     accelerator.load_state(str(checkpoint))
-    shadows = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
-    shapes = {name: parameter.shape for name, parameter in named_parameters}
-    if {name: shadow.shape for name, shadow in shadows.items()} != shapes:
-        raise ValueError(f"{checkpoint} has a moving average of other parameters than this phase trains.")
-    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay, foreach=True)
-    ema.shadow_params = [shadows[name] for name in shapes]  # by name: diffusers goes by position
+    accelerator.step = 0  # of gradient accumulation, which may be another one now
+    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay, foreach=not accelerator.is_fsdp2)
+    with safe_open(checkpoint / "ema.safetensors", framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        if shapes != {name: tuple(parameter.shape) for name, parameter in named_parameters}:
+            raise ValueError(f"{checkpoint} has a moving average of other parameters than this phase trains.")
+        # By name: diffusers goes by position.
+        ema.shadow_params = [scatter_as(file.get_tensor(name), parameter) for name, parameter in named_parameters]
     ema.optimization_step = read_progress(checkpoint)["ema_optimization_step"]
     return ema, load_file(checkpoint / "losses.safetensors")["losses"]

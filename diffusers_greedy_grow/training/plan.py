@@ -18,28 +18,34 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import ShallowUNet2DModel
+from .sharding import list_units
 
 
 @dataclass
 class PhasePlan:
     """
-    One phase: `name`, `resolution`, `steps`, `batch_size` (pictures per step over all processes), `parameters` and
-    `trained_parameters` of the model, `train_flops` (forward and backward, per picture), `forward_flops` (per picture)
-    and `memory` in bytes per process (weights, gradients, optimizer state, average, stored activations).
+    One phase: `name`, `resolution`, `steps`, `batch_size` (pictures per step over all processes), `process_batch_size`
+    (pictures that one process has in hand at once), `parameters` and `trained_parameters` of the model, `train_flops`
+    (forward and backward, per picture), `forward_flops` (per picture), in bytes per picture the `activations` that the
+    backward pass needs, without and with gradient checkpointing, and in bytes the `largest_unit` that FSDP gathers.
     """
 
     name: str
     resolution: int
     steps: int
     batch_size: int
+    process_batch_size: int
     parameters: int
     trained_parameters: int
     train_flops: int
     forward_flops: int
-    memory: int
+    activations: int
+    checkpointed_activations: int
+    largest_unit: int
 
     @property
     def pictures(self) -> int:
@@ -47,8 +53,18 @@ class PhasePlan:
 
     @property
     def flops(self) -> int:
-        """Of the whole phase."""
+        """Of the whole phase, without what gradient checkpointing computes twice."""
         return self.pictures * self.train_flops
+
+    def memory(self, num_shards: int = 1, gradient_checkpointing: bool = False) -> int:
+        """
+        Bytes per process, with the model sharded over `num_shards` processes: float32 weights and, for what trains, the
+        gradient, AdamW's two moments and the average; the activations; and of a sharded model two gathered units, of which
+        one computes while the other arrives. Without what kernels and the allocator take besides.
+        """
+        state = 4 * (self.parameters + 4 * self.trained_parameters) // num_shards
+        activations = self.checkpointed_activations if gradient_checkpointing else self.activations
+        return state + activations * self.process_batch_size + (2 * self.largest_unit if num_shards > 1 else 0)
 
 
 def plan_phase(
@@ -59,49 +75,100 @@ def plan_phase(
     batch_size: int,
     num_processes: int,
     num_tokens: int,
+    dtype: torch.dtype = torch.float32,
 ) -> PhasePlan:
     """
     Counts one training step of `model`, a [`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`] on the meta
-    device, frozen as the phase has it. Neither weights nor activations are allocated.
+    device, frozen as the phase has it, that computes in `dtype`. Neither weights nor activations are allocated.
     """
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    largest_unit = max(sum(p.numel() for p in unit) for unit in list_units(model)) * dtype.itemsize
+
+    # The core's layers are alike: what the second one adds, each further one does.
+    core = model if isinstance(model, ShallowUNet2DModel) else model.core
+    layers, was = core.transformer_blocks, model.dtype
+    torch.nn.Module.to(model, dtype)  # that of diffusers warns of modules that are kept in float32
+    counts = []
+    for num_layers in (1, 2):
+        core.transformer_blocks = layers[:num_layers]
+        counts.append(count_step(model, resolution, num_tokens))
+    core.transformer_blocks = layers
+    torch.nn.Module.to(model, was)
+    forward_flops, train_flops, activations, checkpointed_activations = (
+        one + (len(layers) - 1) * (two - one) for one, two in zip(*counts)
+    )
+    return PhasePlan(
+        name=name,
+        resolution=resolution,
+        steps=steps,
+        batch_size=batch_size,
+        process_batch_size=batch_size // num_processes,
+        parameters=parameters,
+        trained_parameters=trained,
+        train_flops=train_flops,
+        forward_flops=forward_flops,
+        activations=activations,
+        checkpointed_activations=checkpointed_activations,
+        largest_unit=largest_unit,
+    )
+
+
+def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, int, int, int]:
+    """The `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`]."""
     config = model.config
     sample = torch.empty(1, config.in_channels, resolution, resolution, device="meta")
     timestep = torch.empty(1, device="meta")
     text = None
     if config.cross_attention_dim is not None:
         text = torch.empty(1, num_tokens, config.cross_attention_dim, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        loss, activations = count_activations(model, sample, timestep, text)
+        forward_flops = counter.get_total_flops()
+        loss.backward()
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    _, checkpointed_activations = count_activations(model, sample, timestep, text)
+    model.disable_gradient_checkpointing()
+    return forward_flops, counter.get_total_flops(), activations, checkpointed_activations
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(sample, timestep, text)
-    forward_flops = counter.get_total_flops()
 
+def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    """
+    Runs a forward pass on the meta device, and returns something to run backward from and how many bytes are stored for that.
+    With gradient checkpointing, what the largest of the blocks will store when it is computed again is counted on top.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}  # by storage, since several operations may save the same tensor
+    largest_block = 0
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
+        if tensor.untyped_storage()._cdata not in weights:
+            saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(save, lambda tensor: tensor):
-        model(sample, timestep, text).pred_original_sample.sum().backward()
-    model.zero_grad()
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    activations = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+    def checkpoint(block: torch.nn.Module, *arguments) -> torch.Tensor:
+        nonlocal largest_block
+        before = dict(saved)
+        output = block(*arguments)
+        largest_block = max(largest_block, count_bytes(saved) - count_bytes(before))
+        saved.clear()
+        saved.update(before)
+        for argument in tree_leaves(arguments):
+            if isinstance(argument, torch.Tensor):
+                save(argument)
+        return output
 
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # float32: the weights and their average; for what trains the gradient and AdamW's two moments.
-    memory = 4 * (2 * parameters + 3 * trained) + activations * batch_size // num_processes
-    return PhasePlan(
-        name=name,
-        resolution=resolution,
-        steps=steps,
-        batch_size=batch_size,
-        parameters=parameters,
-        trained_parameters=trained,
-        train_flops=counter.get_total_flops(),
-        forward_flops=forward_flops,
-        memory=memory,
-    )
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = checkpoint
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = model(*inputs).pred_original_sample.sum()
+    return loss, count_bytes(saved) + largest_block
+
+
+def count_bytes(tensors: dict[int, torch.Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
 def describe_parts(model: torch.nn.Module) -> dict[str, int]:
@@ -114,18 +181,20 @@ def describe_parts(model: torch.nn.Module) -> dict[str, int]:
     return parts
 
 
-def format_plan(phases: list[PhasePlan], parts: dict[str, int]) -> str:
+def format_plan(
+    phases: list[PhasePlan], parts: dict[str, int], num_shards: int = 1, gradient_checkpointing: bool = False
+) -> str:
     """The plan as text: a table, and a warning if growing will not pay."""
     lines = ["Parameters: " + ", ".join(f"{name} px {count / 1e6:.2f} M" for name, count in parts.items())]
     lines.append(
         f"{'phase':<18}{'px':>6}{'steps':>9}{'batch':>7}{'pictures':>11}{'trained':>10}"
-        f"{'GFLOP/picture':>15}{'PFLOP':>9}{'memory':>10}"
+        f"{'GFLOP/picture':>15}{'PFLOP':>13}{'memory':>10}"
     )
     for phase in phases:
         lines.append(
             f"{phase.name:<18}{phase.resolution:>6}{phase.steps:>9}{phase.batch_size:>7}{phase.pictures:>11}"
-            f"{phase.trained_parameters / 1e6:>8.2f} M{phase.train_flops / 1e9:>15.2f}{phase.flops / 1e15:>9.3f}"
-            f"{phase.memory / 2**30:>7.1f} GB"
+            f"{phase.trained_parameters / 1e6:>8.2f} M{phase.train_flops / 1e9:>15.2f}{phase.flops / 1e15:>13.3f}"
+            f"{phase.memory(num_shards, gradient_checkpointing) / 2**30:>7.1f} GB"
         )
     first, last = phases[0], phases[-1]
     if last.resolution > first.resolution:
@@ -136,4 +205,20 @@ def format_plan(phases: list[PhasePlan], parts: dict[str, int]) -> str:
                 "Warning: below about 2, growing hardly pays: training at the high resolution from the start costs "
                 "little more. A deeper core, or a larger step in resolution, makes the ratio larger."
             )
+    return "\n".join(lines)
+
+
+def format_memory(phases: list[PhasePlan], num_processes: int) -> str:
+    """The memory that each process needs for the model and its training, by strategy, as a table."""
+    strategies = [("one GPU or DDP", 1), (f"FSDP2 on {num_processes} GPUs", num_processes)]
+    lines = [
+        "GB per GPU without the text encoder; (c): with gradient checkpointing",
+        f"{'phase':<18}{'pictures':>9}" + "".join(f"{name:>22}{'(c)':>9}" for name, _ in strategies),
+    ]
+    for phase in phases:
+        columns = [
+            f"{phase.memory(shards) / 2**30:>22.1f}{phase.memory(shards, True) / 2**30:>9.1f}"
+            for _, shards in strategies
+        ]
+        lines.append(f"{phase.name:<18}{phase.process_batch_size:>9}" + "".join(columns))
     return "\n".join(lines)

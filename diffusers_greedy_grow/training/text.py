@@ -63,10 +63,19 @@ def build_small_text_encoder(
     return T5EncoderModel(config)
 
 
+def tokenize_captions(
+    pipeline: GreedyGrowPipeline, captions: list[str], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `encoder_attention_mask` of `captions`, each `(B, L)`, as the pipeline makes them for prompts."""
+    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device)
+    return {"input_ids": tokens["input_ids"], "encoder_attention_mask": tokens["attention_mask"].bool()}
+
+
 def encode_captions(
     pipeline: GreedyGrowPipeline, text_encoder: torch.nn.Module, captions: list[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The model's text arguments for `captions`, as the pipeline makes them for prompts."""
-    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device)
-    hidden_states = text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": tokens["attention_mask"].bool()}
+    tokens = tokenize_captions(pipeline, captions, device)
+    mask = tokens["encoder_attention_mask"]
+    hidden_states = text_encoder(tokens["input_ids"], attention_mask=mask.long()).last_hidden_state
+    return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}

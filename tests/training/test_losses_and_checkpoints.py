@@ -213,7 +213,7 @@ def test_plan_counts_without_weights():
     assert detail.trained_parameters < joint.trained_parameters == grown.num_parameters()
     # The frozen core costs its forward pass only.
     assert joint.train_flops - detail.train_flops > 1.8 * plan.forward_flops
-    assert joint.memory < plan_phase("grown-64", grown, 64, 10, 8, 1, 12).memory
+    assert joint.memory() < plan_phase("grown-64", grown, 64, 10, 8, 1, 12).memory()
     assert describe_parts(grown) == {
         "core 16": core.num_parameters(),
         "stage 64": grown.num_parameters() - core.num_parameters(),

@@ -1,0 +1,160 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What training needs to know of FSDP2, by which every process keeps only a part of each parameter."""
+
+import functools
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers import DiffusionPipeline
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .arguments import TrainingArguments
+
+
+# Classes whose parameters are gathered at once. The inner model and each stage are among them, so that no unit mixes what
+# a detail phase freezes with what it trains; all but the stage's way inwards, which is a single small convolution.
+UNITS = ("ShallowUNet2DModel", "GrowthStage", "GreedyGrowTransformerBlock", "ResnetBlock2D")
+
+
+def list_units(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """The parameters of `model`, grouped by what is gathered at once: the innermost of [`UNITS`] around each, or the model."""
+    units: list[list[torch.nn.Parameter]] = [[]]
+
+    def visit(module: torch.nn.Module, unit: list[torch.nn.Parameter]) -> None:
+        if type(module).__name__ in UNITS:
+            units.append(unit := [])
+        unit += module.parameters(recurse=False)
+        for child in module.children():
+            visit(child, unit)
+
+    visit(model, units[0])
+    return [unit for unit in units if unit]
+
+
+class TrainedModel(torch.nn.Module):
+    """
+    What a phase trains as one module, since FSDP takes only one: the model `unet` and, if it trains along, the
+    `text_encoder`. Called like the model; with one that trains, with `input_ids` instead of `encoder_hidden_states`.
+    """
+
+    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module | None = None):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor = None,
+        input_ids: torch.Tensor | None = None,
+    ):
+        if self.text_encoder is not None:
+            attention_mask = encoder_attention_mask.long()
+            encoder_hidden_states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.unet(sample, timestep, encoder_hidden_states, encoder_attention_mask)
+
+
+def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:
+    """
+    Under FSDP, the model's own gradient checkpointing takes the place of accelerate's, and accumulated gradients stay
+    sharded.
+
+    Raises:
+        `ValueError`: under FSDP's first version, and under DeepSpeed.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed takes the step, and converts what is frozen, by itself, which neither the moving average nor the guard "
+            "against spikes can follow. FSDP2 saves as much memory as its ZeRO-3: use "
+            "`--config_file training_examples/accelerate/fsdp2.yaml`."
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError("`fsdp_version: 1` of accelerate's configuration is not supported: use `fsdp_version: 2`.")
+    args.gradient_checkpointing |= plugin.activation_checkpointing
+    plugin.activation_checkpointing = False
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+
+def shard(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipeline) -> None:
+    """
+    Under FSDP, tells accelerate how to shard `model`, which holds modules of `pipeline`, when it prepares it; the pipeline
+    gets modules without weights in their place, to be filled by [`consolidate`].
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    classes = {type(module) for module in model.modules() if type(module).__name__ in UNITS}
+    plugin.transformer_cls_names_to_wrap = [unit.__name__ for unit in classes]
+    plugin.auto_wrap_policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
+    if accelerator.mixed_precision != "no":
+        # By accelerate's own policy the noisy pictures, the noise levels and the sum of all gradients would lose precision
+        # as well; here only the weights do, while layers compute. Autocast does the rest.
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    with torch.device("meta"):
+        pipeline.unet = type(model.unet).from_config(model.unet.config)
+        if model.text_encoder is not None:
+            pipeline.text_encoder = type(model.text_encoder)(model.text_encoder.config)
+
+
+def consolidate(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipeline) -> None:
+    """
+    Under FSDP, gathers the weights of `model` into the modules that [`shard`] has left in `pipeline`, on the CPU of the main
+    process; on the others they stay without weights. Called on all processes.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    state = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return
+    for name, _ in model.named_children():
+        prefix = f"{name}."
+        values = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        getattr(pipeline, name).load_state_dict(values, assign=True)
+    if model.text_encoder is not None:
+        pipeline.text_encoder.tie_weights()  # gathered one by one
+
+
+def reshard(model: TrainedModel) -> None:
+    """
+    Drops what FSDP has gathered and kept. To be called after forward passes without backward pass if parameters change then
+    by anything but a step of the optimizer: the next forward pass would go by the old ones.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded. Called on all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def scatter_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of `tensor`, which all processes have, on the device of `like` and sharded as it is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

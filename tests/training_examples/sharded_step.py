@@ -1,0 +1,108 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A step of a detail phase and one of a joint phase under FSDP2 in bfloat16, for a look at what lies where. See test_cluster.py."""
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
+
+from diffusers_greedy_grow.training import (
+    TrainedModel,
+    TrainingArguments,
+    averaged,
+    consolidate,
+    reshard,
+    set_up_sharding,
+    shard,
+)
+from diffusers_greedy_grow.training.sharding import gather, list_units
+from tests.testing_utils import make_grown, make_inputs, make_pipeline
+
+
+accelerator = Accelerator(mixed_precision="bf16")
+args = TrainingArguments()
+set_up_sharding(accelerator, args)
+assert accelerator.is_fsdp2 and accelerator.num_processes == 1 and args.gradient_checkpointing
+
+for detail in (True, False):
+    torch.manual_seed(0)
+    pipeline = make_pipeline(make_grown())
+    unet = pipeline.unet
+    if detail:
+        for parameter in unet.stages[-1].conv_to_inner.parameters():
+            torch.nn.init.zeros_(parameter)  # as in a stage that has just grown
+        unet.freeze_core()
+    module = TrainedModel(unet)
+    unet.enable_gradient_checkpointing()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+
+    # No unit mixes what is frozen with what trains, but for the stage's way inwards.
+    way_inwards = {*unet.stages[-1].conv_to_inner.parameters()}
+    for unit in list_units(module):
+        assert len({parameter.requires_grad for parameter in unit if parameter not in way_inwards}) == 1
+    assert sum(map(len, list_units(module))) == len(list(module.parameters()))
+    sizes = sorted(len(unit) for unit in list_units(module))
+
+    optimizer = torch.optim.AdamW(unet.parameter_groups(1e-3), fused=True)
+    shard(accelerator, module, pipeline)
+    model, optimizer = accelerator.prepare(module, optimizer)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    # What is gathered at once is what `list_units` says.
+    groups = [m._get_fsdp_state()._fsdp_param_group for m in module.modules() if hasattr(m, "_get_fsdp_state")]
+    assert sorted(len(group.fsdp_params) for group in groups if group is not None) == sizes
+
+    inputs = make_inputs(height=32, width=32, seed=accelerator.process_index)
+    sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
+    with accelerator.autocast():
+        output = model(sample, timestep, **inputs)
+    assert output.sample.dtype == torch.float32  # the noisy picture keeps its precision, its difference too
+    accelerator.backward(output.sample.square().mean())
+    for name, parameter in module.named_parameters():
+        assert isinstance(parameter, DTensor) and parameter.dtype == torch.float32
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or (
+            isinstance(parameter.grad, DTensor) and parameter.grad.dtype == torch.float32
+        )
+    norm = accelerator.clip_grad_norm_(module.parameters(), 1e-3)
+    assert gather(norm) > 1e-3
+    clipped = torch.stack([gather(parameter.grad).norm() for parameter in parameters]).norm()
+    torch.testing.assert_close(clipped, torch.tensor(1e-3), rtol=1e-3, atol=0)
+    ema = EMAModel(parameters, decay=0.9)
+    optimizer.step()
+
+    # Averages go in and out of the model, whatever it has gathered in between.
+    @torch.no_grad()
+    def answer() -> torch.Tensor:
+        with accelerator.autocast():
+            output = module(sample, timestep, **inputs).sample  # noqa: B023
+        reshard(module)  # noqa: B023
+        return output
+
+    after = answer()
+    with averaged(ema, parameters):
+        assert not torch.equal(answer(), after)
+    assert torch.equal(answer(), after)
+
+    consolidate(accelerator, module, pipeline)
+    if accelerator.is_main_process:
+        assert type(pipeline.unet).__name__ == "GrowableUNet2DConditionModel"
+        changed = {name for name, value in pipeline.unet.state_dict().items() if not torch.equal(value, before[name])}
+        trained = {name for name, parameter in module.unet.named_parameters() if parameter.requires_grad}
+        assert changed and changed <= trained
+    accelerator.free_memory()
+accelerator.end_training()
+print("as it should be")

@@ -1,0 +1,189 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Several processes: they make what one makes, go on from each other's checkpoints, and a large run is planned without them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.fsdp import StateDictType
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.training import read_progress
+
+from ..training.test_data import write_image_folder
+from .test_grow import LAUNCHER, SCRIPT, environment, launch, read_metrics, weights
+
+
+STEPS = {"core_steps": 8, "detail_steps": 5, "joint_steps": 6, "validation_steps": 3, "logging_steps": 1}
+PHASES = ("core", "grown-16-detail", "grown-16")
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> dict:
+    data = write_image_folder(tmp_path_factory.mktemp("data") / "pictures", count=60)
+    return {"train_data_dir": data, "checkpoints_total_limit": 9, **STEPS}
+
+
+@pytest.fixture(scope="module")
+def one(arguments, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("one") / "output"
+    launch(output_dir, train_batch_size=8, **arguments)
+    return output_dir
+
+
+@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
+def two(request, arguments, tmp_path_factory) -> tuple[Path, bool]:
+    output_dir, fsdp = tmp_path_factory.mktemp(request.param) / "output", request.param == "FSDP2"
+    launch(output_dir, num_processes=2, fsdp=fsdp, train_batch_size=4, **arguments)
+    return output_dir, fsdp
+
+
+def assert_same_run(a: Path, b: Path):
+    """At the same global batch: the same pictures with the same noise, so the same up to rounding."""
+    metrics, others = read_metrics(a), read_metrics(b)
+    assert len(metrics) == len(others) > 19
+    for line, other in zip(metrics, others):
+        assert (line["phase"], line["step"], line.get("pictures")) == (
+            other["phase"], other["step"], other.get("pictures"),
+        )  # fmt: skip
+        for name in line:
+            if "loss" in name:
+                assert other[name] == pytest.approx(line[name], rel=1e-5), (line, other)
+            if name == "lr":
+                assert other[name] == pytest.approx(line[name], rel=1e-9)
+    for phase in PHASES:
+        for part in ("unet", "text_encoder"):
+            own, other = weights(a / phase, part), weights(b / phase, part)
+            assert own.keys() == other.keys()
+            for name, value in own.items():
+                # A step moves a weight by 0.003, whichever size its gradient has: also where that is rounding alone.
+                torch.testing.assert_close(other[name], value, atol=1e-3, rtol=0, msg=f"{phase} {name}")
+
+
+def test_two_processes_follow_one(one, two):
+    output_dir, fsdp = two
+    assert_same_run(one, output_dir)
+    pipeline = GreedyGrowPipeline.from_pretrained(output_dir / "grown-16")
+    assert pipeline.unet.sample_sizes == (8, 16) and type(pipeline.unet).__name__ == "GrowableUNet2DConditionModel"
+    assert pipeline("picture number 3", num_inference_steps=2).images[0].size == (16, 16)
+    assert (output_dir / "samples" / "grown-16.png").exists()
+    # A run with other numbers, or only one of the two under FSDP, would be refused.
+    config = read_progress(output_dir / "checkpoints" / "core-4")["config"]
+    assert config["pictures per step"] == dict.fromkeys(PHASES, 8) and config["FSDP"] == fsdp
+    if fsdp:
+        checkpoint = output_dir / "checkpoints" / "grown-16-detail-4"
+        # Each process has written its part of every tensor; what the phase freezes has neither moments nor an average.
+        model = FileSystemReader(checkpoint / "pytorch_model_fsdp_0").read_metadata().state_dict_metadata
+        assert len(model["model.unet.core.transformer_blocks.0.attn1.to_q.weight"].chunks) == 2
+        optimizer = FileSystemReader(checkpoint / "optimizer_0").read_metadata().state_dict_metadata
+        moments = [name for name in optimizer if name.endswith("exp_avg")]
+        assert moments and all("unet.stages.0." in name for name in moments)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(one, two, arguments, tmp_path):
+    """From two to one in the first phase, to its end; and from one to two in the last, with accumulated batches."""
+    output_dir, fsdp = two
+    shutil.copytree(output_dir, tmp_path / "output")
+    checkpoints = tmp_path / "output" / "checkpoints"
+    shutil.rmtree(tmp_path / "output" / "grown-16")
+    launch(
+        tmp_path / "output",
+        fsdp=fsdp,
+        train_batch_size=8,
+        resume_from_checkpoint=checkpoints / "core-4",
+        **arguments,
+    )
+    assert_same_run(one, tmp_path / "output")
+    launch(
+        tmp_path / "output",
+        num_processes=2,
+        fsdp=fsdp,
+        train_batch_size=2,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint=checkpoints / "grown-16-4",
+        **arguments,
+    )
+    assert_same_run(one, tmp_path / "output")
+
+
+def test_what_is_frozen_under_fsdp():
+    """Kept apart, without gradients; in bfloat16 with float32 weights, gradients, noise levels and pictures."""
+    config, folder = SCRIPT.parent / "accelerate" / "fsdp2.yaml", Path(__file__).parent
+    single = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*LAUNCHER, *single, str(folder / "launch_on_cpu.py"), str(folder / "sharded_step.py")],
+        env={**environment(fsdp=True), "PYTHONPATH": str(SCRIPT.parents[1])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "as it should be" in done.stdout, done.stderr[-5000:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2", "multi_node"])
+def test_configurations_of_accelerate(name, monkeypatch):
+    """What `accelerate launch` makes of each: the processes, and for FSDP the plugin that they build."""
+    path = SCRIPT.parent / "accelerate" / f"{name}.yaml"
+    command = re.search(r"#   (accelerate launch (?:.*\\\n)*.*)", path.read_text())[1].replace("\\\n#", "")
+    command = command.replace("$MACHINE_RANK", "3").replace("$FIRST_MACHINE", "10.0.0.1")
+    args = launch_command_parser().parse_args(command.replace("training_examples", str(SCRIPT.parent)).split()[2:])
+    args, _, _ = _validate_launch_command(args)
+    assert args.training_script == str(SCRIPT) and args.mixed_precision == "bf16"
+    machines, processes = (8, 64) if name == "multi_node" else (1, 1 if name == "one_gpu" else 8)
+    assert (args.num_machines, args.num_processes) == (machines, processes)
+    assert bool(args.multi_gpu) == (name == "ddp") and bool(args.use_fsdp) == (name in ("fsdp2", "multi_node"))
+    if name == "multi_node":
+        assert (args.machine_rank, args.main_process_ip, args.main_process_port) == (3, "10.0.0.1", 29500)
+        assert args.training_script_args[0] == "--config"
+    if args.use_fsdp:
+        for key, value in prepare_multi_gpu_env(args).items():
+            monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
+        assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+
+def test_the_plan_of_eight_billion_parameters():
+    """As the acceptance has it: without weights, network or patience."""
+    config = SCRIPT.parent / "configs" / "vermeer_8b.yaml"
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--plan", "--config", str(config)],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    log = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, log
+    assert usage.ru_maxrss * 1024 < 2e9 and usage.ru_utime + usage.ru_stime < 30
+    parts = re.search(r"Parameters: core 64 px ([\d.]+) M, stage 256 px ([\d.]+) M, stage 1024 px ([\d.]+) M", log)
+    assert sum(map(float, parts.groups())) * 1e6 == pytest.approx(8e9, rel=0.05)
+    rows = {line.split()[0]: line.split()[1:] for line in log.split("GB per GPU")[1].splitlines()[2:]}
+    assert list(rows) == ["core", "grown-256-detail", "grown-256", "grown-1024-detail", "grown-1024"]
+    whole, checkpointed, sharded, both = map(float, rows["grown-1024"][1:])
+    # Four bytes each of weights, gradients, two moments and the average, for eight billion parameters.
+    assert checkpointed > 5 * 4 * 8e9 / 2**30 > 64 * 2 and whole > checkpointed > sharded > both
+    assert float(rows["grown-1024-detail"][1]) < whole / 2
+    assert "PFLOP" in log and "Warning" not in log
