@@ -162,7 +162,7 @@ def load_checkpoint(
         `ValueError`: if the average is of other parameters than `named_parameters`.
     """
     accelerator.load_state(str(checkpoint))
-    shadows = load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
+    shadows = load_file(checkpoint / "ema.safetensors")
     shapes = {name: parameter.shape for name, parameter in named_parameters}
     if {name: shadow.shape for name, shadow in shadows.items()} != shapes:
         raise ValueError(f"{checkpoint} has a moving average of other parameters than this phase trains.")
