@@ -29,13 +29,18 @@ from diffusers_greedy_grow.training import (
     BucketOrder,
     CaptionedPictures,
     EpochOrder,
+    TextEmbeddings,
     build_small_text_encoder,
+    encode_captions,
     load_captioned_data,
+    name_encoder,
     normalize,
     sample_generators,
     train_small_tokenizer,
 )
 from diffusers_greedy_grow.training.data import open_image, to_pixel_values
+
+from ..testing_utils import CAPTIONS, make_pipeline
 
 
 def make_image(i: int, size: int = 32) -> Image.Image:
@@ -323,3 +328,47 @@ def test_small_text_encoder(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     assert again(captions)["input_ids"] == tokenizer(captions)["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_embeddings(tmp_path, dtype):
+    pipeline = make_pipeline()
+    pipeline.text_encoder.to(dtype)
+    calls = []
+
+    def encode(captions):
+        calls.extend(captions)
+        with torch.no_grad():
+            return encode_captions(pipeline, pipeline.text_encoder, captions, torch.device("cpu"))
+
+    first, embeddings = TextEmbeddings(tmp_path), TextEmbeddings(tmp_path)
+    # Two processes, each with its share; then a run with more captions.
+    assert first.add([*CAPTIONS, ""] * 2, encode, 0, 2) + embeddings.add([*CAPTIONS, ""], encode, 1, 2) == 4
+    embeddings.reload()
+    assert embeddings.add([*CAPTIONS, "something else"], encode, batch_size=1) == 1
+    embeddings.reload()
+    assert sorted(calls) == sorted([*CAPTIONS, "", "something else"])
+    captions = ["", CAPTIONS[2], "something else"]
+    kept, expected = embeddings(captions, torch.device("cpu")), encode(captions)
+    mask = expected["encoder_attention_mask"]
+    assert torch.equal(kept["encoder_attention_mask"], mask) and not mask.all()
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(
+        kept["encoder_hidden_states"][mask], expected["encoder_hidden_states"][mask], **tolerance
+    )
+    assert kept["encoder_hidden_states"].dtype == dtype
+    with pytest.raises(KeyError, match="has no embedding of 'a cat'"):
+        embeddings(["a cat"], torch.device("cpu"))
+
+
+def test_embeddings_are_of_one_encoder():
+    pipeline = make_pipeline()
+    names = {name_encoder(pipeline, "no"), name_encoder(make_pipeline(), "no")}
+    assert len(names) == 1
+    names.add(name_encoder(pipeline, "bf16"))
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters())[0, 0] += 1
+    names.add(name_encoder(pipeline, "no"))
+    pipeline.register_to_config(max_sequence_length=5)
+    names.add(name_encoder(pipeline, "no"))
+    assert len(names) == 4
