@@ -816,7 +816,7 @@ def load_data(
             factor = final_resolution // resolution
             buckets = [(h // factor, w // factor) for h, w in parse_buckets(data_args.aspect_ratio_buckets)]
         if data_args.streaming:
-            stream, held_out, first = load_captioned_stream(dataset_name, data_dir, *columns, num_held_out)
+            stream, held_out, first = load_captioned_stream(dataset_name, data_dir, *columns, num_held_out, broken)
             buffer_size = data_args.shuffle_buffer_size
             return StreamedPictures(stream, first, resolution, buckets, broken, buffer_size), held_out
         rows, held_out = load_captioned_data(dataset_name, data_dir, *columns)

@@ -65,19 +65,25 @@ class LaneState(TypedDict):
 
 
 def load_captioned_stream(
-    dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str, num_held_out: int
+    dataset_name: str | None,
+    train_data_dir: str | None,
+    image_column: str,
+    caption_column: str,
+    num_held_out: int,
+    broken: BrokenRows | None = None,
 ) -> tuple[IterableDataset, Dataset, tuple[int, int]]:
     """
     A stream of pictures with captions, and the rows that are held out: the first `num_held_out` good ones of a `validation` or
-    `test` split if there is one, of the stream itself if not.
+    `test` split if there is one, of the stream itself if not. `broken` counts the others among them.
 
     Returns:
         The stream and the held-out rows, with the columns `image` (undecoded) and `text`; and the file of the stream and
         the row in it before which nothing is trained on.
 
     Raises:
-        `ValueError`: as [`load_splits`] does.
+        `ValueError`: as [`load_splits`] does, and if too many are broken.
     """
+    broken = broken or BrokenRows()
     splits = load_splits(dataset_name, train_data_dir, image_column, caption_column, streaming=True)
     name = next((name for name in ("validation", "test") if name in splits), "train")
     rows: list[dict] = []
@@ -87,12 +93,13 @@ def load_captioned_stream(
             break
         if name == "train":
             first = (file, row_number + 1)
+        broken.read += 1
         try:
             check_caption(row["text"])
             open_image(row["image"])
             rows.append(row)
-        except BrokenRow:
-            continue
+        except BrokenRow as error:
+            broken.add(name_row(f"row {row_number} of file {file}", row), error)
     columns = {column: [row[column] for row in rows] for column in ("image", "text")}
     return splits["train"], Dataset.from_dict(columns, features=splits[name].features), first
 
