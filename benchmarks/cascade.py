@@ -151,7 +151,7 @@ def main() -> None:
     mean, deviation, weighting = (levels[name][-1] for name in ("logit_mean", "logit_std", "loss_weighting"))
     started = time.perf_counter()
     for step, batch in enumerate(loader):
-        x0 = normalize(batch["pixel_values"].to(device), 1)
+        x0 = normalize(batch["pixel_values"].to(device))
         sigma = sample_sigma(len(x0), float(factor), mean, deviation, device=device)
         low = pool(x0, factor)
         low = low + AUGMENTATION * expand(torch.rand(len(x0), device=device), low) * torch.randn_like(low)

@@ -345,7 +345,9 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         url = urlsplit(self.path)
-        path, query = unquote(url.path), parse_qs(url.query)
+        # Data sets are kept as models are, and under the same names.
+        path = re.sub("^(/api)?/datasets/", lambda found: "/api/models/" if found[1] else "/", unquote(url.path))
+        query = parse_qs(url.query)
         request = f"{self.command} {path}"
         self.hub.requests.append(request)
         fault = self.hub.find_fault(request)
@@ -455,10 +457,13 @@ class RequestHandler(BaseHTTPRequestHandler):
                 if query.get("p", ["0"]) == ["0"]
                 else []
             )
-        elif found := match("GET", rf"{name}/tree/(.+?)(?:/(?=\?)|)"):
+        elif found := match("GET", rf"{name}/tree/(refs/pr/\d+|[^/]+)(?:/(.*))?"):
             repository = hub.read(found[1], token)
             files = repository.commits[hub.resolve(repository, found[2])]["files"]
-            answer = [hub.entry(file, entry) for file, entry in sorted(files.items())]
+            inside = f"{found[3]}/" if found[3] else ""
+            answer = [hub.entry(file, entry) for file, entry in sorted(files.items()) if file.startswith(inside)]
+            if inside and not answer:
+                raise HubError(404, f"{found[3]} not found", "EntryNotFound")
         elif found := match("POST", f"{name}/paths-info/(.+)"):
             repository = hub.read(found[1], token)
             files = repository.commits[hub.resolve(repository, found[2])]["files"]

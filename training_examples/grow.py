@@ -23,12 +23,14 @@ then, for each further resolution, a stage is grown around it, trained alone (`d
 is inside it (`joint`). After each phase `output_dir` holds one more complete pipeline.
 """
 
+import itertools
 import json
 import math
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -39,7 +41,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -64,6 +72,8 @@ from diffusers_greedy_grow.hub import (
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.training import (
     FREE_TO_CHANGE,
+    BrokenRows,
+    BucketOrder,
     CaptionedPictures,
     DataArguments,
     EpochOrder,
@@ -72,6 +82,9 @@ from diffusers_greedy_grow.training import (
     LossMeter,
     ModelArguments,
     PhasePlan,
+    StreamedPictures,
+    StreamLoader,
+    TextEmbeddings,
     TrainedModel,
     TrainingArguments,
     accept_gradients,
@@ -91,9 +104,12 @@ from diffusers_greedy_grow.training import (
     gather,
     keep_metrics,
     load_captioned_data,
+    load_captioned_stream,
     load_checkpoint,
+    name_encoder,
     normalize,
     parse_arguments,
+    parse_buckets,
     parse_channels,
     plan_phase,
     read_progress,
@@ -117,6 +133,8 @@ logger = get_logger(__name__)
 # What random numbers are for, beside the phases that train; the index of a phase is small.
 VALIDATION, SAMPLES = 1000, 1001
 SMALL_TEXT_HIDDEN_SIZE = 128
+# How many captions the small text encoder's tokenizer is trained on, at most.
+TOKENIZER_CAPTIONS = 100_000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,7 +175,7 @@ def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Pha
 # Pipelines
 
 
-def build_core_pipeline(model_args: ModelArguments, captions: list[str]) -> GreedyGrowPipeline:
+def build_core_pipeline(model_args: ModelArguments, captions: Iterable[str]) -> GreedyGrowPipeline:
     """A pipeline around a new core, with a pretrained text encoder or a small new one."""
     if model_args.text_encoder == "small":
         tokenizer = train_small_tokenizer(captions)
@@ -201,7 +219,7 @@ def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowU
 
 
 def grow_pipeline(
-    pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, data: torch.utils.data.Dataset
+    pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, data: CaptionedPictures
 ) -> GreedyGrowPipeline:
     factor = phase.resolution // pipeline.unet.config.sample_size
     variance = None
@@ -211,12 +229,13 @@ def grow_pipeline(
     return GreedyGrowPipeline.from_core(pipeline, phase.resolution, detail_variance=variance, **stage)
 
 
-def measure_detail(data: torch.utils.data.Dataset, resolution: int, factor: int, count: int = 512) -> float:
+def measure_detail(data: CaptionedPictures, resolution: int, factor: int, count: int = 512) -> float:
     """[`detail_variance`] of the first pictures at `resolution`: what `core_first="auto"` goes by."""
-    variances = []
-    for i in range(min(count, len(data))):
-        pixel_values = data[i]["pixel_values"].unsqueeze(0)
-        variances.append(detail_variance(normalize(pixel_values, pixel_values.shape[-1] // resolution), factor))
+    pictures = data.at(resolution)
+    variances = [
+        detail_variance(normalize(pictures[i]["pixel_values"].unsqueeze(0)), factor)
+        for i in range(min(count, len(pictures)))
+    ]
     return sum(variances) / len(variances)
 
 
@@ -237,9 +256,13 @@ def set_phase(unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, kind: str
 
 
 def make_plan(
-    phases: list[Phase], model_args: ModelArguments, args: TrainingArguments, accelerator: Accelerator
+    phases: list[Phase],
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    accelerator: Accelerator,
 ) -> tuple[list, str]:
-    """What each phase will cost, and that as text. No weights are read or allocated."""
+    """What each phase will cost, for square pictures, and that as text. No weights are read or allocated."""
     num_processes = args.plan_processes if args.plan and args.plan_processes else accelerator.num_processes
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     with torch.device("meta"):
@@ -272,6 +295,8 @@ def make_plan(
                     dtype,
                 )
             )
+    if data_args.aspect_ratio_buckets is not None:
+        check_buckets(data_args.aspect_ratio_buckets, model_args.resolutions, unet)
     num_shards = num_processes if accelerator.is_fsdp2 else 1
     text = format_plan(plans, describe_parts(unet), num_shards, args.gradient_checkpointing)
     if args.plan:
@@ -294,6 +319,23 @@ def get_text_hidden_size(model_args: ModelArguments) -> int:
         ) from error
 
 
+def check_buckets(
+    buckets: str, resolutions: list[int], unet: ShallowUNet2DModel | GrowableUNet2DConditionModel
+) -> None:
+    """
+    Raises:
+        `ValueError`: if there are pictures that the models could not take in.
+    """
+    cell = unet.config.patch_size * resolutions[-1] // unet.sample_sizes[0]
+    cell = math.lcm(cell, 2 * resolutions[-1] // resolutions[0])  # the core's losses are by bands of factor 2
+    for side in itertools.chain(*parse_buckets(buckets)):
+        if side % cell:
+            raise ValueError(
+                f"`aspect_ratio_buckets={buckets!r}`: {side} is no multiple of {cell}, as the sides have to be with "
+                f"`resolutions={resolutions}`."
+            )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -306,13 +348,14 @@ class Run:
     data_args: DataArguments
     model_args: ModelArguments
     args: TrainingArguments
-    train_data: CaptionedPictures
-    high_res_data: torch.utils.data.Dataset  # those of `train_data` that are seen above the core's resolution
+    train_data: CaptionedPictures | StreamedPictures
+    high_res_data: CaptionedPictures | StreamedPictures  # what is seen above the core's resolution
     validation_data: CaptionedPictures
     output_dir: Path
     interrupt: Interrupt
     plans: dict[str, PhasePlan]  # of each phase, in order
     publisher: "Publisher | None" = None  # on the main process, if the run is to be published
+    embeddings: TextEmbeddings | None = None  # of all captions, if they are kept
 
     @property
     def checkpoints(self) -> Path:
@@ -341,6 +384,8 @@ class Run:
 
     def encode(self, phase: Phase, pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
         """The text arguments of the [`TrainedModel`] for `captions`."""
+        if self.embeddings is not None:
+            return self.embeddings(captions, self.accelerator.device)
         if self.trains_text(phase):
             return tokenize_captions(pipeline, captions, self.accelerator.device)
         return encode_captions(pipeline, pipeline.text_encoder, captions, self.accelerator.device)
@@ -365,7 +410,6 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     accelerator, args, device = run.accelerator, run.args, run.accelerator.device
     unet, text_encoder = pipeline.unet, pipeline.text_encoder.to(device)
     shift = pipeline.scheduler.config.shift
-    pool_factor = run.train_data.resolution // phase.resolution
     band_factor = 2 if phase.kind == "core" else unet.sample_sizes[-1] // unet.sample_sizes[-2]
 
     # 1. What trains: the model, as far as the phase does not freeze it, and a new text encoder along with the core
@@ -418,17 +462,8 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     # 2. The data of the steps that are left, in an order that depends on the seed alone
     batch_size = phase.batch_size
     pictures_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    train_data = run.train_data if phase.stage == 0 else run.high_res_data
-    order = EpochOrder(
-        size=len(train_data),
-        start=step * pictures_per_step,
-        num_samples=(phase.steps - step) * pictures_per_step,
-        seed=(args.seed, phase.index),
-    )
-    loader = torch.utils.data.DataLoader(
-        train_data, batch_size=batch_size, sampler=order, num_workers=run.data_args.dataloader_num_workers
-    )
-    loader = accelerator.prepare(loader)
+    data_state = read_progress(checkpoint).get("data_state") if checkpoint is not None else None
+    loader = make_loader(run, phase, step, data_state)
 
     # 3. The loop
     def save(step: int) -> Path:
@@ -438,6 +473,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             "step": step,
             "config": run.decisive_config,
             "guard": guard.state_dict(),
+            "data_state": loader.state() if isinstance(loader, StreamLoader) else None,
             "metrics_size": run.metrics_path.stat().st_size if run.metrics_path.exists() else 0,
         }
         return save_checkpoint(
@@ -449,7 +485,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     logged_step, logged_time = step, started
     for micro_step, batch in enumerate(loader):
         with accelerator.accumulate(model):
-            x0 = normalize(batch["pixel_values"], pool_factor)
+            x0 = normalize(batch["pixel_values"].to(device, non_blocking=True))
             place = (
                 micro_step % args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
             )
@@ -506,7 +542,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         if step % args.validation_steps == 0 or last:
             paused = time.perf_counter()
             with averaged(ema, parameters):
-                run.log(phase, step, **validate(run, phase, pipeline, module, pool_factor, band_factor))
+                run.log(phase, step, **validate(run, phase, pipeline, module, band_factor))
             logged_time += time.perf_counter() - paused
         if interrupted:
             path = save(step)
@@ -536,6 +572,40 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     accelerator.free_memory(model, optimizer, lr_scheduler, loader)
 
 
+def make_loader(
+    run: Run, phase: Phase, step: int, data_state: dict | None
+) -> torch.utils.data.DataLoader | StreamLoader:
+    """This process's batches of the steps that follow `step`, in an order that depends on the seed alone."""
+    accelerator, args = run.accelerator, run.args
+    data = (run.train_data if phase.stage == 0 else run.high_res_data).at(phase.resolution)
+    batch_size, seed, steps = phase.batch_size, (args.seed, phase.index), phase.steps - step
+    batches_per_step = accelerator.num_processes * args.gradient_accumulation_steps
+    options = {
+        "num_workers": run.data_args.dataloader_num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    if isinstance(data, StreamedPictures):
+        return StreamLoader(
+            data,
+            batch_size,
+            start=step * batches_per_step,
+            num_batches=steps * args.gradient_accumulation_steps,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            seed=seed,
+            state=data_state,
+            **options,
+        )
+    if len(data.buckets) > 1:
+        batches = BucketOrder(data.shapes, batch_size, batches_per_step, start=step, num_steps=steps, seed=seed)
+        loader = torch.utils.data.DataLoader(data, batch_sampler=batches, **options)
+    else:
+        pictures = batch_size * batches_per_step
+        order = EpochOrder(len(data), start=step * pictures, num_samples=steps * pictures, seed=seed)
+        loader = torch.utils.data.DataLoader(data, batch_size=batch_size, sampler=order, **options)
+    return accelerator.prepare(loader)
+
+
 def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, steps: int) -> None:
     """Notes in the model's lineage what this phase has done to it."""
     add_to_lineage(
@@ -550,15 +620,14 @@ def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet
 
 
 @torch.no_grad()
-def validate(
-    run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: TrainedModel, pool_factor: int, band_factor: int
-) -> dict:
+def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: TrainedModel, band_factor: int) -> dict:
     """The held-out loss, on the same pictures with the same noise each time; spread over the processes."""
     accelerator, args = run.accelerator, run.args
     count = min(run.data_args.num_validation_pictures, len(run.validation_data))
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     first, end = count * rank // num_processes, count * (rank + 1) // num_processes
     losses_of_pictures: list[list[float]] = []
+    pictures = run.validation_data.at(phase.resolution)
     module.eval()
     for batch in range(math.ceil(math.ceil(count / num_processes) / phase.batch_size)):
         start = first + batch * phase.batch_size
@@ -566,9 +635,8 @@ def validate(
         is_spare = start >= stop
         if is_spare:  # a sharded model wants all processes in each forward pass
             start, stop = 0, 1
-        rows = [run.validation_data[i] for i in range(start, stop)]
-        pixel_values = torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device)
-        x0 = normalize(pixel_values, pool_factor)
+        rows = [pictures[i] for i in range(start, stop)]
+        x0 = normalize(torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device))
         noise, sigma, _ = draw_noise(
             (args.seed, VALIDATION, phase.stage),
             start,
@@ -613,7 +681,7 @@ def sample_captions(run: Run, pipeline: GreedyGrowPipeline, captions: list[str])
     every phase starts from the same.
     """
     resolution, device = pipeline.unet.config.sample_size, run.accelerator.device
-    final_resolution = run.train_data.resolution
+    final_resolution = run.model_args.resolutions[-1]
     generators = sample_generators((run.args.seed, SAMPLES), 0, len(captions))
     shape = (len(captions), pipeline.unet.config.in_channels, final_resolution, final_resolution)
     noise = randn_tensor(shape, generator=generators, device=device)
@@ -652,7 +720,7 @@ def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, captions: l
 def score_shapes(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> dict[str, float]:
     """Captioned shapes: which share of the held-out captions' attributes the pictures show."""
     captions = run.validation_data.captions[: run.data_args.num_scored_pictures]
-    size = run.train_data.resolution
+    size = run.model_args.resolutions[-1]
     images = [
         image.resize((size, size), Image.Resampling.BICUBIC) for image in sample_captions(run, pipeline, captions)
     ]
@@ -762,6 +830,65 @@ def write_phase_card(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_data(
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    train_data_dir: str | None,
+    broken: BrokenRows,
+) -> tuple[CaptionedPictures | StreamedPictures, CaptionedPictures | StreamedPictures, CaptionedPictures]:
+    """What the core is trained on, what is trained on above its resolution, and what is held out."""
+    final_resolution = model_args.resolutions[-1]
+    held_out_rows = max(8, data_args.num_validation_pictures, data_args.num_scored_pictures * data_args.on_shapes)
+    columns = data_args.image_column, data_args.caption_column
+
+    def load(dataset_name: str | None, data_dir: str | None, resolution: int, num_held_out: int = held_out_rows):
+        buckets = None
+        if data_args.aspect_ratio_buckets is not None:
+            factor = final_resolution // resolution
+            buckets = [(h // factor, w // factor) for h, w in parse_buckets(data_args.aspect_ratio_buckets)]
+        if data_args.streaming:
+            stream, held_out, first = load_captioned_stream(dataset_name, data_dir, *columns, num_held_out, broken)
+            buffer_size = data_args.shuffle_buffer_size
+            return StreamedPictures(stream, first, resolution, buckets, broken, buffer_size), held_out
+        rows, held_out = load_captioned_data(dataset_name, data_dir, *columns)
+        return CaptionedPictures(rows, resolution, buckets, broken), held_out
+
+    if data_args.has_high_res_data:
+        train_data, _ = load(data_args.dataset_name, train_data_dir, model_args.resolutions[0], num_held_out=0)
+        high_res_data, held_out = load(data_args.high_res_dataset_name, data_args.high_res_data_dir, final_resolution)
+    else:
+        train_data, held_out = load(data_args.dataset_name, train_data_dir, final_resolution)
+        high_res_data = train_data
+        if data_args.num_high_res_pictures is not None:
+            chosen = np.random.default_rng(args.seed).permutation(len(train_data))
+            high_res_data = train_data.select(chosen[: data_args.num_high_res_pictures])
+    return train_data, high_res_data, CaptionedPictures(held_out, final_resolution, broken=broken)
+
+
+def keep_embeddings(run: Run, pipeline: GreedyGrowPipeline) -> TextEmbeddings:
+    """The embeddings of all captions, of which every process computes its share of those that are not there yet."""
+    accelerator = run.accelerator
+    name = name_encoder(pipeline, accelerator.mixed_precision)
+    embeddings = TextEmbeddings(Path(run.data_args.text_embeddings_dir) / name)
+    text_encoder = pipeline.text_encoder.to(accelerator.device)
+
+    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), accelerator.autocast():
+            return encode_captions(pipeline, text_encoder, captions, accelerator.device)
+
+    captions = itertools.chain([""], run.validation_data.captions, run.train_data.captions, run.high_res_data.captions)
+    added = embeddings.add(captions, encode, accelerator.process_index, accelerator.num_processes)
+    logger.info(f"{sum(gather_object([added]))} captions embedded; {embeddings.folder} keeps them.")
+    accelerator.wait_for_everyone()
+    embeddings.reload()
+    return embeddings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -793,6 +920,7 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         step_scheduler_with_optimizer=False,  # it would step once for each process
         # The others wait while the main process draws samples.
@@ -803,7 +931,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. The plan
     phases = list_phases(model_args, args)
-    plans, text = make_plan(phases, model_args, args, accelerator)
+    plans, text = make_plan(phases, data_args, model_args, args, accelerator)
     logger.info(text)
     if args.plan:
         return
@@ -833,19 +961,18 @@ def main(argv: list[str] | None = None) -> None:
             train_data_dir = write_shapes_once(data_args, model_args, args, output_dir)
     else:
         train_data_dir = data_args.train_data_dir
-    train_rows, validation_rows = load_captioned_data(
-        data_args.dataset_name, train_data_dir, data_args.image_column, data_args.caption_column
-    )
-    train_data = CaptionedPictures(train_rows, model_args.resolutions[-1])
-    validation_data = CaptionedPictures(validation_rows, model_args.resolutions[-1])
-    high_res_data: torch.utils.data.Dataset = train_data
-    if data_args.num_high_res_pictures is not None:
-        chosen = np.random.default_rng(args.seed).permutation(len(train_data))[: data_args.num_high_res_pictures]
-        high_res_data = torch.utils.data.Subset(train_data, chosen.tolist())
-    logger.info(
-        f"{len(train_data)} pictures to train on, {len(high_res_data)} of them above the core's resolution; "
-        f"{len(validation_data)} held out."
-    )
+    broken = BrokenRows(output_dir / "broken_rows.jsonl", data_args.max_broken_share)
+    if checkpoint is None and accelerator.is_main_process:
+        broken.path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    train_data, high_res_data, validation_data = load_data(data_args, model_args, args, train_data_dir, broken)
+    if data_args.streaming:
+        logger.info(f"Pictures are streamed; {len(validation_data)} held out.")
+    else:
+        logger.info(
+            f"{len(train_data)} pictures to train the core on, {len(high_res_data)} to train on above its resolution; "
+            f"{len(validation_data)} held out."
+        )
     captions = data_args.validation_prompts or validation_data.captions[:8]
 
     run = Run(
@@ -878,7 +1005,7 @@ def main(argv: list[str] | None = None) -> None:
     if start is not None:
         pipeline = load_pipeline(start, model_args.core_revision if start == model_args.core else None)
     else:
-        pipeline = build_core_pipeline(model_args, train_data.captions)
+        pipeline = build_core_pipeline(model_args, itertools.islice(train_data.captions, TOKENIZER_CAPTIONS))
 
     # 5. From here on the folder holds this run
     accelerator.wait_for_everyone()
@@ -894,15 +1021,21 @@ def main(argv: list[str] | None = None) -> None:
     if publisher is not None and checkpoint is not None:
         publisher.push_missing(phases[:first], output_dir)
     accelerator.init_trackers("grow")
+    if data_args.text_embeddings_dir is not None:
+        run.embeddings = keep_embeddings(run, pipeline)
 
     # 6. The phases
     scores = {}
     for phase in phases[first:]:
         if phase.resolution != pipeline.unet.config.sample_size:
             set_seed(args.seed + phase.stage)  # a resumed run grows the same stage
-            pipeline = grow_pipeline(pipeline, phase, model_args, high_res_data)
+            # A stream has no first pictures: there it is the held-out ones whose detail is measured.
+            data = validation_data if data_args.streaming else high_res_data
+            pipeline = grow_pipeline(pipeline, phase, model_args, data)
         train_phase(run, phase, pipeline, checkpoint)
         checkpoint = None
+        if broken.found():
+            logger.warning(f"{broken.found()} broken rows were left out so far: {broken.path} names them.")
         if accelerator.is_main_process:
             save_pipeline(pipeline, output_dir / phase.name)
             pipeline.to(accelerator.device)

@@ -222,11 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     resolution = args.resolution or unet.config.sample_size * (1 if is_grown else 4)
     if resolution % unet.config.sample_size:
         raise ValueError(f"`resolution={resolution}` has to be a multiple of the model's {unet.config.sample_size}.")
-    pool_factor = resolution // unet.config.sample_size
     train_rows, validation_rows = load_captioned_data(
         args.dataset_name, args.train_data_dir, args.image_column, args.caption_column
     )
-    train_data = CaptionedPictures(train_rows, resolution)
+    train_data = CaptionedPictures(train_rows, resolution).at(unet.config.sample_size)
     prompts = args.validation_prompts or list(dict.fromkeys(validation_rows["text"]))[:8]
     first, total = (step * pictures_per_step for step in (progress["step"], args.max_train_steps))
     order = EpochOrder(len(train_data), start=first, num_samples=total - first, seed=(args.seed, 0))
@@ -288,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     logged_step, logged_time = step, time.perf_counter()
     for micro_step, batch in enumerate(loader):
         with accelerator.accumulate(model):
-            x0 = normalize(batch["pixel_values"], pool_factor)
+            x0 = normalize(batch["pixel_values"])
             accumulated = micro_step % args.gradient_accumulation_steps
             place = (accumulated * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             noise, sigma, dropped = draw_noise(

@@ -19,6 +19,7 @@ from .arguments import (
     ModelArguments,
     TrainingArguments,
     parse_arguments,
+    parse_buckets,
     parse_channels,
     parse_lora_arguments,
 )
@@ -33,10 +34,26 @@ from .checkpoints import (
     sorted_checkpoints,
     write_text,
 )
-from .data import CaptionedPictures, EpochOrder, load_captioned_data, normalize, sample_generators
+from .data import (
+    BrokenRows,
+    BucketOrder,
+    CaptionedPictures,
+    EpochOrder,
+    load_captioned_data,
+    normalize,
+    sample_generators,
+)
 from .loop import GradientGuard, Interrupt, TqdmHandler, accept_gradients, averaged, set_up
 from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
 from .plan import PhasePlan, describe_parts, format_memory, format_plan, plan_phase
 from .report import draw_losses, draw_samples, keep_metrics
 from .sharding import TrainedModel, consolidate, gather, reshard, set_up_sharding, shard
-from .text import build_small_text_encoder, encode_captions, tokenize_captions, train_small_tokenizer
+from .streaming import StreamedPictures, StreamLoader, load_captioned_stream
+from .text import (
+    TextEmbeddings,
+    build_small_text_encoder,
+    encode_captions,
+    name_encoder,
+    tokenize_captions,
+    train_small_tokenizer,
+)

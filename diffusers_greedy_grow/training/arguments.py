@@ -16,6 +16,7 @@
 
 import argparse
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy as np
 import yaml
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
+from diffusers.training_utils import parse_buckets_string
 from transformers import HfArgumentParser
 
 
@@ -32,7 +34,8 @@ class PictureArguments:
 
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
     train_data_dir: str | None = field(
-        default=None, metadata={"help": "A folder: imagefolder with metadata, or parquet files; or one parquet file."}
+        default=None,
+        metadata={"help": "A folder: imagefolder with metadata, parquet or WebDataset tar files; or one such file."},
     )
     image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
     caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
@@ -47,14 +50,51 @@ class PictureArguments:
 class DataArguments(PictureArguments):
     """What to train on; by default captioned shapes, drawn for the purpose."""
 
+    high_res_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Other data above the core's resolution, and to hold pictures out from. That of the core is then read at the "
+            "core's resolution."
+        },
+    )
+    high_res_data_dir: str | None = field(
+        default=None, metadata={"help": "Instead of it, a folder or file as train_data_dir."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read rows as they are needed, for data that is too large to be put on a disk first."},
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Streaming: among how many rows each worker draws the next one."}
+    )
+    aspect_ratio_buckets: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Heights and widths of pictures at the final resolution, such as "64,64;48,80;80,48": each picture gets the '
+            "nearest shape. All are square by default, and held-out ones always."
+        },
+    )
+    max_broken_share: float = field(
+        default=0.01, metadata={"help": "The largest share of broken rows; they are left out and named in a file."}
+    )
     shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
     shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
     num_high_res_pictures: int | None = field(
         default=None,
         metadata={"help": "Train above the core's resolution on that many pictures only, drawn at random."},
     )
+    text_embeddings_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder to keep the embeddings of a text encoder that does not train, of use to other runs too."
+        },
+    )
     num_validation_pictures: int = field(default=256, metadata={"help": "Held-out pictures the loss is measured on."})
     num_scored_pictures: int = field(default=96, metadata={"help": "Captioned shapes: pictures drawn for the score."})
+
+    @property
+    def has_high_res_data(self) -> bool:
+        return self.high_res_dataset_name is not None or self.high_res_data_dir is not None
 
     @property
     def on_shapes(self) -> bool:
@@ -248,6 +288,8 @@ FREE_TO_CHANGE = {
     "plan",
     "plan_processes",
     "dataloader_num_workers",
+    "max_broken_share",
+    "text_embeddings_dir",
     "validation_prompts",
     "num_validation_pictures",
     "num_scored_pictures",
@@ -367,6 +409,8 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (data, "shapes_objects", 1, 3),
         (data, "num_validation_pictures", 0, math.inf),
         (data, "num_scored_pictures", 0, math.inf),
+        (data, "shuffle_buffer_size", 1, math.inf),
+        (data, "max_broken_share", 0, 0.99),
         (model, "resolutions", 1, math.inf),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
@@ -381,6 +425,22 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         )
     if data.num_high_res_pictures is not None and data.num_high_res_pictures < 1:
         parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
+    if data.has_high_res_data and (data.on_shapes or data.num_high_res_pictures is not None):
+        parser.error(
+            "--high_res_dataset_name and --high_res_data_dir need --dataset_name or --train_data_dir for the core, and no "
+            "--num_high_res_pictures."
+        )
+    if data.streaming and data.num_high_res_pictures is not None:
+        parser.error("--num_high_res_pictures needs data that is not streamed: leave out --streaming.")
+    if data.text_embeddings_dir is not None and model.text_encoder == "small" and model.core is None:
+        parser.error(
+            "--text_embeddings_dir needs a text encoder that does not train: name a pretrained --text_encoder, or a --core."
+        )
+    if data.aspect_ratio_buckets is not None:
+        try:
+            parse_buckets(data.aspect_ratio_buckets)
+        except ValueError as error:
+            parser.error(f'--aspect_ratio_buckets {data.aspect_ratio_buckets}: {error} Write "64,64;48,80;80,48".')
     if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
     if training.hub_steps is not None and training.hub_steps < 1:
@@ -411,3 +471,15 @@ def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
 
 def parse_channels(channels: str) -> tuple[int, ...]:
     return tuple(int(count) for count in str(channels).split(","))
+
+
+def parse_buckets(buckets: str) -> list[tuple[int, int]]:
+    """
+    Heights and widths from text.
+
+    Raises:
+        `ValueError`: if it does not say any.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sides that 8 does not divide; the model's own condition is checked
+        return parse_buckets_string(buckets)

@@ -14,12 +14,18 @@
 
 """Captioned pictures: from a Hub dataset or a folder to batches, in an order that depends on the seed alone."""
 
+import copy
+import io
+import json
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, Image, IterableDataset, load_dataset
+from diffusers.training_utils import find_nearest_bucket
 from PIL import Image as PILImage
 from PIL import ImageOps
 from torch.utils.data import Sampler, get_worker_info
@@ -27,37 +33,46 @@ from torch.utils.data import Sampler, get_worker_info
 from ..flow import pool
 
 
-def load_captioned_data(
-    dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str
-) -> tuple[Dataset, Dataset]:
+# A longer caption is a page of text that was scraped along, not a caption.
+MAX_CAPTION_CHARACTERS = 5000
+FILE_TYPES = {".parquet": "parquet", ".tar": "webdataset"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def load_splits(
+    dataset_name: str | None, data_dir: str | None, image_column: str, caption_column: str, streaming: bool = False
+) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """
-    Loads pictures with captions and splits off what is not trained on: data with no `validation` or `test` of its own has
-    5 % held out, 256 at most, and always the same ones.
+    The splits of a source, each with the columns `image` and `text`. Pictures are left undecoded, as `bytes` or `path`, since
+    a broken one must not stop what reads it.
 
     Args:
         dataset_name (`str`, *optional*):
             A dataset on the Hub.
-        train_data_dir (`str`, *optional*):
+        data_dir (`str`, *optional*):
             Instead of it, a folder with pictures and a `metadata.jsonl` or `metadata.csv` (an imagefolder), a folder
-            with parquet files, or one parquet file.
+            with parquet or WebDataset tar files, or one such file.
         image_column (`str`), caption_column (`str`):
-            The columns to read.
-
-    Returns:
-        The training and the validation rows, with the columns `image` and `text`.
+            The columns to read; of a WebDataset they are file extensions, such as `jpg` and `txt`.
+        streaming (`bool`, defaults to `False`):
+            Whether to read rows as they are needed, instead of having all of them on disk and in order.
 
     Raises:
         `ValueError`: if there is not exactly one source, or a column is missing or of the wrong type.
     """
-    if dataset_name is not None and train_data_dir is None:
-        splits = load_dataset(dataset_name)
-    elif train_data_dir is not None and dataset_name is None:
-        if not Path(train_data_dir).exists():
-            raise ValueError(f"`train_data_dir={train_data_dir!r}` does not exist.")
-        if Path(train_data_dir).is_file():
-            splits = load_dataset("parquet", data_files=train_data_dir)
+    if dataset_name is not None and data_dir is None:
+        splits = load_dataset(dataset_name, streaming=streaming)
+    elif data_dir is not None and dataset_name is None:
+        if not Path(data_dir).exists():
+            raise ValueError(f"`train_data_dir={data_dir!r}` does not exist.")
+        if Path(data_dir).is_file():
+            file_type = FILE_TYPES.get(Path(data_dir).suffix, "parquet")
+            splits = load_dataset(file_type, data_files=data_dir, streaming=streaming)
         else:
-            splits = load_dataset(train_data_dir)
+            splits = load_dataset(data_dir, streaming=streaming)
     else:
         raise ValueError("Pass either `dataset_name` or `train_data_dir`.")
 
@@ -77,11 +92,29 @@ def load_captioned_data(
                 f"`caption_column={caption_column!r}` holds {split.features[caption_column]}, not strings; name another "
                 "column, or write one caption for each picture."
             )
-        split = split.select_columns([image_column, caption_column])
-        splits[name] = split.rename_columns({image_column: "image", caption_column: "text"})
-
+        # First of all, since renaming a stream's columns decodes them.
+        split = split.cast_column(image_column, Image(decode=False)).select_columns([image_column, caption_column])
+        names = {image_column: "image", caption_column: "text"}
+        splits[name] = split.rename_columns({old: new for old, new in names.items() if old != new})
     if "train" not in splits:
         raise ValueError(f"The data has no train split, only {list(splits)}: name one of its files or folders train.")
+    return splits
+
+
+def load_captioned_data(
+    dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str
+) -> tuple[Dataset, Dataset]:
+    """
+    Loads pictures with captions by [`load_splits`] and splits off what is not trained on: data with no `validation` or `test`
+    of its own has 5 % held out, 256 at most, and always the same ones.
+
+    Returns:
+        The training and the validation rows, with the columns `image` (undecoded) and `text`.
+
+    Raises:
+        `ValueError`: as [`load_splits`] does, and if there are fewer than two rows.
+    """
+    splits = load_splits(dataset_name, train_data_dir, image_column, caption_column)
     for name in ("validation", "test"):
         if name in splits:
             return splits["train"], splits[name]
@@ -92,57 +125,242 @@ def load_captioned_data(
     return split["train"], split["test"]
 
 
-def to_pixel_values(image: PILImage.Image, resolution: int) -> torch.Tensor:
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows, and those that are broken
+
+
+class BrokenRow(ValueError):
+    """Why a row cannot be trained on."""
+
+
+class BrokenRows:
     """
-    A picture as a tensor `(3, resolution, resolution)`, uint8: upright, transparent parts white, the centre cropped
-    square, scaled with antialiasing.
+    Counts broken rows, writes a line for each to a file, and stops the run when there are too many.
+
+    Every process and every worker of a data loader counts what it reads itself; lines are short, so those of several
+    do not mix in the file.
+
+    Args:
+        path (`Path`, *optional*):
+            The file, of one JSON object for each row: its name and the reason.
+        max_share (`float`, defaults to 0.01):
+            The largest share of the rows read that may be broken. The first 1000 are taken together, since one of the
+            first ten would be a tenth already.
+    """
+
+    def __init__(self, path: Path | None = None, max_share: float = 0.01):
+        self.path, self.max_share = path, max_share
+        self.read = self.broken = 0
+
+    def add(self, name: str, reason: Exception) -> None:
+        """
+        Raises:
+            `ValueError`: if rows are broken beyond `max_share`.
+        """
+        self.broken += 1
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"row": name, "reason": str(reason)}) + "\n")
+        if self.broken > self.max_share * max(self.read, 1000):
+            raise ValueError(
+                f"{self.broken} of {self.read} rows read are broken, which is beyond `max_broken_share={self.max_share}`. "
+                f"The last one is {name}: {reason}. "
+                + (f"{self.path} names all of them. " if self.path is not None else "")
+                + "Repair the data, or raise `max_broken_share`."
+            )
+
+    def found(self) -> int:
+        """How many different rows the file names."""
+        if self.path is None or not self.path.exists():
+            return 0
+        return len({json.loads(line)["row"] for line in self.path.read_text().splitlines()})
+
+
+def name_row(place: str, row: dict) -> str:
+    """Where a row stands, its file's name if it has one, and how its caption begins."""
+    path = (row["image"] or {}).get("path")
+    return f"{place}{f', {path}' if path else ''}, {(row['text'] or '')[:80]!r}"
+
+
+def check_caption(caption: str | None) -> str:
+    """
+    Raises:
+        [`BrokenRow`]: if there is none, it is empty or longer than `MAX_CAPTION_CHARACTERS`.
+    """
+    if caption is None:
+        raise BrokenRow("no caption")
+    if not caption.strip():
+        raise BrokenRow("the caption is empty")
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        raise BrokenRow(f"the caption has {len(caption)} characters, of {MAX_CAPTION_CHARACTERS} at most")
+    return caption
+
+
+def open_image(image: dict | None) -> PILImage.Image:
+    """
+    Decodes a picture from its `bytes`, or from the file at `path`.
+
+    Raises:
+        [`BrokenRow`]: if it cannot be decoded, is a decompression bomb, or has values that are no bytes.
+    """
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise BrokenRow("no picture")
+    if image["bytes"] == b"":
+        raise BrokenRow("a picture of zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PILImage.DecompressionBombWarning)
+            picture = Image().decode_example(image)
+    except Exception as error:  # what a broken file leads PIL to raise has no common class
+        raise BrokenRow(f"{type(error).__name__}: {error}") from error
+    if picture.mode[0] in "IF":
+        raise BrokenRow(f"a picture of mode {picture.mode}, whose values have no known range")
+    return picture
+
+
+def to_pixel_values(image: PILImage.Image, height: int, width: int | None = None) -> torch.Tensor:
+    """
+    A picture as a tensor `(3, height, width)`, uint8: upright, transparent parts white, the centre cropped to shape (square
+    without `width`), scaled with antialiasing.
     """
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), method=PILImage.Resampling.LANCZOS)
+    size = (width or height, height)
+    if image.size != size:
+        image = ImageOps.fit(image, size, method=PILImage.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixel_values: torch.Tensor, factor: int = 1) -> torch.Tensor:
+    """
+    Bytes `(..., 3, H, W)` to pictures `(..., 3, H / factor, W / factor)` in [-1, 1]; what are pictures already is only
+    averaged down.
+    """
+    if pixel_values.dtype == torch.uint8:
+        pixel_values = pixel_values.float() / 127.5 - 1
+    return pool(pixel_values, factor)
+
+
+def average_down(pixel_values: torch.Tensor, factor: int) -> torch.Tensor:
+    """
+    What a data loader hands on: for a phase below the final resolution pictures in [-1, 1], averaged down by [`normalize`], so
+    that what a core is trained on is what a model grown from it pools; bytes, which are a quarter as large, if `factor` is 1.
+    """
+    return pixel_values if factor == 1 else normalize(pixel_values, factor)
 
 
 class CaptionedPictures(torch.utils.data.Dataset):
     """
-    Rows of `image` and `text` as `pixel_values` `(3, resolution, resolution)`, uint8, and `caption`.
+    Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. In place of a broken row stands the next.
 
     If all of them fit in `max_cache_bytes`, each picture is decoded and scaled once and then kept in memory; not so in
     a data loader's workers, each of which would keep its own.
+
+    Args:
+        rows (`Dataset`):
+            As [`load_captioned_data`] returns them.
+        resolution (`int`):
+            The side of the pictures.
+        buckets (`list[tuple[int, int]]`, *optional*):
+            Heights and widths, if pictures are not all to be square: each gets the nearest shape.
+        broken (`BrokenRows`, *optional*):
+            What counts broken rows.
+
+    Raises:
+        `ValueError`: if too many captions are broken, or all.
     """
 
-    def __init__(self, rows: Dataset, resolution: int, max_cache_bytes: int = 2 * 2**30):
-        self.rows = rows
-        self.resolution = resolution
-        self.captions = list(rows["text"])
-        if None in self.captions:
-            raise ValueError(f"Row {self.captions.index(None)} has no caption: write one, or drop the row.")
+    def __init__(
+        self,
+        rows: Dataset,
+        resolution: int,
+        buckets: list[tuple[int, int]] | None = None,
+        broken: BrokenRows | None = None,
+        max_cache_bytes: int = 2 * 2**30,
+    ):
+        self.resolution, self.pool_factor = resolution, 1
+        self.buckets = buckets or [(resolution, resolution)]
+        self.broken = broken or BrokenRows()
+        captions, good = list(rows["text"]), []
+        self.broken.read += len(captions)
+        for i, caption in enumerate(captions):
+            try:
+                check_caption(caption)
+                good.append(i)
+            except BrokenRow as error:
+                self.broken.add(name_row(f"row {i} of {len(captions)}", rows[i]), error)
+        if not good:
+            raise ValueError("No row of the data has a caption.")
+        self.rows = rows if len(good) == len(rows) else rows.select(good)
+        self.captions = [captions[i] for i in good]
+        self.unreadable: set[int] = set()
         self.cache: dict[int, torch.Tensor] | None = {} if len(rows) * 3 * resolution**2 <= max_cache_bytes else None
+        self.shapes = self.find_shapes() if len(self.buckets) > 1 else np.zeros(len(self.rows), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def at(self, resolution: int) -> "CaptionedPictures":
+        """The same pictures averaged down to `resolution`: float32 in [-1, 1], if it is not their own."""
+        pictures = copy.copy(self)
+        pictures.pool_factor = self.resolution // resolution
+        return pictures
+
+    def select(self, indices: np.ndarray) -> "CaptionedPictures":
+        """Some of the pictures, in that order."""
+        pictures = copy.copy(self)
+        pictures.rows = self.rows.select(indices)
+        pictures.captions = [self.captions[i] for i in indices]
+        pictures.shapes = self.shapes[indices]
+        pictures.cache = None if self.cache is None else {}
+        pictures.unreadable = set()
+        return pictures
+
+    def find_shapes(self) -> np.ndarray:
+        """The index of each row's bucket, from the pictures' headers."""
+        shapes = np.zeros(len(self.rows), dtype=np.int64)
+        for i, image in enumerate(self.rows["image"]):
+            try:
+                picture = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+            except Exception:  # it will be counted and named where it is read
+                continue
+            width, height = picture.size
+            if picture.getexif().get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # lies on its side
+                width, height = height, width
+            shapes[i] = find_nearest_bucket(height, width, self.buckets)
+        return shapes
+
     def __getitem__(self, index: int) -> dict:
+        alike = None
+        while True:
+            if index not in self.unreadable:
+                try:
+                    pixel_values = self.read(index)
+                    break
+                except BrokenRow as error:
+                    self.unreadable.add(index)
+                    self.broken.add(name_row(f"row {index} of {len(self)}", self.rows[index]), error)
+            alike = np.flatnonzero(self.shapes == self.shapes[index]) if alike is None else alike
+            index = int(alike[np.searchsorted(alike, index, side="right") % len(alike)])
+        return {"pixel_values": average_down(pixel_values, self.pool_factor), "caption": self.captions[index]}
+
+    def read(self, index: int) -> torch.Tensor:
         cache = self.cache if get_worker_info() is None else None
         if cache is not None and index in cache:
-            pixel_values = cache[index]
-        else:
-            pixel_values = to_pixel_values(self.rows[index]["image"], self.resolution)
-            if cache is not None:
-                cache[index] = pixel_values
-        return {"pixel_values": pixel_values, "caption": self.captions[index]}
+            return cache[index]
+        self.broken.read += 1
+        pixel_values = to_pixel_values(open_image(self.rows[index]["image"]), *self.buckets[self.shapes[index]])
+        if cache is not None:
+            cache[index] = pixel_values
+        return pixel_values
 
 
-def normalize(pixel_values: torch.Tensor, factor: int) -> torch.Tensor:
-    """
-    Bytes `(B, 3, R, R)` to pictures `(B, 3, R / factor, R / factor)` in [-1, 1]. All phases read their pictures at the
-    final resolution and average them down, so that what a core is trained on is what a model grown from it pools.
-    """
-    return pool(pixel_values.float() / 127.5 - 1, factor)
+# ----------------------------------------------------------------------------------------------------------------------
+# Order
 
 
 class EpochOrder(Sampler[int]):
@@ -164,6 +382,57 @@ class EpochOrder(Sampler[int]):
             order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
             yield from order[first : first + end - position].tolist()
             position += self.size - first
+
+
+class BucketOrder(Sampler[list[int]]):
+    """
+    Batches of indices such that all pictures of a step have one shape: rows in the order of [`EpochOrder`] are collected by
+    shape, and whenever those of one shape are enough for a step, they make one. What is left of an epoch goes into the
+    next one's batches, so that every epoch shows every row.
+
+    Args:
+        shapes (`np.ndarray`): The shape of each row, as an index.
+        batch_size (`int`): Rows of a batch.
+        batches_per_step (`int`): Consecutive batches that have one shape.
+        start (`int`), num_steps (`int`): How many steps are left out, and how many follow.
+        seed (`tuple[int, ...]`): What the order depends on.
+    """
+
+    def __init__(
+        self,
+        shapes: np.ndarray,
+        batch_size: int,
+        batches_per_step: int,
+        start: int,
+        num_steps: int,
+        seed: tuple[int, ...],
+    ):
+        self.shapes, self.batch_size, self.batches_per_step = shapes, batch_size, batches_per_step
+        self.start, self.num_steps, self.seed = start, num_steps, seed
+        self.drop_last = True  # for accelerate: every batch is full
+
+    def __len__(self) -> int:
+        return self.num_steps * self.batches_per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, step_size = len(self.shapes), self.batch_size * self.batches_per_step
+        steps = self.start + self.num_steps
+        waiting: dict[int, list[int]] = defaultdict(list)
+        step = 0
+        for index in EpochOrder(size, 0, (steps + len(set(self.shapes))) * step_size, self.seed):
+            if step == steps:
+                return
+            rows = waiting[self.shapes[index]]
+            rows.append(index)
+            if len(rows) == step_size:
+                if step >= self.start:
+                    yield from (rows[i : i + self.batch_size] for i in range(0, step_size, self.batch_size))
+                rows.clear()
+                step += 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise
 
 
 def sample_seeds(key: tuple[int, ...], first: int, count: int) -> list[int]:

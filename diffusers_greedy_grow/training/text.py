@@ -12,10 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A small text encoder, for data whose language is small: trained with the core from scratch, no download needed."""
+"""
+A small text encoder, for data whose language is small: trained with the core from scratch, no download needed. And the
+embeddings of one that does not train, on disk.
+"""
 
-from collections.abc import Iterable
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -79,3 +88,140 @@ def encode_captions(
     mask = tokens["encoder_attention_mask"]
     hidden_states = text_encoder(tokens["input_ids"], attention_mask=mask.long()).last_hidden_state
     return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Embeddings on disk
+
+
+def name_encoder(pipeline: GreedyGrowPipeline, *precision: str) -> str:
+    """A name that is the same only for the same text encoder, tokenizer, `max_sequence_length` and `precision`."""
+    digest = hashlib.sha256(json.dumps([pipeline.config.max_sequence_length, *precision]).encode())
+    digest.update(json.dumps(sorted(pipeline.tokenizer.get_vocab().items())).encode())
+    config = pipeline.text_encoder.config.to_diff_dict()
+    known = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, weight in pipeline.text_encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def hash_caption(caption: str) -> int:
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+
+
+class TextEmbeddings:
+    """
+    Captions' embeddings in a folder, memory-mapped. It holds parts, each written once and then never changed: the hashes of
+    its captions in order, where their tokens begin and how many there are, and the tokens' embeddings without padding.
+
+    Args:
+        folder (`Path`): Of one encoder, see [`name_encoder`].
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.parts: list[tuple] = []
+        self.reload()
+
+    def reload(self) -> None:
+        """Takes in parts that have been written since."""
+        self.parts = []
+        for index in sorted(self.folder.glob("[0-9a-f]*/index.json")):
+            about, part = json.loads(index.read_text()), index.parent
+            hashes, starts, counts = (
+                np.load(part / f"{name}.npy", mmap_mode="r") for name in ("hashes", "starts", "counts")
+            )
+            data = np.memmap(part / "embeddings.bin", mode="r", dtype=np.uint8).reshape(-1, about["bytes"])
+            self.parts.append((hashes, starts, counts, data, getattr(torch, about["dtype"])))
+
+    def find(self, caption: str) -> torch.Tensor | None:
+        """The embedding `(L, D)` of a caption, if it is there."""
+        key = np.uint64(hash_caption(caption))
+        for hashes, starts, counts, data, dtype in self.parts:
+            i = int(np.searchsorted(hashes, key))
+            if i < len(hashes) and hashes[i] == key:
+                tokens = np.array(data[starts[i] : starts[i] + counts[i]])
+                return torch.from_numpy(tokens).view(dtype)
+        return None
+
+    def __call__(self, captions: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """
+        What [`encode_captions`] returns, padded with zeros.
+
+        Raises:
+            `KeyError`: if a caption is not there.
+        """
+        found = []
+        for caption in captions:
+            embedding = self.find(caption)
+            if embedding is None:
+                raise KeyError(f"{self.folder} has no embedding of {caption!r}.")
+            found.append(embedding)
+        lengths = torch.tensor([len(one) for one in found])
+        hidden_states = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        mask = torch.arange(hidden_states.shape[1]) < lengths.unsqueeze(1)
+        return {"encoder_hidden_states": hidden_states.to(device), "encoder_attention_mask": mask.to(device)}
+
+    def add(
+        self,
+        captions: Iterable[str],
+        encode: Callable[[list[str]], dict[str, torch.Tensor]],
+        share: int = 0,
+        shares: int = 1,
+        batch_size: int = 64,
+    ) -> int:
+        """
+        Writes a part with the captions that are not there yet, and returns how many.
+
+        Args:
+            captions (`Iterable[str]`): Also the same one several times.
+            encode (`Callable`): Returns for a list of captions what [`encode_captions`] does.
+            share (`int`), shares (`int`): One of several processes, each of which writes a part of its own.
+            batch_size (`int`): How many captions are encoded at once.
+        """
+        part = self.folder / uuid.uuid4().hex
+        temporary = self.folder / f".{part.name}.tmp"
+        hashes: list[int] = []
+        counts: list[int] = []
+        batch: list[str] = []
+        about: dict = {}
+        seen: set[int] = set()
+        temporary.mkdir(parents=True)
+        with open(temporary / "embeddings.bin", "wb") as file:
+
+            def write() -> None:
+                conditions = encode(batch)
+                hidden_states, mask = conditions["encoder_hidden_states"].cpu(), conditions["encoder_attention_mask"]
+                about.update(
+                    dtype=str(hidden_states.dtype).removeprefix("torch."),
+                    bytes=hidden_states.shape[-1] * hidden_states.itemsize,
+                )
+                counts.extend(mask.sum(dim=1).tolist())
+                file.write(hidden_states[mask.cpu()].contiguous().view(torch.uint8).numpy().tobytes())
+                batch.clear()
+
+            for caption in captions:
+                key = hash_caption(caption)
+                if key % shares != share or key in seen:
+                    continue
+                seen.add(key)
+                if self.find(caption) is None:
+                    hashes.append(key)
+                    batch.append(caption)
+                if len(batch) == batch_size:
+                    write()
+            if batch:
+                write()
+        if not hashes:
+            shutil.rmtree(temporary)
+            return 0
+        order = np.argsort(np.array(hashes, dtype=np.uint64))
+        starts = np.cumsum([0, *counts[:-1]])
+        np.save(temporary / "hashes.npy", np.array(hashes, dtype=np.uint64)[order])
+        np.save(temporary / "starts.npy", starts[order])
+        np.save(temporary / "counts.npy", np.array(counts)[order])
+        (temporary / "index.json").write_text(json.dumps(about))
+        temporary.rename(part)
+        return len(hashes)

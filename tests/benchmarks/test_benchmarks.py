@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cascade, few_high_res, grow_vs_scratch, queue_of_runs, sampling, scale_core, step_time
+from benchmarks import cascade, few_high_res, grow_vs_scratch, loader, queue_of_runs, sampling, scale_core, step_time
 from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, growth_job, run_queue
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
@@ -188,3 +188,16 @@ def test_peers_have_as_many_parameters(resolution):
         goal = step_time.build("ours", resolution).num_parameters()
         for name in step_time.PEERS:
             assert abs(step_time.build(name, resolution).num_parameters() / goal - 1) < 0.05, name
+
+
+def test_the_loaders_that_are_timed_show_the_same_pictures(tmp_path):
+    loader.write_pictures(tmp_path, count=12, size=32, num_files=2)
+    args = argparse.Namespace(resolution=16, batch_size=2)
+    parquet, tar = (
+        {tuple(picture.flatten().tolist()) for batch in batches for picture in batch["pixel_values"]}
+        for batches in (
+            loader.open_loader(name, tmp_path, args, 0, 6) for name in ("streamed parquet", "streamed tar")
+        )
+    )
+    assert parquet == tar and len(parquet) == 12
+    assert [len(batch["caption"]) for batch in loader.open_loader("parquet", tmp_path, args, 0, 3)] == [2, 2, 2]

@@ -14,6 +14,7 @@
 
 import io
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -24,40 +25,86 @@ from PIL import Image
 
 from diffusers_greedy_grow.flow import pool
 from diffusers_greedy_grow.training import (
+    BrokenRows,
+    BucketOrder,
     CaptionedPictures,
     EpochOrder,
+    TextEmbeddings,
     build_small_text_encoder,
+    encode_captions,
     load_captioned_data,
+    name_encoder,
     normalize,
     sample_generators,
     train_small_tokenizer,
 )
-from diffusers_greedy_grow.training.data import to_pixel_values
+from diffusers_greedy_grow.training.data import open_image, to_pixel_values
+
+from ..testing_utils import CAPTIONS, make_pipeline
 
 
 def make_image(i: int, size: int = 32) -> Image.Image:
     return Image.fromarray(np.random.default_rng(i).integers(0, 256, (size, size, 3)).astype(np.uint8))
 
 
-def write_image_folder(folder, count: int = 40):
+def write_image_folder(folder, count: int = 40, size: int = 32):
     folder.mkdir()
     lines = []
     for i in range(count):
-        make_image(i).save(folder / f"{i:03}.png")
+        make_image(i, size).save(folder / f"{i:03}.png")
         lines.append(json.dumps({"file_name": f"{i:03}.png", "text": f"picture number {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
-def write_parquet(path, count: int = 40, caption_column: str = "text"):
-    rows = {"picture": [], caption_column: []}
-    for i in range(count):
-        buffer = io.BytesIO()
-        make_image(i).save(buffer, format="PNG")
-        rows["picture"].append({"bytes": buffer.getvalue(), "path": None})
-        rows[caption_column].append(f"picture number {i}")
-    features = Features({"picture": ImageFeature(), caption_column: Value("string")})
-    Dataset.from_dict(rows, features=features).to_parquet(path)
+def to_bytes(image: Image.Image, format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format)
+    return buffer.getvalue()
+
+
+def write_rows(path, rows, caption_column: str = "text", image_column: str = "picture"):
+    """Pictures, or the bytes of their files, with their captions."""
+    pictures = [
+        image
+        if image is None
+        else {"bytes": to_bytes(image) if isinstance(image, Image.Image) else image, "path": None}
+        for image, _ in rows
+    ]
+    features = Features({image_column: ImageFeature(), caption_column: Value("string")})
+    table = {image_column: pictures, caption_column: [caption for _, caption in rows]}
+    Dataset.from_dict(table, features=features).to_parquet(path)
+
+
+def write_parquet(path, count: int = 40, caption_column: str = "text", first: int = 0):
+    write_rows(path, [(make_image(i), f"picture number {i}") for i in range(first, first + count)], caption_column)
+
+
+def make_bomb() -> bytes:
+    """A small file of a picture of 200 million pixels: only its header says so."""
+    content = bytearray(to_bytes(Image.new("L", (1, 1))))
+    content[16:24] = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+# For each kind of broken row: a picture, its caption, and what is said of it.
+BROKEN = {
+    "truncated": (to_bytes(make_image(0))[:1000], "the truncated one", "truncated"),
+    "truncated jpeg": (to_bytes(make_image(0), "JPEG")[:700], "a jpeg", "truncated"),
+    "zero bytes": (b"", "nothing", "zero bytes"),
+    "no picture": (b"not a picture", "some text", "cannot identify image file"),
+    "wrong mode": (
+        to_bytes(Image.fromarray(np.full((9, 9), 70000, np.int32)), "TIFF"),
+        "thick",
+        "a picture of mode I",
+    ),
+    "decompression bomb": (make_bomb(), "a bomb", "decompression bomb"),
+    "missing picture": (None, "no picture", "no picture"),
+    "empty caption": (make_image(1), " \n", "the caption is empty"),
+    "long caption": (make_image(2), "long " * 2000, "the caption has 10000 characters"),
+    "missing caption": (make_image(3), None, "no caption"),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,7 +114,7 @@ def write_parquet(path, count: int = 40, caption_column: str = "text"):
 def check(rows, i):
     assert set(rows.column_names) == {"image", "text"}
     number = int(rows[i]["text"].split()[-1])
-    assert np.array_equal(rows[i]["image"], make_image(number))
+    assert np.array_equal(open_image(rows[i]["image"]), make_image(number))
 
 
 def test_image_folder(tmp_path):
@@ -156,12 +203,71 @@ def test_captioned_pictures(tmp_path):
             assert cached[i]["caption"] == uncached[i]["caption"] == train[i]["text"]
 
 
-def test_a_row_without_a_caption_is_named():
-    image = {"bytes": None, "path": "not read.png"}
-    features = Features({"image": ImageFeature(), "text": Value("string")})
-    rows = Dataset.from_dict({"image": [image, image], "text": ["a caption", None]}, features=features)
-    with pytest.raises(ValueError, match="Row 1 has no caption"):
-        CaptionedPictures(rows, 16)
+def test_broken_rows_are_left_out_and_named(tmp_path):
+    """In place of a picture that cannot be read stands the next; a caption that cannot be used is none of the data."""
+    rows = [(image, caption) for image, caption, _ in BROKEN.values()]
+    write_rows(tmp_path / "train.parquet", rows + [(make_image(i), f"picture number {i}") for i in range(5)])
+    write_parquet(tmp_path / "test.parquet", 2)
+    train, _ = load_captioned_data(None, str(tmp_path), "picture", "text")
+    broken = BrokenRows(tmp_path / "broken.jsonl", max_share=0.02)
+    pictures = CaptionedPictures(train, 16, broken=broken)
+    assert len(pictures) == len(BROKEN) + 5 - 3
+    for _ in range(2):
+        for i in range(len(pictures)):
+            example = pictures[i]
+            number = max(0, i - len(BROKEN) + 3)
+            assert example["caption"] == f"picture number {number}"
+            assert torch.equal(example["pixel_values"], to_pixel_values(make_image(number), 16))
+    lines = {line["row"]: line["reason"] for line in map(json.loads, broken.path.read_text().splitlines())}
+    assert broken.found() == len(lines) == len(BROKEN)
+    for kind, (_, caption, reason) in BROKEN.items():
+        (said,) = [lines[row] for row in lines if row.endswith(repr((caption or "")[:80]))]
+        assert reason in said, kind
+
+    few = CaptionedPictures(train, 16, broken=BrokenRows(max_share=0.004))  # 4 of 1000; the captions are 3
+    with pytest.raises(ValueError, match="5 of 17 rows read are broken, which is beyond `max_broken_share=0.004`"):
+        few[0]
+    with pytest.raises(ValueError, match="1 of 15 rows read are broken.* The last one is row .*: the caption"):
+        CaptionedPictures(train, 16, broken=BrokenRows(max_share=0))
+
+
+def write_shapes_of_pictures(path, count: int = 24):
+    """Square, wide and high pictures in turn."""
+    shapes = ((32, 32), (32, 16), (16, 40))
+    write_rows(path, [(make_image(i).resize(shapes[i % 3]), f"picture number {i}") for i in range(count)])
+
+
+def test_pictures_of_several_shapes(tmp_path):
+    write_shapes_of_pictures(tmp_path / "data.parquet")
+    train, _ = load_captioned_data(None, str(tmp_path / "data.parquet"), "picture", "text")
+    pictures = CaptionedPictures(train, 16, [(16, 16), (8, 16), (24, 8)])
+    for i in range(len(pictures)):
+        kind = int(pictures.captions[i].split()[-1]) % 3
+        assert pictures.shapes[i] == kind
+        assert pictures[i]["pixel_values"].shape == (3, *[(16, 16), (8, 16), (24, 8)][kind])
+    assert pictures.at(8)[int(np.flatnonzero(pictures.shapes == 2)[0])]["pixel_values"].shape == (3, 12, 4)
+    lying = make_image(0).resize((32, 16))
+    exif = lying.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees: it is high
+    buffer = io.BytesIO()
+    lying.save(buffer, format="PNG", exif=exif)
+    write_rows(tmp_path / "lying.parquet", [(buffer.getvalue(), "high")] * 2)
+    train, _ = load_captioned_data(None, str(tmp_path / "lying.parquet"), "picture", "text")
+    pictures = CaptionedPictures(train, 16, [(8, 16), (16, 8)])
+    assert pictures.shapes[0] == 1 and pictures[0]["pixel_values"].shape == (3, 16, 8)
+
+
+def test_steps_have_one_shape_and_epochs_every_row():
+    shapes = np.array([0, 1, 2] * 8)
+    batches = list(BucketOrder(shapes, 2, 2, start=0, num_steps=18, seed=(0, 1)))
+    assert len(batches) == 36 and all(len(batch) == 2 for batch in batches)
+    for first, second in zip(batches[::2], batches[1::2]):
+        assert len({*shapes[first], *shapes[second]}) == 1
+    counts = np.bincount(sum(batches, []))
+    assert len(counts) == 24 and counts.min() >= 2 and counts.max() <= 4 and counts.sum() == 72
+    for start in (1, 7, 17):
+        order = BucketOrder(shapes, 2, 2, start=start, num_steps=18 - start, seed=(0, 1))
+        assert len(order) == 36 - 2 * start and list(order) == batches[2 * start :]
 
 
 def test_the_core_sees_what_a_grown_model_pools():
@@ -222,3 +328,47 @@ def test_small_text_encoder(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     assert again(captions)["input_ids"] == tokenizer(captions)["input_ids"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_embeddings(tmp_path, dtype):
+    pipeline = make_pipeline()
+    pipeline.text_encoder.to(dtype)
+    calls = []
+
+    def encode(captions):
+        calls.extend(captions)
+        with torch.no_grad():
+            return encode_captions(pipeline, pipeline.text_encoder, captions, torch.device("cpu"))
+
+    first, embeddings = TextEmbeddings(tmp_path), TextEmbeddings(tmp_path)
+    # Two processes, each with its share; then a run with more captions.
+    assert first.add([*CAPTIONS, ""] * 2, encode, 0, 2) + embeddings.add([*CAPTIONS, ""], encode, 1, 2) == 4
+    embeddings.reload()
+    assert embeddings.add([*CAPTIONS, "something else"], encode, batch_size=1) == 1
+    embeddings.reload()
+    assert sorted(calls) == sorted([*CAPTIONS, "", "something else"])
+    captions = ["", CAPTIONS[2], "something else"]
+    kept, expected = embeddings(captions, torch.device("cpu")), encode(captions)
+    mask = expected["encoder_attention_mask"]
+    assert torch.equal(kept["encoder_attention_mask"], mask) and not mask.all()
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(
+        kept["encoder_hidden_states"][mask], expected["encoder_hidden_states"][mask], **tolerance
+    )
+    assert kept["encoder_hidden_states"].dtype == dtype
+    with pytest.raises(KeyError, match="has no embedding of 'a cat'"):
+        embeddings(["a cat"], torch.device("cpu"))
+
+
+def test_embeddings_are_of_one_encoder():
+    pipeline = make_pipeline()
+    names = {name_encoder(pipeline, "no"), name_encoder(make_pipeline(), "no")}
+    assert len(names) == 1
+    names.add(name_encoder(pipeline, "bf16"))
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters())[0, 0] += 1
+    names.add(name_encoder(pipeline, "no"))
+    pipeline.register_to_config(max_sequence_length=5)
+    names.add(name_encoder(pipeline, "no"))
+    assert len(names) == 4

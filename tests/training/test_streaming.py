@@ -1,0 +1,269 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+from diffusers_greedy_grow.training import (
+    BrokenRows,
+    StreamedPictures,
+    StreamLoader,
+    load_captioned_stream,
+    normalize,
+)
+from diffusers_greedy_grow.training.data import MAX_CAPTION_CHARACTERS, to_pixel_values
+
+from .test_data import BROKEN, make_image, write_image_folder, write_parquet, write_rows
+
+
+READ = """
+import json, sys
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from diffusers_greedy_grow.training import (
+    BucketOrder, CaptionedPictures, StreamedPictures, StreamLoader, load_captioned_data, load_captioned_stream,
+)
+
+accelerator = Accelerator()
+stream, _, first = load_captioned_stream(None, sys.argv[1], "picture", "text", 0)
+place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+loader = StreamLoader(StreamedPictures(stream, first, 8), 2, 0, 6, num_workers=2, seed=(0,), **place)
+captions = [batch["caption"] for batch in loader]
+state = loader.state()
+buckets = [(8, 8), (4, 16)]
+rows, _ = load_captioned_data(None, sys.argv[1], "picture", "text")
+pictures = CaptionedPictures(rows, 8, buckets)
+order = BucketOrder(pictures.shapes, 2, 2, 0, 6, (0,))
+batches = list(accelerator.prepare(DataLoader(pictures, batch_sampler=order)))
+shapes = [list(batch["pixel_values"].shape) for batch in batches]
+in_order = [batch["caption"] for batch in batches]
+with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
+    json.dump({"captions": captions, "processes": accelerator.num_processes, "state": state,
+        "shapes": shapes, "in_order": in_order}, file)
+"""
+
+
+def write_tar(path: Path, count: int) -> None:
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            buffer = io.BytesIO()
+            make_image(i).save(buffer, format="PNG")
+            for extension, content in (("png", buffer.getvalue()), ("txt", f"picture number {i}".encode())):
+                member = tarfile.TarInfo(f"{i:03}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def open_stream(source: Path, num_held_out: int = 0, image: str = "picture", text: str = "text", **kwargs):
+    stream, _, first = load_captioned_stream(None, str(source), image, text, num_held_out)
+    return StreamedPictures(stream, first, 16, **{"shuffle_buffer_size": 5, **kwargs})
+
+
+def read(pictures: StreamedPictures, num_batches: int, num_workers: int = 0, batch_size: int = 2, **kwargs):
+    place = {"start": 0, "process_index": 0, "num_processes": 1, "seed": (0,), **kwargs}
+    loader = StreamLoader(pictures, batch_size, num_batches=num_batches, num_workers=num_workers, **place)
+    return list(loader), loader
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder of four parquet files of six rows each, all different, every third one wide."""
+    folder = tmp_path_factory.mktemp("files")
+    for i in range(0, 24, 6):
+        shapes = [(40, 10) if j % 3 == 0 else (32, 32) for j in range(i, i + 6)]
+        rows = [(make_image(j).resize(shape), f"picture number {j}") for j, shape in zip(range(i, i + 6), shapes)]
+        write_rows(folder / f"{i // 6}.parquet", rows)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+def test_two_processes_with_two_workers_each_read_every_row_once(files, tmp_path):
+    """As `accelerate launch` starts them; and the workers of one process alone would have another order."""
+    (tmp_path / "read.py").write_text(READ)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, str(tmp_path / "read.py"), str(files), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["processes"] == 2 and first["state"] == second["state"]
+    assert first["state"]["lanes"] == len(first["state"]["states"]) == 4
+    counts = Counter(caption for part in (first, second) for batch in part["captions"] for caption in batch)
+    assert counts == {f"picture number {i}": 1 for i in range(24)}
+    assert not {*sum(first["captions"], [])} & {*sum(second["captions"], [])}
+    # Data that is had in order: accelerate deals the batches of a step to the processes, all of one shape.
+    assert first["shapes"] == second["shapes"] and {tuple(shape[2:]) for shape in first["shapes"]} == {(8, 8), (4, 16)}
+    assert len(first["in_order"]) == 6 and not any({*a} & {*b} for a, b in zip(first["in_order"], second["in_order"]))
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 4, 7])
+def test_each_epoch_deals_every_row_to_one_lane(files, lanes):
+    """Also where the lanes cannot have files of their own, or as many."""
+    pictures = open_stream(files)
+    epochs = [
+        [[name for name, _ in pictures.read_rows(lane, lanes, (3,), epoch)] for lane in range(lanes)]
+        for epoch in (0, 1)
+    ]
+    everything = {f"row {row} of file {file}" for file in range(4) for row in range(6)}
+    for epoch in epochs:
+        assert Counter(name for lane in epoch for name in lane) == Counter(everything)
+    assert epochs[0] != epochs[1] and epochs[0][0] != sorted(epochs[0][0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_going_on_shows_what_would_have_been_seen(files, num_workers):
+    """From any batch, in the middle of an epoch or not, also by another number of readers, and with other shapes waiting."""
+    buckets = {"buckets": [(16, 16), (8, 32)]}
+    whole, _ = read(open_stream(files, **buckets), 20, num_workers=2)
+    for stop in (1, 6, 13):
+        _, loader = read(open_stream(files, **buckets), stop, num_workers=2)
+        state = json.loads(json.dumps(loader.state()))
+        rest, _ = read(open_stream(files, **buckets), 20 - stop, num_workers, start=stop, state=state)
+        assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[stop:]]
+        assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(rest, whole[stop:]))
+
+
+def test_other_processes_share_the_lanes_of_a_checkpoint(files):
+    whole, _ = read(open_stream(files), 12, num_workers=4)
+    _, loader = read(open_stream(files), 4, num_workers=4)
+    state = loader.state()
+    halves = [
+        read(open_stream(files), 4, num_workers=2, start=4, state=state, process_index=rank, num_processes=2)[0]
+        for rank in (0, 1)
+    ]
+    together = [batch["caption"] for pair in zip(*halves) for batch in pair]
+    assert together == [batch["caption"] for batch in whole[4:]]
+    with pytest.raises(
+        ValueError, match="read by 4 readers, which 1 processes with `dataloader_num_workers=3` cannot"
+    ):
+        read(open_stream(files), 4, num_workers=3, start=4, state=state)
+    with pytest.raises(
+        ValueError, match="data had .*'first row': .0, 0.* now it has .*'first row': .0, 2.*num_validat"
+    ):
+        read(open_stream(files, num_held_out=2), 4, num_workers=4, start=4, state=state)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_other_batches_neither_repeat_nor_lose_a_row(files, batch_size):
+    """From batches of three, with rows of two shapes waiting for theirs."""
+    pictures = open_stream(files, buckets=[(16, 16), (8, 32)])
+    before, loader = read(pictures, 4, batch_size=3)
+    state = json.loads(json.dumps(loader.state()))
+    assert state["states"]["0"]["waiting"]
+    after, loader = read(pictures, 36 // batch_size, batch_size=batch_size, start=1, state=state)
+    counts = Counter(caption for batch in before + after for caption in batch["caption"])
+    (lane,) = loader.state()["states"].values()
+    epoch, rows = lane["read"]
+    assert sum(counts.values()) == 48 and max(counts.values()) <= epoch + (rows > 0)
+    assert 24 * epoch + rows == 48 + len(lane["waiting"])
+
+
+def test_sources_give_the_same_batches(tmp_path):
+    write_parquet(tmp_path / "data.parquet", 12)
+    write_tar(tmp_path / "data.tar", 12)
+    folder = write_image_folder(tmp_path / "pictures", 12)
+    sources = [
+        open_stream(tmp_path / "data.parquet"),
+        open_stream(tmp_path / "data.tar", image="png", text="txt"),
+        open_stream(folder, image="image"),
+    ]
+    parquet, tar, pictures = (read(source, 9)[0] for source in sources)
+    assert len({caption for batch in parquet for caption in batch["caption"]}) == 12
+    for a, b, c in zip(parquet, tar, pictures, strict=True):
+        assert a["caption"] == b["caption"] == c["caption"]
+        assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["pixel_values"], c["pixel_values"])
+        for caption, pixels in zip(a["caption"], a["pixel_values"]):
+            assert torch.equal(pixels, to_pixel_values(make_image(int(caption.split()[-1])), 16))
+
+
+def test_from_the_hub(hub, files):
+    """Workers read the files from there, each its own ones."""
+    HfApi().create_repo("owner/pictures", repo_type="dataset")
+    HfApi().upload_folder(repo_id="owner/pictures", repo_type="dataset", folder_path=files)
+    stream, _, first = load_captioned_stream("owner/pictures", None, "picture", "text", 0)
+    batches, loader = read(StreamedPictures(stream, first, 16), 12, num_workers=2)
+    counts = Counter(caption for batch in batches for caption in batch["caption"])
+    assert counts == {f"picture number {i}": 1 for i in range(24)} and loader.state()["data"]["files"] == 4
+
+
+def test_pictures_are_averaged_down_where_they_are_read(files):
+    full, _ = read(open_stream(files), 3)
+    low, _ = read(open_stream(files).at(4), 3)
+    for a, b in zip(full, low):
+        assert a["pixel_values"].dtype == torch.uint8 and b["pixel_values"].shape == (2, 3, 4, 4)
+        assert torch.equal(b["pixel_values"], normalize(a["pixel_values"], 4))
+
+
+def test_held_out_rows_are_not_trained_on(files, tmp_path):
+    stream, held_out, first = load_captioned_stream(None, str(files), "picture", "text", 8)
+    assert first == (1, 2) and held_out["text"] == [f"picture number {i}" for i in range(8)]
+    pictures = StreamedPictures(stream, first, 16)
+    expected = {f"picture number {i}": 1 for i in range(8, 24)}
+    assert Counter(pictures.captions) == expected
+    assert Counter(caption for batch in read(pictures, 8)[0] for caption in batch["caption"]) == expected
+    # A split of its own takes nothing from the stream.
+    write_parquet(tmp_path / "train.parquet", 4)
+    write_parquet(tmp_path / "test.parquet", 4, first=4)
+    stream, held_out, first = load_captioned_stream(None, str(tmp_path), "picture", "text", 3)
+    assert first == (0, 0) and held_out["text"] == [f"picture number {i}" for i in (4, 5, 6)]
+    assert len(list(StreamedPictures(stream, first, 16).captions)) == 4
+
+
+def test_a_reader_without_rows(files):
+    with pytest.raises(ValueError, match="There are no rows for reader 1 of 1.*lower `dataloader_num_workers`"):
+        read(open_stream(files, num_held_out=24), 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Broken rows
+
+
+def test_broken_rows_are_left_out_and_named(tmp_path):
+    rows = [(image, caption) for image, caption, _ in BROKEN.values()]
+    write_rows(tmp_path / "data.parquet", rows + [(make_image(i), f"picture number {i}") for i in range(6)])
+    broken = BrokenRows(tmp_path / "log" / "broken.jsonl", max_share=0.5)
+    batches, _ = read(open_stream(tmp_path / "data.parquet", broken=broken), 6)
+    counts = Counter(caption for batch in batches for caption in batch["caption"])
+    assert counts == {f"picture number {i}": 2 for i in range(6)}
+    lines = [json.loads(line) for line in broken.path.read_text().splitlines()]
+    reasons = {line["row"].split(",")[0]: line["reason"] for line in lines}
+    assert len(lines) == 2 * len(BROKEN) and broken.found() == len(reasons) == len(BROKEN)
+    for i, (kind, (_, _, reason)) in enumerate(BROKEN.items()):
+        assert reason in reasons[f"row {i} of file 0"], kind
+    assert any("'the truncated one'" in line["row"] for line in lines)
+    assert broken.read == 2 * (6 + len(BROKEN))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_broken_rows_stop_the_run(tmp_path, num_workers):
+    rows = [(make_image(i), f"picture {i}" if i % 2 else "x" * (MAX_CAPTION_CHARACTERS + 1)) for i in range(40)]
+    write_rows(tmp_path / "data.parquet", rows)
+    broken = BrokenRows(tmp_path / "broken.jsonl", max_share=0.005)  # of a thousand at least
+    pictures = open_stream(tmp_path / "data.parquet", broken=broken)
+    with pytest.raises(ValueError, match=r"6 of \d+ rows read are broken.*`max_broken_share=0.005`.*of 5000 at most"):
+        read(pictures, 20, num_workers)
+    assert broken.found() == 6
