@@ -327,7 +327,8 @@ def main(argv: list[str] | None = None) -> None:
                     file.write(json.dumps({"phase": "lora", "step": step, **values}) + "\n")
             accelerator.log(values, step=step)
             bar.set_postfix(loss=f"{values['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
-        if step % args.checkpointing_steps == 0 or last or interrupted:
+        # Not while steps are left out: what made them bad may be in the weights.
+        if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last or interrupted:
             path = save(step)
         if interrupted:
             logger.info(
