@@ -19,7 +19,8 @@ How much of a training step is the model, and how much is waiting for data:
 
 Pictures are JPEGs of `--picture_size` pixels in parquet or WebDataset tar files, read as `grow.py` reads them. A step is one
 of the detail phase, the cheapest that there is at a resolution. `model's share` is the time of a step on a batch that is
-there already, over that of a step with a loader.
+there already, over that of a step with a loader, measured in turn; `waited` is the share of the latter that passes before
+the loader has handed over its batch.
 """
 
 import argparse
@@ -52,7 +53,7 @@ from diffusers_greedy_grow.training import (
 )
 
 from .step_time import NUM_TOKENS, TEXT_DIM, build_ours
-from .tables import RESULTS, describe_machine, markdown, write_json
+from .tables import RESULTS, describe_machine, markdown, spread, write_json
 
 
 def write_pictures(folder: Path, count: int, size: int, num_files: int) -> None:
@@ -117,14 +118,18 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def time(self, batches: Iterator[dict], steps: int) -> float:
-        """Seconds per step."""
+    def time(self, batches: Iterator[dict], steps: int) -> tuple[float, float]:
+        """Seconds per step, and which share of them was spent on getting the batch."""
         self.synchronize()
-        started = time.perf_counter()
-        for batch in itertools.islice(batches, steps):
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
             self.step(batch)
         self.synchronize()
-        return (time.perf_counter() - started) / steps
+        seconds = time.perf_counter() - started
+        return seconds / steps, waited / seconds
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -152,28 +157,33 @@ def main() -> None:
         for source in ("parquet", "streamed parquet", "streamed tar"):
             for num_workers in args.num_workers:
                 ahead = 2 + 2 * num_workers  # what workers have read while they were not asked does not count
-                loader = open_loader(source, Path(folder), args, num_workers, args.steps)
+                batches = iter(
+                    open_loader(source, Path(folder), args, num_workers, args.num_pictures // args.batch_size)
+                )
+                next(batches)  # workers start
                 started = time.perf_counter()
-                count = sum(len(batch["caption"]) for batch in loader)
+                count = sum(len(batch["caption"]) for batch in batches)
                 alone = count / (time.perf_counter() - started)
-                without, with_loader = [], []
+                without, with_loader, waited = [], [], []
                 num_batches = 1 + args.repeats * (ahead + args.steps)
                 batches = iter(open_loader(source, Path(folder), args, num_workers, num_batches))
                 batch = next(batches)
                 for _ in range(args.repeats):  # in turn, since a machine has its moods
-                    without.append(training.time(itertools.repeat(batch), args.steps))
+                    without.append(training.time(itertools.repeat(batch), args.steps)[0])
                     training.time(batches, ahead)
-                    with_loader.append(training.time(batches, args.steps))
+                    seconds, share = training.time(batches, args.steps)
+                    with_loader.append(seconds)
+                    waited.append(share)
                 del batches
-                seconds = statistics.median(with_loader)
                 rows.append(
                     {
                         "data": source,
                         "workers": num_workers,
                         "loader alone, pictures/s": f"{alone:.0f}",
                         "model alone, pictures/s": f"{args.batch_size / statistics.median(without):.0f}",
-                        "together, pictures/s": f"{args.batch_size / seconds:.0f}",
-                        "model's share": f"{min(1.0, statistics.median(without) / seconds):.0%}",
+                        "together, pictures/s": f"{args.batch_size / statistics.median(with_loader):.0f}",
+                        "model's share": spread([a / b for a, b in zip(without, with_loader)], 2),
+                        "waited": f"{statistics.median(waited):.1%}",
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)

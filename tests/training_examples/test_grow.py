@@ -538,6 +538,7 @@ def test_broken_data_stops_a_run(tmp_path):
         ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: cannot be negative"),
         ({"num_inference_steps": 0}, "--num_inference_steps 0: has to be at least 1"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
+        ({"aspect_ratio_buckets": "16,16;18,16"}, "`aspect_ratio_buckets='16,16;18,16'`: 18 is no multiple of 4"),
         ({"attention_backend": "flush"}, "--attention_backend flush: choose one of .*native"),
     ],
 )
