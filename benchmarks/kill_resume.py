@@ -57,7 +57,7 @@ ARGUMENTS = {
     "validation_steps": 6,
     "checkpointing_steps": 3,
 }
-TIMES = ("pictures_per_second",)
+TIMES = ("pictures_per_second", "memory_gb", "minutes_left")
 
 
 def load_script():

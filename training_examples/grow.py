@@ -26,6 +26,7 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 import itertools
 import json
 import math
+import resource
 import shutil
 import signal
 import sys
@@ -77,6 +78,7 @@ from diffusers_greedy_grow.training import (
     CaptionedPictures,
     DataArguments,
     EpochOrder,
+    FlowLoss,
     GradientGuard,
     Interrupt,
     LossMeter,
@@ -132,6 +134,8 @@ logger = get_logger(__name__)
 
 # What random numbers are for, beside the phases that train; the index of a phase is small.
 VALIDATION, SAMPLES = 1000, 1001
+# Noise levels at which grain shows.
+LOW_NOISE = 0.02, 0.3
 SMALL_TEXT_HIDDEN_SIZE = 128
 # How many captions the small text encoder's tokenizer is trained on, at most.
 TOKENIZER_CAPTIONS = 100_000
@@ -354,6 +358,7 @@ class Run:
     output_dir: Path
     interrupt: Interrupt
     plans: dict[str, PhasePlan]  # of each phase, in order
+    captions: list[str]  # of the sample grid
     publisher: "Publisher | None" = None  # on the main process, if the run is to be published
     embeddings: TextEmbeddings | None = None  # of all captions, if they are kept
 
@@ -376,6 +381,11 @@ class Run:
         pictures_per_step = {plan.name: plan.batch_size for plan in self.plans.values()}
         config = {name: value for name, value in self.config.items() if name not in FREE_TO_CHANGE}
         return {**config, "pictures per step": pictures_per_step, "FSDP": self.accelerator.is_fsdp2}
+
+    def total_steps(self, phase: Phase, step: int) -> int:
+        """Over all phases."""
+        names = list(self.plans)
+        return sum(self.plans[name].steps for name in names[: names.index(phase.name)]) + step
 
     def trains_text(self, phase: Phase) -> bool:
         """Whether a phase trains the text encoder: a small new one learns in the first phase."""
@@ -401,7 +411,7 @@ class Run:
                 file.write(json.dumps({"phase": phase.name, "step": step, "flops": flops, **values}) + "\n")
         self.accelerator.log(
             {f"{phase.name}/{name}": value for name, value in values.items()},
-            step=sum(plan.steps for plan in earlier) + step,
+            step=self.total_steps(phase, step),
         )
 
 
@@ -503,8 +513,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
             with accelerator.autocast():
                 conditions = run.encode(phase, pipeline, captions)
-                weighting = args.loss_weighting[phase.stage]
-                losses = flow_loss(model, x0, noise, sigma, band_factor, weighting, **conditions)
+                losses = train_losses(run, phase, model, x0, noise, sigma, band_factor, conditions)
             accelerator.backward(losses.loss)
             if accelerator.sync_gradients:
                 norm = gather(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
@@ -531,18 +540,34 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         last = step == phase.steps
 
         if step == step_at_start + min(20, phase.steps - step_at_start):
-            report_time(run, phase, step, (time.perf_counter() - started) / (step - step_at_start) / pictures_per_step)
+            rate = (step - step_at_start) * pictures_per_step / (time.perf_counter() - started)
+            minutes = minutes_left(run, phase, step, rate)
+            logger.info(f"{phase.name}: {rate:.1f} pictures/s; about {minutes:.0f} min of training left.")
         if step % args.logging_steps == 0 or last or interrupted:
             now = time.perf_counter()
             rate = (step - logged_step) * pictures_per_step / (now - logged_time)
             logged_step, logged_time = step, now
             means = {"lr": optimizer.param_groups[0]["lr"], **meter.compute(accelerator), **guard.compute()}
+            means |= {"memory_gb": peak_memory(device), "minutes_left": minutes_left(run, phase, step, rate)}
             run.log(phase, step, pictures=step * pictures_per_step, pictures_per_second=rate, **means)
-            progress.set_postfix(loss=f"{means['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
+            progress.set_postfix(
+                loss=f"{means.get('loss', math.nan):.4f}",
+                pictures_per_s=f"{rate:.1f}",
+                memory=f"{means['memory_gb']:.1f} GB",
+                all_left=f"{means['minutes_left']:.0f} min",
+            )
         if step % args.validation_steps == 0 or last:
             paused = time.perf_counter()
             with averaged(ema, parameters):
                 run.log(phase, step, **validate(run, phase, pipeline, module, band_factor))
+            logged_time += time.perf_counter() - paused
+        if args.sample_steps is not None and step % args.sample_steps == 0 and not last:
+            paused = time.perf_counter()
+            with averaged(ema, parameters):
+                consolidate(accelerator, module, pipeline)
+                if accelerator.is_main_process:
+                    sample_step(run, phase, step, pipeline)
+            accelerator.wait_for_everyone()
             logged_time += time.perf_counter() - paused
         if interrupted:
             path = save(step)
@@ -570,6 +595,32 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         component.requires_grad_(False).eval()
     record_phase(run, phase, pipeline.unet, phase.steps)
     accelerator.free_memory(model, optimizer, lr_scheduler, loader)
+
+
+def train_losses(
+    run: Run,
+    phase: Phase,
+    model: torch.nn.Module,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    band_factor: int,
+    conditions: dict[str, torch.Tensor],
+) -> FlowLoss:
+    """The loss of a batch; in a joint phase the last `low_res_share` of it is for the inner model alone."""
+    args, joint = run.args, phase.kind == "joint"
+    whole = len(x0) - round(args.low_res_share * len(x0)) * joint
+
+    def loss_of(part: slice, **kwargs) -> FlowLoss:
+        texts = {name: value[part] for name, value in conditions.items()}
+        weighting = args.loss_weighting[phase.stage]
+        return flow_loss(model, x0[part], noise[part], sigma[part], band_factor, weighting, **kwargs, **texts)
+
+    losses = loss_of(slice(whole), low_res_weight=args.low_res_loss_weight * joint)
+    if whole < len(x0):
+        inner = loss_of(slice(whole, None), num_stages=phase.stage - 1)
+        losses.loss = (whole * losses.loss + (len(x0) - whole) * inner.loss) / len(x0)
+    return losses
 
 
 def make_loader(
@@ -621,12 +672,15 @@ def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet
 
 @torch.no_grad()
 def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: TrainedModel, band_factor: int) -> dict:
-    """The held-out loss, on the same pictures with the same noise each time; spread over the processes."""
+    """
+    The held-out loss, on the same pictures with the same noise each time; spread over the processes. Again with noise levels
+    of [`LOW_NOISE`], which training sees seldom and where grain shows.
+    """
     accelerator, args = run.accelerator, run.args
     count = min(run.data_args.num_validation_pictures, len(run.validation_data))
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     first, end = count * rank // num_processes, count * (rank + 1) // num_processes
-    losses_of_pictures: list[list[float]] = []
+    losses_of_pictures: list[list[float]] = []  # of each two rows
     pictures = run.validation_data.at(phase.resolution)
     module.eval()
     for batch in range(math.ceil(math.ceil(count / num_processes) / phase.batch_size)):
@@ -650,25 +704,38 @@ def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: Train
         with accelerator.autocast():
             conditions = run.encode(phase, pipeline, [row["caption"] for row in rows])
             losses = flow_loss(module, x0, noise, sigma, band_factor, **conditions)
+            places = (start + 0.5 + torch.arange(len(x0), device=sigma.device)) / count
+            low_sigma = LOW_NOISE[0] + (LOW_NOISE[1] - LOW_NOISE[0]) * places
+            low_losses = flow_loss(module, x0, noise, low_sigma, band_factor, **conditions)
         if not is_spare:
-            losses_of_pictures += torch.stack([losses.low, losses.high, losses.sigma], dim=1).tolist()
+            both = [torch.stack([one.low, one.high, one.sigma], dim=1) for one in (losses, low_losses)]
+            losses_of_pictures += torch.cat(both, dim=1).tolist()
     module.train()
     reshard(module)
     if accelerator.num_processes > 1:  # the processes may have unequal shares
         losses_of_pictures = gather_object(losses_of_pictures)
-    meter = LossMeter(torch.tensor(losses_of_pictures).reshape(-1, 3))
-    return {f"val_{name}": value for name, value in meter.compute(accelerator).items()}
+    losses, low_losses = torch.tensor(losses_of_pictures).reshape(-1, 6).split(3, dim=1)
+    means = {f"val_{name}": value for name, value in LossMeter(losses).compute(accelerator).items()}
+    for name, value in LossMeter(low_losses).compute(accelerator).items():
+        if "sigma" not in name:
+            means[f"val_low_noise_{name}"] = value
+    return means
 
 
-def report_time(run: Run, phase: Phase, step: int, seconds_per_picture: float) -> None:
-    """Says how long the run will take, from the speed of its first steps and the plan's count of operations."""
-    rate = run.plans[phase.name].train_flops / seconds_per_picture
+def minutes_left(run: Run, phase: Phase, step: int, pictures_per_second: float) -> float:
+    """Of training, from the speed so far and the plan's count of operations; validation and samples come on top."""
+    rate = run.plans[phase.name].train_flops * pictures_per_second
     names = list(run.plans)
     left = sum(run.plans[name].flops for name in names[names.index(phase.name) + 1 :])
     left += (phase.steps - step) * run.plans[phase.name].flops / phase.steps
-    logger.info(
-        f"{phase.name}: {1 / seconds_per_picture:.1f} pictures/s; about {left / rate / 60:.0f} min of training left."
-    )
+    return left / rate / 60
+
+
+def peak_memory(device: torch.device) -> float:
+    """Of this process until now, in GB: the GPU's, or without one the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -701,11 +768,26 @@ def sample_captions(run: Run, pipeline: GreedyGrowPipeline, captions: list[str])
     return images
 
 
-def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
+def sample_step(run: Run, phase: Phase, step: int, pipeline: GreedyGrowPipeline) -> None:
+    """Draws a phase's weights so far, for the captions and from the noise of the sample grid; for the trackers too."""
+    pipeline.to(run.accelerator.device).unet.eval()
+    images = sample_captions(run, pipeline, run.captions)
+    folder = run.output_dir / "samples"
+    folder.mkdir(exist_ok=True)
+    draw_samples({f"{phase.name} {step}": images}, run.captions, folder / f"{phase.name}-{step}.png")
+    for tracker in run.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            pictures = np.stack([np.asarray(image) for image in images])
+            kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({f"{phase.name}/samples": pictures}, step=run.total_steps(phase, step), **kwargs)
+    pipeline.unet.train()
+
+
+def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> None:
     """Adds a row to the grid of samples, and draws the loss curves anew."""
     folder = run.output_dir / "samples"
     folder.mkdir(exist_ok=True)
-    strip = make_image_grid(sample_captions(run, pipeline, captions), rows=1, cols=len(captions))
+    strip = make_image_grid(sample_captions(run, pipeline, run.captions), rows=1, cols=len(run.captions))
     strip.save(folder / f"{phase.name}.png")
     rows = {}
     for name in run.plans:  # rows of phases that an earlier session finished are there as files
@@ -713,7 +795,7 @@ def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, captions: l
             strip = Image.open(folder / f"{name}.png")
             size = strip.height
             rows[name] = [strip.crop((i * size, 0, (i + 1) * size, size)) for i in range(strip.width // size)]
-    draw_samples(rows, captions, run.output_dir / "samples.png")
+    draw_samples(rows, run.captions, run.output_dir / "samples.png")
     draw_losses(run.metrics_path, run.output_dir / "loss.png")
 
 
@@ -986,6 +1068,7 @@ def main(argv: list[str] | None = None) -> None:
         output_dir=output_dir,
         interrupt=Interrupt(),
         plans={plan.name: plan for plan in plans},
+        captions=captions,
         publisher=publisher,
     )
 
@@ -1020,7 +1103,8 @@ def main(argv: list[str] | None = None) -> None:
         write_text(output_dir / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
     if publisher is not None and checkpoint is not None:
         publisher.push_missing(phases[:first], output_dir)
-    accelerator.init_trackers("grow")
+    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in run.config.items()}
+    accelerator.init_trackers("grow", config=plain)
     if data_args.text_embeddings_dir is not None:
         run.embeddings = keep_embeddings(run, pipeline)
 
@@ -1039,7 +1123,7 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             save_pipeline(pipeline, output_dir / phase.name)
             pipeline.to(accelerator.device)
-            draw_grids(run, phase, pipeline, captions)
+            draw_grids(run, phase, pipeline)
             logger.info(f"{phase.name} is done: {output_dir / phase.name}, pictures in {output_dir / 'samples.png'}.")
             if data_args.on_shapes and data_args.num_scored_pictures:
                 scores[phase.name] = score_shapes(run, phase, pipeline)

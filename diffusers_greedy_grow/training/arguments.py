@@ -27,6 +27,8 @@ from diffusers.optimization import SchedulerType
 from diffusers.training_utils import parse_buckets_string
 from transformers import HfArgumentParser
 
+from .losses import WEIGHTINGS
+
 
 @dataclass
 class PictureArguments:
@@ -172,7 +174,20 @@ class GrowthArguments:
     )
     loss_weighting: list[str] = field(
         default_factory=lambda: ["velocity", "clean"],
-        metadata={"help": 'Whose error trains each resolution: the "velocity" or the "clean" picture.'},
+        metadata={
+            "help": f"By what error, or weight of noise levels, each resolution trains: {', '.join(WEIGHTINGS)}."
+        },
+    )
+    low_res_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "Joint phase: the weight of an extra loss on pictures pooled to the inner resolution."},
+    )
+    low_res_share: float = field(
+        default=0.0,
+        metadata={"help": "Joint phase: the share of a batch that only the inner model sees, at its resolution."},
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Also draw the captions of the sample grid after every so many steps."}
     )
     validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
     hub_steps: int | None = field(
@@ -233,7 +248,10 @@ class LoopArguments:
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
     hub_license: str | None = field(default=None, metadata={"help": "For the model cards, such as apache-2.0."})
-    report_to: str | None = field(default=None, metadata={"help": "A tracker of accelerate, such as tensorboard."})
+    report_to: str | None = field(
+        default=None,
+        metadata={"help": "A tracker of accelerate: tensorboard, wandb, trackio, or all that are installed."},
+    )
 
 
 @dataclass
@@ -307,6 +325,7 @@ FREE_TO_CHANGE = {
     "hub_license",
     "hub_steps",
     "report_to",
+    "sample_steps",
     # These may be split otherwise, as long as the pictures per step remain the same.
     "train_batch_size",
     "gradient_accumulation_steps",
@@ -416,6 +435,9 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
         (training, "plan_processes", 1, math.inf),
+        (training, "sample_steps", 1, math.inf),
+        (training, "low_res_loss_weight", 0, math.inf),
+        (training, "low_res_share", 0, 0.9),
     )
     if model.core_revision is not None and model.core is None:
         parser.error(f"--core_revision {model.core_revision}: needs --core.")
@@ -447,8 +469,12 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         parser.error(f"--hub_steps {training.hub_steps}: has to be at least 1.")
     if training.hub_steps is not None and not training.push_to_hub:
         parser.error("--hub_steps needs --push_to_hub.")
-    if not {*training.loss_weighting} <= {"velocity", "clean"}:
-        parser.error(f'--loss_weighting {training.loss_weighting}: choose "velocity" or "clean".')
+    if not {*training.loss_weighting} <= {*WEIGHTINGS}:
+        parser.error(f"--loss_weighting {training.loss_weighting}: choose of {', '.join(WEIGHTINGS)}.")
+    if model.init == "random" and training.low_res_share:
+        parser.error(
+            f"--low_res_share {training.low_res_share}: with --init random, the core draws no pictures of its own."
+        )
     if model.init not in ("preserve", "random"):
         parser.error(f'--init {model.init}: choose "preserve" or "random".')
     if model.init == "random" and len(sizes) > 2:
@@ -464,8 +490,8 @@ def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
     check_ranges(parser, *((args, name, 1, math.inf) for name in counts), (args, "learning_rate", 0, math.inf))
     if args.resolution is not None:
         check_ranges(parser, (args, "resolution", 1, math.inf))
-    if args.loss_weighting not in (None, "velocity", "clean"):
-        parser.error(f'--loss_weighting {args.loss_weighting}: choose "velocity" or "clean".')
+    if args.loss_weighting not in (None, *WEIGHTINGS):
+        parser.error(f"--loss_weighting {args.loss_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
     return args
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from ..flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma
 from .data import sample_seeds
@@ -25,6 +26,7 @@ from .data import sample_seeds
 
 # Edges of the noise-level bins that the loss is reported in. The first holds the levels at which grain would show.
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
+WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 
 
 def draw_noise(
@@ -89,14 +91,16 @@ def flow_loss(
     sigma: torch.Tensor,
     band_factor: int,
     weighting: str = "velocity",
+    low_res_weight: float = 0.0,
+    num_stages: int | None = None,
     **conditions: torch.Tensor,
 ) -> FlowLoss:
     r"""
     Mean squared error of the predicted flow velocity, which is that of the clean picture over
-    `max(sigma, SIGMA_MIN) ** 2` (Li & He, JiT, 2025, section 4), or of the clean picture.
+    `max(sigma, SIGMA_MIN) ** 2` (Li & He, JiT, 2025, section 4), weighted by noise level.
 
-    The second gives low noise less weight. There the detail is in the stage's input: by the velocity's error, learning to
-    copy it drowns out learning what the text and the core say of it.
+    The error of the `"clean"` picture gives low noise less weight. There the detail is in the stage's input: by the velocity's
+    error, learning to copy it drowns out learning what the text and the core say of it.
 
     Args:
         model: A [`ShallowUNet2DModel`], a [`GrowableUNet2DConditionModel`], or either prepared by accelerate.
@@ -104,17 +108,36 @@ def flow_loss(
         noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal.
         sigma (`torch.Tensor` of shape `(B,)`): Noise levels in (0, 1].
         band_factor (`int`): The pooling that parts the low band from the high one: the growth factor.
-        weighting (`str`, defaults to `"velocity"`): `"velocity"`, or `"clean"` to train on the clean picture's error.
+        weighting (`str`, defaults to `"velocity"`):
+            One of [`WEIGHTINGS`]: the error of the `"velocity"`, that of the `"clean"` picture, that of the noise times the
+            `"sigmoid"` of minus the log-SNR (Hoogeboom et al., simpler diffusion, 2024), or `"sigma_sqrt"` and `"cosmap"`
+            (Esser et al., SD3, 2024, section 3.1).
+        low_res_weight (`float`, defaults to 0): Of an extra loss on what is left after pooling by `band_factor`.
+        num_stages (`int`, *optional*):
+            How many stages of a grown model take part; with fewer than all, only the pooled pictures are trained on.
         conditions: `encoder_hidden_states` and `encoder_attention_mask`.
     """
-    output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions)
+    stages = {} if num_stages is None else {"num_stages": num_stages}
+    output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions, **stages)
     scale = sigma.clamp(min=SIGMA_MIN)
     error = (output.pred_original_sample - x0).float() / expand(scale, x0)
     total = error.square().mean(dim=(1, 2, 3))
     # Nearest-neighbour upsampling keeps the mean square, and the two bands are orthogonal.
-    low = pool(error.detach(), band_factor).square().mean(dim=(1, 2, 3))
-    weighted = {"velocity": total, "clean": scale**2 * total}[weighting]
-    return FlowLoss(loss=weighted.mean(), low=low, high=total.detach() - low, sigma=sigma)
+    low = pool(error, band_factor).square().mean(dim=(1, 2, 3))
+    trained = total + low_res_weight * low if num_stages is None else low
+    loss = (weigh(scale, weighting) * trained).mean()
+    return FlowLoss(loss=loss, low=low.detach(), high=(total - low).detach(), sigma=sigma)
+
+
+def weigh(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
+    """The weight of the velocity's error at noise levels `(B,)`: one of [`WEIGHTINGS`]."""
+    if weighting == "velocity":
+        return torch.ones_like(sigma)
+    if weighting == "clean":
+        return sigma**2
+    if weighting == "sigmoid":
+        return ((1 - sigma) * sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+    return compute_loss_weighting_for_sd3(weighting, sigma)
 
 
 class LossMeter:

@@ -61,8 +61,8 @@ def keep_metrics(path: Path, size: int) -> None:
 
 def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     """
-    Writes the loss curves in `metrics.jsonl`: one panel per phase, by band, with the held-out loss as dots. Both are errors
-    of the velocity, but the held-out ones are over the noise levels of the first phase, so that phases compare.
+    Writes the loss curves in `metrics.jsonl`: for each phase by band and, below, by noise level, with held-out losses as dots.
+    All are errors of the velocity, but the held-out ones are over the noise levels of the first phase, so that phases compare.
     """
     import matplotlib
 
@@ -76,18 +76,30 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     if not phases:
         return
 
-    figure, axes = plt.subplots(1, len(phases), figsize=(5 * len(phases), 4), squeeze=False)
-    for axis, (phase, records) in zip(axes[0], phases.items()):
+    figure, axes = plt.subplots(2, len(phases), figsize=(5 * len(phases), 7), squeeze=False)
+    for above, below, (phase, records) in zip(*axes, phases.items()):
+
+        def draw(axis, key, label, val_key=None):
+            """A curve of `key`, and of `val_key` dots in its color; of that alone a dotted line."""
+            points = [(record["step"], record[key]) for record in records if key in record]  # noqa: B023
+            held_out = [(record["step"], record[val_key]) for record in records if val_key in record]  # noqa: B023
+            color = axis.plot(*zip(*points), label=label, linewidth=1)[0].get_color() if points else None
+            if held_out:
+                style = {"color": color} if points else {"label": label, "linestyle": ":"}
+                axis.plot(*zip(*held_out), "o", markersize=4, **style)
+
         for key, label in (("loss", "loss"), ("loss_low", "low band"), ("loss_high", "high band")):
-            points = [(record["step"], record[key]) for record in records if key in record]
-            held_out = [(record["step"], record[f"val_{key}"]) for record in records if f"val_{key}" in record]
-            if points:
-                (curve,) = axis.plot(*zip(*points), label=label, linewidth=1)
-                if held_out:
-                    axis.plot(*zip(*held_out), "o", color=curve.get_color(), markersize=4)
-        axis.set(title=phase, xlabel="step", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(title="dots: held out, EMA, first phase's levels", fontsize=8, title_fontsize=8)
+            draw(above, key, label, f"val_{key}")
+        levels = dict.fromkeys(key for record in records for key in record if key.startswith("loss_sigma"))
+        for key in sorted(levels):
+            draw(below, key, "noise " + key.removeprefix("loss_sigma_").replace("_", " to "), f"val_{key}")
+        for band in ("low", "high"):
+            draw(below, None, f"{band} band, noise 0.02 to 0.3, held out", f"val_low_noise_loss_{band}")
+        above.set(title=phase, yscale="log")
+        below.set(xlabel="step", yscale="log")
+        for axis in (above, below):
+            axis.grid(alpha=0.3, which="both")
+            axis.legend(fontsize=7, title_fontsize=7, title="dots: held out, EMA, first phase's levels")
     figure.tight_layout()
     temporary = Path(path).with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)

@@ -64,11 +64,12 @@ class TrainedModel(torch.nn.Module):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor = None,
         input_ids: torch.Tensor | None = None,
+        **kwargs,
     ):
         if self.text_encoder is not None:
             attention_mask = encoder_attention_mask.long()
             encoder_hidden_states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.unet(sample, timestep, encoder_hidden_states, encoder_attention_mask)
+        return self.unet(sample, timestep, encoder_hidden_states, encoder_attention_mask, **kwargs)
 
 
 def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:

@@ -50,3 +50,55 @@ def test_data_that_cannot_be_had(flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(flags.split(), "")
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"resolutions": [8, 12]}, "12 is no larger multiple of 8"),
+        ({"detail_steps": [1, 2]}, "--detail_steps.*it takes at most 1"),
+        ({"block_out_channels": "8;9"}, "write numbers with commas"),
+        ({"resolutions": [0, 64]}, r"--resolutions \[0, 64\]"),
+        ({"ema_decay": 1.5}, "--ema_decay 1.5: has to be from 0 to 1"),
+        ({"caption_dropout": 2}, "--caption_dropout 2.0: has to be from 0 to 1"),
+        ({"max_sequence_length": 0}, "--max_sequence_length 0: has to be from 1"),
+        ({"core_revision": "core"}, "--core_revision core: needs --core"),
+        ({"hub_steps": 5}, "--hub_steps needs --push_to_hub"),
+        ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
+        ({"learning_rat": 1}, "learning_rat"),
+        ({"logging_steps": 0}, "--logging_steps 0: has to be at least 1"),
+        ({"core_steps": 0}, "--core_steps 0: to train from scratch, name two --resolutions and --detail_steps 0"),
+        ({"num_high_res_pictures": 0}, "--num_high_res_pictures 0: has to be at least 1"),
+        ({"core": "x", "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
+        ({"core_steps": 0, "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
+        (
+            {"loss_weighting": ["velocity", "snr"]},
+            r"--loss_weighting .* choose of velocity, clean, sigmoid, sigma_sqrt, cosmap",
+        ),
+        ({"joint_steps": -3}, r"--joint_steps \[-3\]: cannot be negative"),
+        ({"train_batch_size": [4, 0]}, r"--train_batch_size \[4, 0\]: has to be at least 1"),
+        ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: cannot be negative"),
+        ({"num_inference_steps": 0}, "--num_inference_steps 0: has to be at least 1"),
+        ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
+        ({"attention_backend": "flush"}, "--attention_backend flush: choose one of .*native"),
+        (
+            {"low_res_share": 0.5, "init": "random"},
+            "--low_res_share 0.5: with --init random, the core draws no pictures",
+        ),
+        ({"sample_steps": 0}, "--sample_steps 0: has to be from 1"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    flags = []
+    for name, value in arguments.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        parse_arguments(flags, "")
+    assert re.search(message, capsys.readouterr().err + str(stopped.value), re.DOTALL)
+
+
+def test_unknown_names_in_a_config_file(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("core_stepps: 3\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", str(tmp_path / "config.yaml")], "")
+    assert "has unknown arguments: ['core_stepps']" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.flow import SIGMA_MIN, high_band, pool
+from diffusers_greedy_grow.flow import SIGMA_MIN, descend, high_band, pool
 from diffusers_greedy_grow.training import (
     GradientGuard,
     LossMeter,
@@ -39,6 +39,7 @@ from diffusers_greedy_grow.training import (
     save_checkpoint,
     save_pipeline,
 )
+from diffusers_greedy_grow.training.losses import WEIGHTINGS
 
 from ..testing_utils import make_grown, make_inputs, make_pipeline
 
@@ -71,6 +72,40 @@ def test_the_loss_is_that_of_the_velocity(grown):
     error = (output.pred_original_sample - x0) / sigma.clamp(min=SIGMA_MIN)[:, None, None, None]
     torch.testing.assert_close(losses.low, pool(error, 2).square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(losses.high, high_band(error, 2).square().mean(dim=(1, 2, 3)), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weightings(weighting, grown):
+    inputs = make_inputs(height=32, width=32)
+    noise, sigma = inputs.pop("sample"), torch.tensor([0.2, 0.7])
+    inputs.pop("timestep")
+    x0 = torch.rand(noise.shape) * 2 - 1
+    losses = flow_loss(grown, x0, noise, sigma, 2, weighting, **inputs)
+    weights = {
+        "velocity": torch.ones(2),
+        "clean": sigma**2,
+        # The noise's error is the velocity's times (1 - sigma) ** 2; its log-SNR is 2 log((1 - sigma) / sigma).
+        "sigmoid": (1 - sigma) ** 2 * torch.sigmoid(-2 * torch.log((1 - sigma) / sigma)),
+        "sigma_sqrt": 1 / sigma**2,
+        "cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
+    }[weighting]
+    torch.testing.assert_close(losses.loss, (weights * (losses.low + losses.high)).mean())
+
+    more = flow_loss(grown, x0, noise, sigma, 2, weighting, low_res_weight=3.0, **inputs)
+    torch.testing.assert_close(more.loss, (weights * (4 * losses.low + losses.high)).mean())
+
+    # With the inner model alone, its own loss at its own resolution: the law.
+    inner = flow_loss(grown, x0, noise, sigma, 2, weighting, num_stages=0, **inputs)
+    state, inner_sigma = descend((1 - 0.7) * x0[1:] + 0.7 * noise[1:], sigma[1:], 2)
+    text = {name: value[1:] for name, value in inputs.items()}
+    with torch.no_grad():
+        predicted = grown.core(state, 1000 * inner_sigma, **text).pred_original_sample
+    expected = (predicted - pool(x0[1:], 2)).square().mean() / 0.7**2
+    torch.testing.assert_close(inner.low[1], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inner.loss, (weights * inner.low).mean())
+    inner.loss.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in grown.stages.parameters())
+    assert grown.core.conv_in.weight.grad.any()
 
 
 def test_loss_meter():
