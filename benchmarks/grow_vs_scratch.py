@@ -26,7 +26,7 @@ Does growing pay? Growing against training from scratch and against a cascade, a
 import argparse
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -69,7 +69,7 @@ class Arm:
     """
     How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core. `init` is
     that of growing, or `"cascade"`; `wide` see `growth_job`. Each arm has the better of the two, tried on one seed, and
-    the other one has a row of its own.
+    the other one has a row of its own. `options` are further arguments of grow.py.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Arm:
     frozen_share: float
     wide: bool
     num_seeds: int = 3
+    options: dict = field(default_factory=dict)
 
 
 ARMS = (
@@ -95,6 +96,27 @@ ARMS = (
     Arm("ours, short detail phase, the core's noise levels", "preserve", 5 / 12, 0.25, False),
     Arm("ours, long detail phase, the core's noise levels", "preserve", 5 / 12, 0.75, False),
     Arm("ours, long detail phase, small core, the core's noise levels", "preserve", 5 / 24, 0.75, False),
+    # Further options of the recipe, one at a time.
+    *(
+        Arm(f"ours, short detail phase, {name}", "preserve", 5 / 12, 0.25, True, num_seeds=1, options=options)
+        for name, options in (
+            ("the core's full rate", {"core_lr_scale": 1.0}),
+            ("low-resolution loss", {"low_res_loss_weight": 1.0}),
+            ("a quarter at low resolution", {"low_res_share": 0.25}),  # whose steps cost less than is counted here
+        )
+    ),
+    *(
+        Arm(
+            f"ours, detail phase only, {name} weighting",
+            "preserve",
+            5 / 12,
+            1.0,
+            True,
+            num_seeds=1,
+            options={"loss_weighting": ["velocity", name]},
+        )
+        for name in ("velocity", "sigmoid", "sigma_sqrt", "cosmap")
+    ),
 )
 
 
@@ -117,6 +139,7 @@ def make_jobs(
             core,
             wide=arm.wide,
             init=arm.init,
+            **arm.options,
             **more,
         )
     return [core, run] if core else [run]
