@@ -26,7 +26,6 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 import itertools
 import json
 import math
-import resource
 import shutil
 import signal
 import sys
@@ -38,6 +37,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import yaml
 from accelerate import Accelerator
@@ -548,7 +548,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             rate = (step - logged_step) * pictures_per_step / (now - logged_time)
             logged_step, logged_time = step, now
             means = {"lr": optimizer.param_groups[0]["lr"], **meter.compute(accelerator), **guard.compute()}
-            means |= {"memory_gb": peak_memory(device), "minutes_left": minutes_left(run, phase, step, rate)}
+            means |= {"memory_gb": memory_in_use(device), "minutes_left": minutes_left(run, phase, step, rate)}
             run.log(phase, step, pictures=step * pictures_per_step, pictures_per_second=rate, **means)
             progress.set_postfix(
                 loss=f"{means.get('loss', math.nan):.4f}",
@@ -731,11 +731,11 @@ def minutes_left(run: Run, phase: Phase, step: int, pictures_per_second: float) 
     return left / rate / 60
 
 
-def peak_memory(device: torch.device) -> float:
-    """Of this process until now, in GB: the GPU's, or without one the CPU's."""
+def memory_in_use(device: torch.device) -> float:
+    """By this process, in GB: at most until now of the GPU's, or without one now of the CPU's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return psutil.Process().memory_info().rss / 2**30
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
         ),
         (
             ["--pretrained_model_name_or_path", "x", "--loss_weighting", "snr"],
-            '--loss_weighting snr: choose one of velocity',
+            "--loss_weighting snr: choose one of velocity",
         ),
         (["--pretrained_model_name_or_path", "x", "--hub_private_repo"], "--hub_private_repo needs --push_to_hub"),
         (["--pretrained_model_name_or_path", "x", "--core_steps", "5"], "core_steps"),
