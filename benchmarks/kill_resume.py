@@ -53,7 +53,7 @@ ARGUMENTS = {
     "train_batch_size": [4],
     "num_validation_pictures": 4,
     "num_inference_steps": 2,
-    "logging_steps": 2,
+    "logging_steps": 4,
     "validation_steps": 6,
     "checkpointing_steps": 3,
 }

@@ -101,6 +101,7 @@ from diffusers_greedy_grow.training import (
     encode_captions,
     find_start,
     flow_loss,
+    forget_newer,
     format_memory,
     format_plan,
     gather,
@@ -137,6 +138,8 @@ VALIDATION, SAMPLES = 1000, 1001
 # Noise levels at which grain shows.
 LOW_NOISE = 0.02, 0.3
 SMALL_TEXT_HIDDEN_SIZE = 128
+# After how many captions what has been embedded is kept, should the run be stopped.
+EMBEDDED_AT_ONCE = 100_000
 # How many captions the small text encoder's tokenizer is trained on, at most.
 TOKENIZER_CAPTIONS = 100_000
 
@@ -380,7 +383,14 @@ class Run:
         """What a resumed run has to share with the one that was stopped, or it would end elsewhere."""
         pictures_per_step = {plan.name: plan.batch_size for plan in self.plans.values()}
         config = {name: value for name, value in self.config.items() if name not in FREE_TO_CHANGE}
-        return {**config, "pictures per step": pictures_per_step, "FSDP": self.accelerator.is_fsdp2}
+        if self.args.low_res_share:
+            config["train_batch_size"] = self.args.train_batch_size  # a share of it
+        return {
+            **config,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "pictures per step": pictures_per_step,
+            "FSDP": self.accelerator.is_fsdp2,
+        }
 
     def total_steps(self, phase: Phase, step: int) -> int:
         """Over all phases."""
@@ -418,7 +428,9 @@ class Run:
 def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None) -> None:
     """Trains one phase, from `checkpoint` on if there is one, and leaves the averaged weights in `pipeline`."""
     accelerator, args, device = run.accelerator, run.args, run.accelerator.device
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder.to(device)
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    if run.embeddings is None:
+        text_encoder.to(device)
     shift = pipeline.scheduler.config.shift
     band_factor = 2 if phase.kind == "core" else unet.sample_sizes[-1] // unet.sample_sizes[-2]
 
@@ -561,7 +573,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             with averaged(ema, parameters):
                 run.log(phase, step, **validate(run, phase, pipeline, module, band_factor))
             logged_time += time.perf_counter() - paused
-        if args.sample_steps is not None and step % args.sample_steps == 0 and not last:
+        if args.sample_steps is not None and step % args.sample_steps == 0 and not last and not interrupted:
             paused = time.perf_counter()
             with averaged(ema, parameters):
                 consolidate(accelerator, module, pipeline)
@@ -781,6 +793,8 @@ def sample_step(run: Run, phase: Phase, step: int, pipeline: GreedyGrowPipeline)
             kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({f"{phase.name}/samples": pictures}, step=run.total_steps(phase, step), **kwargs)
     pipeline.unet.train()
+    if run.accelerator.is_fsdp2:  # a copy of what is sharded
+        pipeline.unet.to("cpu")
 
 
 def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> None:
@@ -962,8 +976,13 @@ def keep_embeddings(run: Run, pipeline: GreedyGrowPipeline) -> TextEmbeddings:
         with torch.no_grad(), accelerator.autocast():
             return encode_captions(pipeline, text_encoder, captions, accelerator.device)
 
-    captions = itertools.chain([""], run.validation_data.captions, run.train_data.captions, run.high_res_data.captions)
-    added = embeddings.add(captions, encode, accelerator.process_index, accelerator.num_processes)
+    captions = itertools.chain([""], run.validation_data.captions, run.train_data.captions)
+    if run.data_args.has_high_res_data:
+        captions = itertools.chain(captions, run.high_res_data.captions)
+    added = 0
+    while part := list(itertools.islice(captions, EMBEDDED_AT_ONCE)):
+        added += embeddings.add(part, encode, accelerator.process_index, accelerator.num_processes)
+        embeddings.reload()
     logger.info(f"{sum(gather_object([added]))} captions embedded; {embeddings.folder} keeps them.")
     accelerator.wait_for_everyone()
     embeddings.reload()
@@ -1099,6 +1118,7 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             (output_dir / "metrics.jsonl").unlink(missing_ok=True)
         else:
+            forget_newer(run.checkpoints, checkpoint)
             keep_metrics(run.metrics_path, progress["metrics_size"])
         write_text(output_dir / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
     if publisher is not None and checkpoint is not None:
@@ -1118,9 +1138,9 @@ def main(argv: list[str] | None = None) -> None:
             pipeline = grow_pipeline(pipeline, phase, model_args, data)
         train_phase(run, phase, pipeline, checkpoint)
         checkpoint = None
-        if broken.found():
-            logger.warning(f"{broken.found()} broken rows were left out so far: {broken.path} names them.")
         if accelerator.is_main_process:
+            if found := broken.found():
+                logger.warning(f"{found} broken rows were left out so far: {broken.path} names them.")
             save_pipeline(pipeline, output_dir / phase.name)
             pipeline.to(accelerator.device)
             draw_grids(run, phase, pipeline)

@@ -25,6 +25,7 @@ One that was trained on a core, which is cheap, loads into every model grown fro
 """
 
 import json
+import math
 import shutil
 import signal
 import sys
@@ -55,6 +56,7 @@ from diffusers_greedy_grow.hub import (
 )
 from diffusers_greedy_grow.training import (
     FREE_TO_CHANGE,
+    BrokenRows,
     CaptionedPictures,
     EpochOrder,
     GradientGuard,
@@ -71,6 +73,7 @@ from diffusers_greedy_grow.training import (
     encode_captions,
     find_start,
     flow_loss,
+    forget_newer,
     keep_metrics,
     load_captioned_data,
     load_checkpoint,
@@ -184,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     pictures_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     decisive = {name: value for name, value in asdict(args).items() if name not in FREE_TO_CHANGE}
-    decisive["pictures per step"] = pictures_per_step
+    decisive |= {"pictures per step": pictures_per_step, "mixed_precision": accelerator.mixed_precision}
     progress = {"step": 0}
     if checkpoint is not None:
         progress = read_progress(checkpoint)
@@ -225,8 +228,13 @@ def main(argv: list[str] | None = None) -> None:
     train_rows, validation_rows = load_captioned_data(
         args.dataset_name, args.train_data_dir, args.image_column, args.caption_column
     )
-    train_data = CaptionedPictures(train_rows, resolution).at(unet.config.sample_size)
-    prompts = args.validation_prompts or list(dict.fromkeys(validation_rows["text"]))[:8]
+    broken = BrokenRows(output_dir / "broken_rows.jsonl", args.max_broken_share)
+    if checkpoint is None and accelerator.is_main_process:
+        broken.path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    train_data = CaptionedPictures(train_rows, resolution, broken=broken).at(unet.config.sample_size)
+    held_out = CaptionedPictures(validation_rows, resolution, broken=broken)
+    prompts = args.validation_prompts or list(dict.fromkeys(held_out.captions))[:8]
     first, total = (step * pictures_per_step for step in (progress["step"], args.max_train_steps))
     order = EpochOrder(len(train_data), start=first, num_samples=total - first, seed=(args.seed, 0))
     loader = torch.utils.data.DataLoader(
@@ -242,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             metrics_path.unlink(missing_ok=True)
         else:
+            forget_newer(output_dir / "checkpoints", checkpoint)
             keep_metrics(metrics_path, progress["metrics_size"])
         write_text(output_dir / "config.yaml", yaml.safe_dump(asdict(args), sort_keys=False))
         rows = {"base": draw(pipeline, prompts, args, accelerator)}  # a new adapter changes nothing
@@ -326,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps({"phase": "lora", "step": step, **values}) + "\n")
             accelerator.log(values, step=step)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", pictures_per_s=f"{rate:.1f}")
+            bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", pictures_per_s=f"{rate:.1f}")
         # Not while steps are left out: what made them bad may be in the weights.
         if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last or interrupted:
             path = save(step)

@@ -27,6 +27,7 @@ from .checkpoints import (
     check_changes,
     find_checkpoint,
     find_start,
+    forget_newer,
     load_checkpoint,
     read_progress,
     save_checkpoint,

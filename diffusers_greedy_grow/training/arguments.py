@@ -41,6 +41,9 @@ class PictureArguments:
     )
     image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
     caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
+    max_broken_share: float = field(
+        default=0.01, metadata={"help": "The largest share of broken rows; they are left out and named in a file."}
+    )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
     validation_prompts: list[str] | None = field(
@@ -75,9 +78,6 @@ class DataArguments(PictureArguments):
             "help": 'Heights and widths of pictures at the final resolution, such as "64,64;48,80;80,48": each picture gets the '
             "nearest shape. All are square by default, and held-out ones always."
         },
-    )
-    max_broken_share: float = field(
-        default=0.01, metadata={"help": "The largest share of broken rows; they are left out and named in a file."}
     )
     shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
     shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
@@ -292,7 +292,8 @@ class LoraArguments(PictureArguments, LoopArguments):
     )
     logit_std: float | None = field(default=None, metadata={"help": "Its standard deviation; by default grow.py's."})
     loss_weighting: str | None = field(
-        default=None, metadata={"help": '"velocity" or "clean"; by default grow.py\'s, which is by resolution.'}
+        default=None,
+        metadata={"help": f"One of {', '.join(WEIGHTINGS)}; by default grow.py's, which is by resolution."},
     )
     validation_steps: int = field(default=250, metadata={"help": "Steps between sample grids."})
 
@@ -375,6 +376,7 @@ def check_common(parser: HfArgumentParser, pictures: PictureArguments, loop: Loo
         (loop, "adam_beta2", 0, 1),
         (pictures, "caption_dropout", 0, 1),
         (pictures, "dataloader_num_workers", 0, math.inf),
+        (pictures, "max_broken_share", 0, 0.99),
         (loop, "max_grad_norm", 0, math.inf),
         (loop, "spike_factor", 1, math.inf),
         (loop, "max_skipped_steps", 0, math.inf),
@@ -429,7 +431,6 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (data, "num_validation_pictures", 0, math.inf),
         (data, "num_scored_pictures", 0, math.inf),
         (data, "shuffle_buffer_size", 1, math.inf),
-        (data, "max_broken_share", 0, 0.99),
         (model, "resolutions", 1, math.inf),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
@@ -445,6 +446,12 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         parser.error(
             f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
         )
+    for batch_size, steps in zip(training.train_batch_size[1:], training.joint_steps):
+        if training.low_res_share and steps and not 0 < round(training.low_res_share * batch_size) < batch_size:
+            parser.error(
+                f"--low_res_share {training.low_res_share}: of --train_batch_size {batch_size} that is none or all; take a larger "
+                "batch or another share."
+            )
     if data.num_high_res_pictures is not None and data.num_high_res_pictures < 1:
         parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
     if data.has_high_res_data and (data.on_shapes or data.num_high_res_pictures is not None):

@@ -76,6 +76,7 @@ def save_checkpoint(
             shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()  # until the files of all processes are there
     shadows = {}
     for (name, _), shadow in zip(named_parameters, ema.shadow_params, strict=True):
         whole = gather(shadow.to(accelerator.device))  # a process may have its averages on the CPU
@@ -97,6 +98,14 @@ def save_checkpoint(
             remove(old)
     accelerator.wait_for_everyone()
     return checkpoint
+
+
+def forget_newer(folder: Path, checkpoint: Path) -> None:
+    """Removes what was saved after `checkpoint`, from which a run goes on: it will be saved again."""
+    checkpoints = sorted_checkpoints(folder)
+    if checkpoint in checkpoints:
+        for newer in checkpoints[checkpoints.index(checkpoint) + 1 :]:
+            remove(newer)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -185,12 +194,27 @@ def load_checkpoint(
 ) -> tuple[EMAModel, torch.Tensor]:
     """
     Restores what [`save_checkpoint`] saved into what accelerate has prepared, and returns the moving average and the
-    losses.
+    losses. Learning rates, betas and weight decay stay those of this run.
 
     Raises:
         `ValueError`: if the average is of other parameters than `named_parameters`.
     """
+    optimizers, schedulers = accelerator._optimizers, [one.scheduler for one in accelerator._schedulers]
+    own = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
     accelerator.load_state(str(checkpoint))
+    for group, values in zip(
+        [group for optimizer in optimizers for group in optimizer.param_groups], own, strict=True
+    ):
+        group.update(values)
+    for scheduler in schedulers:
+        groups = scheduler.optimizer.param_groups
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base_lr * factor(scheduler.last_epoch)
     accelerator.step = 0  # of gradient accumulation, which may be another one now
     ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay, foreach=not accelerator.is_fsdp2)
     with safe_open(checkpoint / "ema.safetensors", framework="pt") as file:

@@ -54,9 +54,11 @@ def draw_samples(rows: dict[str, list[Image.Image]], captions: list[str], path: 
 
 def keep_metrics(path: Path, size: int) -> None:
     """Drops what was written after a checkpoint was saved: it will be written again."""
-    if not path.exists() or path.stat().st_size < size:
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
         raise ValueError(f"{path} lacks lines that were there when the checkpoint was saved: put it back.")
-    os.truncate(path, size)
+    if found > size:
+        os.truncate(path, size)
 
 
 def draw_losses(metrics_path: str | Path, path: str | Path) -> None:

@@ -81,6 +81,7 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"num_inference_steps": 0}, "--num_inference_steps 0: has to be at least 1"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
         ({"attention_backend": "flush"}, "--attention_backend flush: choose one of .*native"),
+        ({"low_res_share": 0.1, "train_batch_size": [32, 4]}, "of --train_batch_size 4 that is none or all"),
         (
             {"low_res_share": 0.5, "init": "random"},
             "--low_res_share 0.5: with --init random, the core draws no pictures",

@@ -32,7 +32,9 @@ from diffusers_greedy_grow.training import (
     draw_samples,
     find_checkpoint,
     flow_loss,
+    forget_newer,
     format_plan,
+    keep_metrics,
     load_checkpoint,
     plan_phase,
     read_progress,
@@ -185,6 +187,20 @@ def test_checkpoints(tmp_path):
     assert find_checkpoint(tmp_path, "latest").name == "grown-32-5"
     assert find_checkpoint(tmp_path, str(path.with_name("grown-32-4"))).name == "grown-32-4"
     assert find_checkpoint(tmp_path / "elsewhere", "latest") is None
+
+    # A run that goes on from an older one will save the newer ones again.
+    forget_newer(tmp_path / "checkpoints", path.with_name("grown-32-4"))
+    assert find_checkpoint(tmp_path, "latest").name == "grown-32-4"
+
+
+def test_metrics_after_a_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    keep_metrics(path, 0)  # killed before the first line
+    path.write_text("one\ntwo\nthr")
+    keep_metrics(path, 4)
+    assert path.read_text() == "one\n"
+    with pytest.raises(ValueError, match="lacks lines that were there when the checkpoint was saved"):
+        keep_metrics(path, 8)
 
 
 @pytest.mark.parametrize("damage", ["cut off", "missing", "progress", "progress missing"])

@@ -228,8 +228,10 @@ def test_a_finished_run_goes_on_to_its_end_at_once(finished, data, tmp_path):
         r"grown-16-6 was saved with other arguments: pictures per step \(.*'grown-16': 4.*'grown-16': 2", error
     )
     log = launch(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", learning_rate=1e-4,
-                 joint_steps=8, resume_with_changes=True)  # fmt: skip
-    assert "grown-16-6" in log and read_metrics(tmp_path / "output")[-1]["step"] == 8
+                 joint_steps=12, resume_with_changes=True)  # fmt: skip
+    assert "grown-16-6" in log
+    step, rate = [(line["step"], line["lr"]) for line in read_metrics(tmp_path / "output") if "lr" in line][-3]
+    assert step == 8 and 0 < rate < 1e-4  # the new one
 
 
 def test_a_run_does_not_replace_the_core_it_grows(finished, data, tmp_path):
