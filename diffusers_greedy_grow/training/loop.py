@@ -156,4 +156,8 @@ class TqdmHandler(logging.Handler):
     """Prints log lines above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
+        text = self.format(record)
+        try:
+            tqdm.write(text)
+        except RuntimeError:  # another thread, which uploads, has just opened or closed a bar of its own
+            print(text, flush=True)
