@@ -43,7 +43,13 @@ PHASES = ("core", "grown-16-detail", "grown-16")
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> dict:
     data = write_image_folder(tmp_path_factory.mktemp("data") / "pictures", count=60)
-    return {"train_data_dir": data, "checkpoints_total_limit": 9, "sample_steps": 3, "low_res_loss_weight": 0.5, **STEPS}
+    return {
+        "train_data_dir": data,
+        "checkpoints_total_limit": 9,
+        "sample_steps": 3,
+        "low_res_loss_weight": 0.5,
+        **STEPS,
+    }
 
 
 @pytest.fixture(scope="module")
