@@ -89,7 +89,6 @@ from diffusers_greedy_grow.training import (
     TextEmbeddings,
     TrainedModel,
     TrainingArguments,
-    accept_gradients,
     averaged,
     build_small_text_encoder,
     check_changes,
@@ -104,7 +103,6 @@ from diffusers_greedy_grow.training import (
     forget_newer,
     format_memory,
     format_plan,
-    gather,
     keep_metrics,
     load_captioned_data,
     load_captioned_stream,
@@ -123,6 +121,7 @@ from diffusers_greedy_grow.training import (
     set_up,
     set_up_sharding,
     shard,
+    take_step,
     tokenize_captions,
     train_small_tokenizer,
     write_text,
@@ -470,12 +469,12 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     guard = GradientGuard(args.spike_factor, args.max_skipped_steps)
     if checkpoint is not None:
         progress = read_progress(checkpoint)
-        step = progress["step"]
+        step, data_state = progress["step"], progress["data_state"]
         ema, losses = load_checkpoint(accelerator, checkpoint, named_parameters, args.ema_decay)
         meter = LossMeter(losses)
         guard.load_state_dict(progress["guard"])
     else:
-        step, meter = 0, LossMeter()
+        step, data_state, meter = 0, None, LossMeter()
         # Anew in each phase, which starts from the averages of the one before. To go on with their slow decay would hold
         # the new weights back: it cost 8 % of the held-out loss after `detail`.
         ema = EMAModel(parameters, decay=args.ema_decay, foreach=not accelerator.is_fsdp2)
@@ -484,7 +483,6 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     # 2. The data of the steps that are left, in an order that depends on the seed alone
     batch_size = phase.batch_size
     pictures_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    data_state = read_progress(checkpoint).get("data_state") if checkpoint is not None else None
     loader = make_loader(run, phase, step, data_state)
 
     # 3. The loop
@@ -528,11 +526,17 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
                 losses = train_losses(run, phase, model, x0, noise, sigma, band_factor, conditions)
             accelerator.backward(losses.loss)
             if accelerator.sync_gradients:
-                norm = gather(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
-                if accept_gradients(phase.name, step, guard, norm, losses.sigma, run.checkpoints):
-                    optimizer.step()
-                elif accelerator.scaler is not None:
-                    accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
+                take_step(
+                    accelerator,
+                    optimizer,
+                    model.parameters(),
+                    args.max_grad_norm,
+                    guard,
+                    phase.name,
+                    step,
+                    losses.sigma,
+                    run.checkpoints,
+                )
                 lr_scheduler.step()
             optimizer.zero_grad()
         meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))

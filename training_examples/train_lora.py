@@ -64,7 +64,6 @@ from diffusers_greedy_grow.training import (
     LoraArguments,
     LossMeter,
     TrainingArguments,
-    accept_gradients,
     averaged,
     check_changes,
     draw_losses,
@@ -83,6 +82,7 @@ from diffusers_greedy_grow.training import (
     sample_generators,
     save_checkpoint,
     set_up,
+    take_step,
     write_text,
 )
 
@@ -308,11 +308,8 @@ def main(argv: list[str] | None = None) -> None:
                 losses = flow_loss(model, x0, noise, sigma, band_factor, weighting, **conditions)
             accelerator.backward(losses.loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm).item()
-                if accept_gradients("lora", step, guard, norm, losses.sigma, output_dir / "checkpoints"):
-                    optimizer.step()
-                elif accelerator.scaler is not None:
-                    accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
+                limit, folder = args.max_grad_norm, output_dir / "checkpoints"
+                take_step(accelerator, optimizer, parameters, limit, guard, "lora", step, losses.sigma, folder)
             lr_scheduler.step()
             optimizer.zero_grad()
         meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))

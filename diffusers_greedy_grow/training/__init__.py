@@ -44,7 +44,7 @@ from .data import (
     normalize,
     sample_generators,
 )
-from .loop import GradientGuard, Interrupt, TqdmHandler, accept_gradients, averaged, set_up
+from .loop import GradientGuard, Interrupt, TqdmHandler, averaged, set_up, take_step
 from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
 from .plan import PhasePlan, describe_parts, format_memory, format_plan, plan_phase
 from .report import draw_losses, draw_samples, keep_metrics

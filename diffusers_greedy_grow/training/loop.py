@@ -20,6 +20,7 @@ import os
 import signal
 import statistics
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from .checkpoints import sorted_checkpoints
+from .sharding import gather
 
 
 logger = get_logger(__name__)
@@ -119,13 +121,25 @@ class GradientGuard:
         self.__dict__.update(state)
 
 
-def accept_gradients(
-    name: str, step: int, guard: GradientGuard, norm: float, sigma: torch.Tensor, checkpoints_folder: Path
-) -> bool:
+def take_step(
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[torch.nn.Parameter],
+    max_grad_norm: float,
+    guard: GradientGuard,
+    name: str,
+    step: int,
+    sigma: torch.Tensor,
+    checkpoints_folder: Path,
+) -> None:
     """
-    Whether phase `name` takes the step after `step`, whose batch had the noise levels `sigma`, with gradients of this `norm`.
-    Says so if not, and what to do if it happens too often.
+    Clips the gradients of `parameters` to `max_grad_norm` and takes the step after `step` of phase `name`, if `guard` accepts them.
+    Says so if not; and if that happens too often, what to do, and the noise levels `sigma` of the batch.
+
+    Raises:
+        `FloatingPointError`: as the guard does.
     """
+    norm = gather(accelerator.clip_grad_norm_(parameters, max_grad_norm)).item()
     try:
         accepted = guard.accept(norm)
     except FloatingPointError as error:
@@ -136,9 +150,12 @@ def accept_gradients(
             f"{name} stops at step {step + 1}: {error} This batch had the noise levels {levels}. {remedy}; a lower "
             "`learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 in place of fp16 may help."
         ) from error
-    if not accepted:
-        logger.warning(f"{name}: step {step + 1} is left out, its gradient has the norm {norm:.3g}.")
-    return accepted
+    if accepted:
+        optimizer.step()
+        return
+    logger.warning(f"{name}: step {step + 1} is left out, its gradient has the norm {norm:.3g}.")
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
 
 
 @contextmanager

@@ -80,23 +80,17 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
 
     figure, axes = plt.subplots(2, len(phases), figsize=(5 * len(phases), 7), squeeze=False)
     for above, below, (phase, records) in zip(*axes, phases.items()):
-
-        def draw(axis, key, label, val_key=None):
-            """A curve of `key`, and of `val_key` dots in its color; of that alone a dotted line."""
-            points = [(record["step"], record[key]) for record in records if key in record]  # noqa: B023
-            held_out = [(record["step"], record[val_key]) for record in records if val_key in record]  # noqa: B023
-            color = axis.plot(*zip(*points), label=label, linewidth=1)[0].get_color() if points else None
-            if held_out:
-                style = {"color": color} if points else {"label": label, "linestyle": ":"}
-                axis.plot(*zip(*held_out), "o", markersize=4, **style)
-
         for key, label in (("loss", "loss"), ("loss_low", "low band"), ("loss_high", "high band")):
-            draw(above, key, label, f"val_{key}")
+            _draw_curve(above, records, key, label, f"val_{key}")
         levels = dict.fromkeys(key for record in records for key in record if key.startswith("loss_sigma"))
         for key in sorted(levels):
-            draw(below, key, "noise " + key.removeprefix("loss_sigma_").replace("_", " to "), f"val_{key}")
+            _draw_curve(
+                below, records, key, "noise " + key.removeprefix("loss_sigma_").replace("_", " to "), f"val_{key}"
+            )
         for band in ("low", "high"):
-            draw(below, None, f"{band} band, noise 0.02 to 0.3, held out", f"val_low_noise_loss_{band}")
+            _draw_curve(
+                below, records, None, f"{band} band, noise 0.02 to 0.3, held out", f"val_low_noise_loss_{band}"
+            )
         above.set(title=phase, yscale="log")
         below.set(xlabel="step", yscale="log")
         for axis in (above, below):
@@ -107,6 +101,16 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     figure.savefig(temporary, dpi=120)
     plt.close(figure)
     temporary.replace(path)
+
+
+def _draw_curve(axis, records: list[dict], key: str | None, label: str, val_key: str) -> None:
+    """A curve of `key`, and of `val_key` dots in its color; of that alone a dotted line."""
+    points = [(record["step"], record[key]) for record in records if key in record]
+    held_out = [(record["step"], record[val_key]) for record in records if val_key in record]
+    color = axis.plot(*zip(*points), label=label, linewidth=1)[0].get_color() if points else None
+    if held_out:
+        style = {"color": color} if points else {"label": label, "linestyle": ":"}
+        axis.plot(*zip(*held_out), "o", markersize=4, **style)
 
 
 def _write(image: Image.Image, path: str | Path) -> None:
