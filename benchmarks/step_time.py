@@ -316,22 +316,31 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
+def build_core(hidden_size: int) -> ShallowUNet2DModel:
+    return ShallowUNet2DModel(
+        sample_size=64,
+        patch_size=4,
+        hidden_size=hidden_size,
+        num_layers=4,
+        num_attention_heads=hidden_size // 64,
+        cross_attention_dim=TEXT_DIM,
+    )
+
+
 def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """The core's training step at several widths, as a share of the peak of large matrix products."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         peak = matmul_peak(device, dtype)
         for hidden_size in args.hidden_sizes:
-            model = ShallowUNet2DModel(
-                sample_size=64,
-                patch_size=4,
-                hidden_size=hidden_size,
-                num_layers=4,
-                num_attention_heads=hidden_size // 64,
-                cross_attention_dim=TEXT_DIM,
-            ).to(device)
+            with torch.device("meta"):
+                flops = count_flops(build_core(hidden_size), 64) * args.batch_size
+            model = build_core(hidden_size).to(device)
             if device.type == "cpu":
                 model.set_attention_backend("_native_math")
+            if args.compiled:
+                torch.compiler.reset()  # else graphs of the sizes before count against dynamo's limit
+                model.compile_repeated_blocks()
             inputs = make_inputs(64, args.batch_size, device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -343,7 +352,6 @@ def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 optimizer.zero_grad()  # noqa: B023
 
             times = [timed(step) for _ in range(args.repeats + 1)][1:]
-            flops = count_flops(model, 64) * args.batch_size
             rows.append(
                 {
                     "dtype": str(dtype).removeprefix("torch."),
@@ -370,6 +378,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--core", action="store_true", help="Measure the core alone.")
+    parser.add_argument("--compiled", action="store_true", help="The core with compiled blocks.")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()

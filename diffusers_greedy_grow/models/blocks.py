@@ -15,6 +15,7 @@
 """The layers that the core and the growth stages are built from."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch.amp import is_autocast_available
 
 
 @dataclass
@@ -43,6 +45,38 @@ class GreedyGrowOutput(UNet2DConditionOutput):
 
     pred_original_sample: torch.Tensor | None = None
     features: torch.Tensor | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Norms
+
+
+class LayerNorm(nn.LayerNorm):
+    """
+    In the precision of its input. Autocast on a GPU would hand on float32, to all that is added and multiplied until the
+    next matrix product, and that takes longer than the product. Sums are in float32 in any case.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with without_autocast(x):
+            return F.layer_norm(x, self.normalized_shape, *parameters_as(x, self.weight, self.bias), self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """As [`LayerNorm`]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with without_autocast(x):
+            return F.group_norm(x, self.num_groups, *parameters_as(x, self.weight, self.bias), self.eps)
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
+
+
+def parameters_as(x: torch.Tensor, *parameters: nn.Parameter | None) -> list[torch.Tensor | None]:
+    return [None if parameter is None else parameter.to(x.dtype) for parameter in parameters]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,10 +122,9 @@ class GreedyGrowAttnProcessor:
         if image_rotary_emb is not None:
             query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
 
-        # Autocast runs the norms in float32 and the projections in low precision: attention wants one dtype.
         hidden_states = dispatch_attention_fn(
-            query.to(value.dtype),
-            key.to(value.dtype),
+            query,
+            key,
             value,
             attn_mask=attention_mask,
             backend=self._attention_backend,
@@ -122,9 +155,8 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)
         self.to_k = nn.Linear(key_dim, query_dim, bias=False)
         self.to_v = nn.Linear(key_dim, query_dim, bias=False)
-        # As RMS norms would, but fused for low-precision inputs and float32 weights, which autocast makes.
-        self.norm_q = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
-        self.norm_k = nn.LayerNorm(self.head_dim, eps=1e-6, bias=False)
+        self.norm_q = LayerNorm(self.head_dim, eps=1e-6, bias=False)  # as RMS norms would, and faster on a CPU
+        self.norm_k = LayerNorm(self.head_dim, eps=1e-6, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
         self.set_processor(GreedyGrowAttnProcessor())
 
@@ -173,7 +205,7 @@ def rotate(x: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor])
     diffusers' `apply_rotary_emb` computes in float32 takes twice as long.
     """
     cos, sin = (emb.to(x.dtype) for emb in image_rotary_emb)
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class GreedyGrowTransformerBlock(nn.Module):
@@ -184,13 +216,13 @@ class GreedyGrowTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, num_attention_heads: int, mlp_ratio: float, cross_attention_dim: int | None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn1 = GreedyGrowAttention(dim, num_attention_heads)
         self.attn2 = None
         if cross_attention_dim is not None:
-            self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+            self.norm2 = LayerNorm(dim, eps=1e-6)
             self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm3 = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu")
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
 
@@ -214,9 +246,9 @@ class GreedyGrowTransformerBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
         attention_kwargs = cross_attention_kwargs or {}
 
-        norm_hidden_states = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
+        norm_hidden_states = torch.addcmul(shift_attn, self.norm1(hidden_states), 1 + scale_attn)
         attn_output = self.attn1(norm_hidden_states, image_rotary_emb=image_rotary_emb, **attention_kwargs)
-        hidden_states = hidden_states + gate_attn * attn_output
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attn_output)
 
         if self.attn2 is not None:
             if return_text and text_key_value is None:
@@ -230,8 +262,8 @@ class GreedyGrowTransformerBlock(nn.Module):
             )
             hidden_states = hidden_states + attn_output
 
-        norm_hidden_states = self.norm3(hidden_states) * (1 + scale_ff) + shift_ff
-        hidden_states = hidden_states + gate_ff * self.ff(norm_hidden_states)
+        norm_hidden_states = torch.addcmul(shift_ff, self.norm3(hidden_states), 1 + scale_ff)
+        hidden_states = torch.addcmul(hidden_states, gate_ff, self.ff(norm_hidden_states))
         return (hidden_states, text_key_value) if return_text else hidden_states
 
 
@@ -240,15 +272,21 @@ class GreedyGrowTransformerBlock(nn.Module):
 
 
 def residual_block(in_channels: int, out_channels: int, temb_channels: int) -> ResnetBlock2D:
-    """diffusers' residual block, with scale-and-shift timestep conditioning, for any number of channels."""
-    return ResnetBlock2D(
+    """
+    diffusers' residual block, with scale-and-shift timestep conditioning, for any number of channels and with our norms.
+    """
+    groups, groups_out = math.gcd(32, in_channels), math.gcd(32, out_channels)
+    block = ResnetBlock2D(
         in_channels=in_channels,
         out_channels=out_channels,
         temb_channels=temb_channels,
-        groups=math.gcd(32, in_channels),
-        groups_out=math.gcd(32, out_channels),
+        groups=groups,
+        groups_out=groups_out,
         time_embedding_norm="scale_shift",
     )
+    block.norm1 = GroupNorm(groups, in_channels, eps=block.norm1.eps)
+    block.norm2 = GroupNorm(groups_out, out_channels, eps=block.norm2.eps)
+    return block
 
 
 class GrowthEncoder(nn.Module):
@@ -315,7 +353,7 @@ class GrowthDecoder(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         channels = block_out_channels[-1]
-        self.norm_inner = nn.GroupNorm(math.gcd(32, inner_channels), inner_channels, eps=1e-6)
+        self.norm_inner = GroupNorm(math.gcd(32, inner_channels), inner_channels, eps=1e-6)
         self.conv_inner = nn.Conv2d(inner_channels + channels, channels, kernel_size=1)
         self.up_blocks = nn.ModuleList()
         for block_channels in reversed(block_out_channels):
@@ -325,7 +363,7 @@ class GrowthDecoder(nn.Module):
             ]
             self.up_blocks.append(nn.ModuleDict({"resnets": nn.ModuleList(resnets)}))
             channels = block_channels
-        self.conv_norm_out = nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+        self.conv_norm_out = GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, kernel_size=3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)

@@ -29,6 +29,7 @@ from ..hub import ModelHubMixin
 from .blocks import (
     GreedyGrowOutput,
     GreedyGrowTransformerBlock,
+    GroupNorm,
     TextCache,
     check_sizes,
     get_image_rotary_emb,
@@ -126,7 +127,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
 
         # 3. Exit
         self.resnet_out = residual_block(hidden_size, hidden_size, hidden_size)
-        self.conv_norm_out = nn.GroupNorm(self.resnet_out.norm2.num_groups, hidden_size, eps=1e-6)
+        self.conv_norm_out = GroupNorm(self.resnet_out.norm2.num_groups, hidden_size, eps=1e-6)
         self.conv_out = nn.Conv2d(hidden_size, out_channels * patch_size**2, kernel_size=3, padding=1)
 
         self.gradient_checkpointing = False
