@@ -234,7 +234,7 @@ def make_table(records: dict[str, dict], factor: int) -> list[dict]:
 
 
 def draw_plot(records: dict[str, dict], path: Path) -> None:
-    """Above, held-out losses against compute; below, at the end, by noise level."""
+    """Held-out losses against compute and, at the end, by noise level; of the arms that have several seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -243,10 +243,10 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     factors = [factor for factor in SETTINGS if collect(records, factor)]
     names = {"val_loss": "loss", "val_loss_low": "low band", "val_loss_high": "high band"}
     figure, axes = plt.subplots(len(factors), 4, figsize=(18, 4 * len(factors)), squeeze=False)
+    shown = [arm.name for arm in ARMS if arm.num_seeds > 1 and arm.init != "cascade"]
     for row, factor in zip(axes, factors):
-        for color, (arm, seeds) in zip(
-            plt.rcParams["axes.prop_cycle"].by_key()["color"], collect(records, factor).items()
-        ):
+        for color, arm in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], shown, strict=True):
+            seeds = collect(records, factor).get(arm, {})
             for i, (curve, _) in enumerate((curve, scores) for curve, scores in seeds.values() if curve):
                 for axis, name in zip(row, names):
                     x, y = zip(*[(flops / 1e12, line[name]) for flops, line in curve])
