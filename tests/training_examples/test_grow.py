@@ -251,6 +251,19 @@ def test_plan_only(data, tmp_path):
 # Other ways to run
 
 
+def test_accelerate_compiles_the_blocks(finished, data, tmp_path):
+    compiled = ["--dynamo_backend", "eager", "--dynamo_use_regional_compilation"]
+    arguments = command(tmp_path / "output", train_data_dir=data)[len(LAUNCHER) :]
+    done = subprocess.run(
+        [*LAUNCHER, *compiled, *arguments],
+        env={**environment(), "TORCH_LOGS": "dynamo"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-9000:]
+    assert "start tracing forward" in done.stdout and "blocks.py" in done.stdout
+    for name in ("core", "grown-16-detail", "grown-16"):
+        assert_same_weights(tmp_path / "output" / name, finished[0] / name)
+
+
 def test_gradient_accumulation_follows_the_large_batch(data, tmp_path):
     steps = {"core_steps": 10, "detail_steps": 0, "joint_steps": 0, "logging_steps": 1, "train_data_dir": data}
     log = launch(
