@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        step_scheduler_with_optimizer=False,  # it would step once for each process
     )
     set_up(accelerator, args.seed)
     device = accelerator.device
@@ -261,11 +262,11 @@ def main(argv: list[str] | None = None) -> None:
     logger.info(f"{len(train_data)} pictures; {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters train.")
     betas, weight_decay = (0.9, args.adam_beta2), args.adam_weight_decay
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, weight_decay=weight_decay, fused=True)
-    lr_scheduler = get_scheduler(  # accelerate steps it once for each process
+    lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
-        num_warmup_steps=min(args.lr_warmup_steps, args.max_train_steps // 10) * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
+        num_warmup_steps=min(args.lr_warmup_steps, args.max_train_steps // 10),
+        num_training_steps=args.max_train_steps,
     )
     keep_the_base_out_of_checkpoints(accelerator, unet)
     model, optimizer, lr_scheduler, loader = accelerator.prepare(unet, optimizer, lr_scheduler, loader)
@@ -310,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             if accelerator.sync_gradients:
                 limit, folder = args.max_grad_norm, output_dir / "checkpoints"
                 take_step(accelerator, optimizer, parameters, limit, guard, "lora", step, losses.sigma, folder)
-            lr_scheduler.step()
+                lr_scheduler.step()
             optimizer.zero_grad()
         meter.update(torch.stack([losses.low, losses.high, losses.sigma], dim=1))
         if not accelerator.sync_gradients:
