@@ -58,25 +58,27 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with without_autocast(x):
-            return F.layer_norm(x, self.normalized_shape, *parameters_as(x, self.weight, self.bias), self.eps)
+        weight, bias = in_precision_of(x, self.weight, self.bias)
+        with without_autocast(x.device.type):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class GroupNorm(nn.GroupNorm):
     """As [`LayerNorm`]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with without_autocast(x):
-            return F.group_norm(x, self.num_groups, *parameters_as(x, self.weight, self.bias), self.eps)
+        weight, bias = in_precision_of(x, self.weight, self.bias)
+        with without_autocast(x.device.type):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-def without_autocast(x: torch.Tensor) -> AbstractContextManager:
-    device_type = x.device.type
+def in_precision_of(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if parameter is None else parameter.to(x.dtype) for parameter in parameters)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Nothing on the meta device, where there is none to begin with."""
     return torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()
-
-
-def parameters_as(x: torch.Tensor, *parameters: nn.Parameter | None) -> list[torch.Tensor | None]:
-    return [None if parameter is None else parameter.to(x.dtype) for parameter in parameters]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

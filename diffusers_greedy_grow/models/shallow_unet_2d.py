@@ -147,7 +147,8 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
 
     def remove_shallow_parts(self) -> None:
         """Leaves the transformer only, as the paper does after pretraining; see `init="random"`."""
-        self.conv_in = self.resnet_in = self.resnet_out = self.conv_norm_out = self.conv_out = None
+        for name in ("conv_in", "resnet_in", "resnet_out", "conv_norm_out", "conv_out"):
+            setattr(self, name, None)
 
     @apply_lora_scale("cross_attention_kwargs")
     def forward(

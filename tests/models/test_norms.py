@@ -1,0 +1,56 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Norms that keep the precision of their input."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.utils.testing_utils import torch_device
+
+from diffusers_greedy_grow.models.blocks import GroupNorm, LayerNorm, residual_block
+
+
+NORMS = {
+    "layer": (lambda: LayerNorm(16, eps=1e-6), lambda x, w, b: F.layer_norm(x, (16,), w, b, 1e-6), (2, 5, 16)),
+    "group": (lambda: GroupNorm(4, 16, eps=1e-6), lambda x, w, b: F.group_norm(x, 4, w, b, 1e-6), (2, 16, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(name, autocast, dtype):
+    build, reference, shape = NORMS[name]
+    norm = build().to(torch_device)
+    for parameter in norm.parameters():  # in float32, as those that train are
+        nn.init.normal_(parameter)
+    x = torch.randn(shape, device=torch_device)
+    with torch.autocast(torch.device(torch_device).type, torch.bfloat16, enabled=autocast):
+        y = norm(x.to(dtype))
+        y.float().square().sum().backward()
+    assert y.dtype == dtype
+    tolerance = {} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    torch.testing.assert_close(y.float(), reference(x, norm.weight, norm.bias), **tolerance)
+    assert norm.weight.grad.dtype == torch.float32 and norm.weight.grad.any()
+
+
+def test_residual_blocks_have_them():
+    block = residual_block(24, 40, 8)
+    assert type(block.norm1) is type(block.norm2) is GroupNorm
+    assert (block.norm1.num_groups, block.norm2.num_groups) == (8, 8)
+    sample, temb = torch.randn(1, 24, 4, 4), torch.randn(1, 8)
+    with torch.device("meta"), torch.no_grad():  # where plans are made there is no autocast
+        assert residual_block(24, 40, 8)(sample.to("meta"), temb.to("meta")).shape == (1, 40, 4, 4)
