@@ -74,7 +74,8 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_data_dir", help="Pictures to train on, in place of captioned shapes.")
     parser.add_argument("--quick", action="store_true", help="A small version that takes minutes; no evidence.")
     parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
-    precision = "bf16" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "no"
+    fast_on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    precision = "bf16" if torch.cuda.is_available() or fast_on_cpu else "no"
     parser.add_argument("--mixed_precision", default=precision, choices=["no", "bf16"])
 
 
