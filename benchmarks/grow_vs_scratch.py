@@ -96,10 +96,11 @@ ARMS = (
     Arm("ours, short detail phase, the core's noise levels", "preserve", 5 / 12, 0.25, False),
     Arm("ours, long detail phase, the core's noise levels", "preserve", 5 / 12, 0.75, False),
     Arm("ours, long detail phase, small core, the core's noise levels", "preserve", 5 / 24, 0.75, False),
-    # Further options of the recipe, one at a time.
+    # Further options of the recipe, one at a time and all around one core; first without any, and with the usual weighting.
     *(
         Arm(f"ours, short detail phase, {name}", "preserve", 5 / 12, 0.25, True, num_seeds=1, options=options)
         for name, options in (
+            ("nothing else", {}),
             ("the core's full rate", {"core_lr_scale": 1.0}),
             ("low-resolution loss", {"low_res_loss_weight": 1.0}),
             ("a quarter at low resolution", {"low_res_share": 0.25}),  # whose steps cost less than is counted here
@@ -115,7 +116,7 @@ ARMS = (
             num_seeds=1,
             options={"loss_weighting": ["velocity", name]},
         )
-        for name in ("velocity", "sigmoid", "sigma_sqrt", "cosmap")
+        for name in ("clean", "velocity", "sigmoid", "sigma_sqrt", "cosmap")
     ),
 )
 
