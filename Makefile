@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(BIN)/$(LAUNCH) training_examples/grow.py $(PRECISION) $(ARGS)
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
