@@ -265,7 +265,7 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             axis.set_yscale("log")
         for axis in row[:3]:
             axis.set_xlabel("TFLOP")
-        row[0].legend(fontsize=7)
+        row[0].legend(fontsize=7, framealpha=0.5)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
