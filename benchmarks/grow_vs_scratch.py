@@ -29,15 +29,18 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 
 from benchmarks import cascade
 from benchmarks.evaluate import draw, held_out
 from benchmarks.queue_of_runs import (
+    CORE_BATCH_SIZE,
     GROW,
     MAX_SEQUENCE_LENGTH,
     TEXT_HIDDEN_SIZE,
+    WIDE,
     Job,
     Setting,
     add_queue_arguments,
@@ -49,8 +52,8 @@ from benchmarks.queue_of_runs import (
     run_queue,
 )
 from benchmarks.tables import markdown, mean_and_deviation, write_json
-from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.training import draw_samples
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
+from diffusers_greedy_grow.training import draw_samples, plan_phase
 
 
 # All at 16 px inside; each stage ends at single pixels.
@@ -79,6 +82,7 @@ class Arm:
     wide: bool
     num_seeds: int = 3
     options: dict = field(default_factory=dict)
+    two_stages: bool = False
 
 
 ARMS = (
@@ -96,6 +100,7 @@ ARMS = (
     Arm("ours, short detail phase, the core's noise levels", "preserve", 5 / 12, 0.25, False),
     Arm("ours, long detail phase, the core's noise levels", "preserve", 5 / 12, 0.75, False),
     Arm("ours, long detail phase, small core, the core's noise levels", "preserve", 5 / 24, 0.75, False),
+    Arm("ours, detail phase only, two stages", "preserve", 5 / 12, 1.0, True, num_seeds=1, two_stages=True),
     # Further options of the recipe, one at a time and all around one core; first without any, and with the usual weighting.
     *(
         Arm(f"ours, short detail phase, {name}", "preserve", 5 / 12, 0.25, True, num_seeds=1, options=options)
@@ -126,6 +131,10 @@ def make_jobs(
 ) -> list[Job]:
     """The run of one arm and seed, and before it the core that it grows, which others share; `more` is for grow.py."""
     flops = scale * TOTAL_FLOPS
+    if arm.two_stages:
+        if setting.factor == 2:
+            return []
+        more |= in_two_stages(setting, flops * (1 - arm.core_share))
     core = core_job(setting, seed, flops * arm.core_share, core_data) if arm.core_share else None
     if arm.init == "cascade":
         run = cascade_job(setting, arm, seed, flops * (1 - arm.core_share), data, core)
@@ -144,6 +153,27 @@ def make_jobs(
             **more,
         )
     return [core, run] if core else [run]
+
+
+def in_two_stages(setting: Setting, flops: float) -> dict:
+    """The same channels grown in two steps, to twice the core's resolution and on from there, each with half of the `flops`."""
+    sizes = [setting.core_resolution, 2 * setting.core_resolution, setting.resolution]
+    channels, steps = [setting.channels[-2:], setting.channels[:-2]], []
+    with torch.device("meta"):
+        unet = setting.build_core()
+        for size, block_out_channels in zip(sizes[1:], channels):
+            unet = GrowableUNet2DConditionModel.from_core(unet, size, block_out_channels=block_out_channels)
+            unet.freeze_core()
+            cost = plan_phase("detail", unet, size, 1, 1, 1, MAX_SEQUENCE_LENGTH).train_flops
+            steps.append(round(flops / 2 / cost / setting.batch_size))
+    return {
+        "resolutions": sizes,
+        "block_out_channels": [",".join(map(str, one)) for one in channels],
+        "detail_steps": steps,
+        "joint_steps": [0, 0],
+        "train_batch_size": [CORE_BATCH_SIZE, setting.batch_size, setting.batch_size],
+        **{name: [*values, values[-1]] for name, values in WIDE.items()},
+    }
 
 
 def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path, core: Job) -> Job:
@@ -172,10 +202,11 @@ def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path,
 
 
 def total_curve(run: dict, records: dict[str, dict]) -> list[tuple[float, dict]]:
-    """The held-out losses of a run by the operations spent until then, on its core too."""
+    """The held-out losses of a run at its last resolution by the operations spent until then, on its core too."""
+    last = f"grown-{SETTINGS[run['keys']['factor']].resolution}"
     core = run["keys"].get("core")
     core_flops = records[core]["keys"]["flops"] if core else 0.0
-    return [(core_flops + line["flops"], line) for line in run["curve"]]
+    return [(core_flops + line["flops"], line) for line in run["curve"] if line["phase"].startswith(last)]
 
 
 def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None:

@@ -21,11 +21,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cascade, few_high_res, grow_vs_scratch, loader, queue_of_runs, sampling, scale_core, step_time
 from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, growth_job, run_queue
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
+from diffusers_greedy_grow import GrowableUNet2DConditionModel
 from diffusers_greedy_grow.training.shapes import write_shapes
 
 from ..testing_utils import make_grown, make_pipeline
@@ -64,6 +66,24 @@ def test_flops_to_reach():
     assert grow_vs_scratch.flops_to_reach(curve, 0.05) is None
 
 
+def count_two_stages(setting: Setting, arguments: dict) -> int:
+    """By torch's counter, on the models that `arguments` make grow.py build."""
+    assert arguments["resolutions"] == [16, 32, 128] and arguments["joint_steps"] == [0, 0]
+    flops = 0
+    with torch.device("meta"):
+        unet = setting.build_core()
+        for i, size in enumerate(arguments["resolutions"][1:]):
+            channels = tuple(map(int, arguments["block_out_channels"][i].split(",")))
+            unet = GrowableUNet2DConditionModel.from_core(unet, size, block_out_channels=channels)
+            unet.freeze_core()
+            with FlopCounterMode(display=False) as counter:
+                sample, text = torch.empty(1, 3, size, size), torch.empty(1, 16, 128)
+                unet(sample, torch.empty(1), text).pred_original_sample.sum().backward()
+            pictures = arguments["detail_steps"][i] * arguments["train_batch_size"][1 + i]
+            flops += pictures * counter.get_total_flops()
+    return flops
+
+
 def test_the_arms_of_a_comparison_cost_the_same():
     setting = SETTING
     for arm in grow_vs_scratch.ARMS:
@@ -75,10 +95,12 @@ def test_the_arms_of_a_comparison_cost_the_same():
                 cost = cascade.count_flops(128, arguments["block_out_channels"], 128, 16)
                 flops += arguments["steps"] * arguments["batch_size"] * cost
                 continue
-            core_batch, batch = arguments.get("train_batch_size", [32, 0])
             if job.keys["arm"] == "core":
-                flops += arguments["core_steps"] * core_batch * costs["core"].train_flops
+                flops += arguments["core_steps"] * 32 * costs["core"].train_flops
+            elif arm.two_stages:
+                flops += count_two_stages(setting, arguments)
             else:
+                batch = arguments["train_batch_size"][1]
                 flops += arguments["detail_steps"][0] * batch * costs["detail"].train_flops
                 flops += arguments["joint_steps"][0] * batch * costs["joint"].train_flops
         assert flops == pytest.approx(grow_vs_scratch.TOTAL_FLOPS, rel=0.002), arm.name
