@@ -65,14 +65,15 @@ SETTINGS = {
 # The super-resolution UNets of the cascades: as many parameters as the stages.
 CASCADE_CHANNELS = {2: (24, 40), 4: (24, 32, 48), 8: (16, 24, 40, 56)}
 TOTAL_FLOPS = 72e12
+LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "loss at noise .02-.3": "low_noise_loss"}
 
 
 @dataclass
 class Arm:
     """
     How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core. `init` is
-    that of growing, or `"cascade"`; `wide` see `growth_job`. Each arm has the better of the two, tried on one seed, and
-    the other one has a row of its own. `options` are further arguments of grow.py.
+    that of growing, or `"cascade"`; `wide` see `growth_job`: scratch does better with it, the paper's growth and the cascade do
+    not. `options` are further arguments of grow.py.
     """
 
     name: str
@@ -86,26 +87,28 @@ class Arm:
 
 
 ARMS = (
-    Arm("scratch", "preserve", 0.0, 0.0, False),
-    Arm("scratch, our noise levels", "preserve", 0.0, 0.0, True, num_seeds=1),
+    Arm("scratch", "preserve", 0.0, 0.0, True),
+    Arm("scratch, the core's noise levels", "preserve", 0.0, 0.0, False, num_seeds=1),
+    Arm("scratch, twice the rate inside", "preserve", 0.0, 0.0, True, num_seeds=1, options={"core_lr_scale": 2.0}),
     Arm("paper's growth", "random", 5 / 12, 0.25, False),
     Arm("paper's growth, our noise levels", "random", 5 / 12, 0.25, True, num_seeds=1),
+    Arm(
+        "paper's growth, full rate inside", "random", 5 / 12, 0.25, False, num_seeds=1, options={"core_lr_scale": 1.0}
+    ),
     Arm("cascade", "cascade", 5 / 12, 0.0, False),
     Arm("cascade, our noise levels", "cascade", 5 / 12, 0.0, True, num_seeds=1),
     Arm("ours, no detail phase", "preserve", 5 / 12, 0.0, True),
     Arm("ours, short detail phase", "preserve", 5 / 12, 0.25, True),
     Arm("ours, long detail phase", "preserve", 5 / 12, 0.75, True),
     Arm("ours, detail phase only", "preserve", 5 / 12, 1.0, True),
-    Arm("ours, no detail phase, the core's noise levels", "preserve", 5 / 12, 0.0, False),
-    Arm("ours, short detail phase, the core's noise levels", "preserve", 5 / 12, 0.25, False),
-    Arm("ours, long detail phase, the core's noise levels", "preserve", 5 / 12, 0.75, False),
-    Arm("ours, long detail phase, small core, the core's noise levels", "preserve", 5 / 24, 0.75, False),
+    Arm("ours, long detail phase, the core's noise levels", "preserve", 5 / 12, 0.75, False, num_seeds=1),
+    Arm("ours, detail phase only, 21 % on the core", "preserve", 5 / 24, 1.0, True, num_seeds=1),
+    Arm("ours, detail phase only, 67 % on the core", "preserve", 2 / 3, 1.0, True, num_seeds=1),
     Arm("ours, detail phase only, two stages", "preserve", 5 / 12, 1.0, True, num_seeds=1, two_stages=True),
-    # Further options of the recipe, one at a time and all around one core; first without any, and with the usual weighting.
+    # Further options of the recipe, one at a time.
     *(
         Arm(f"ours, short detail phase, {name}", "preserve", 5 / 12, 0.25, True, num_seeds=1, options=options)
         for name, options in (
-            ("nothing else", {}),
             ("the core's full rate", {"core_lr_scale": 1.0}),
             ("low-resolution loss", {"low_res_loss_weight": 1.0}),
             ("a quarter at low resolution", {"low_res_share": 0.25}),  # whose steps cost less than is counted here
@@ -121,7 +124,7 @@ ARMS = (
             num_seeds=1,
             options={"loss_weighting": ["velocity", name]},
         )
-        for name in ("clean", "velocity", "sigmoid", "sigma_sqrt", "cosmap")
+        for name in ("velocity", "sigmoid", "sigma_sqrt", "cosmap")  # and by default "clean"
     ),
 )
 
@@ -220,40 +223,39 @@ def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None
     return None
 
 
-def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, tuple[list[tuple[float, dict]], dict]]]:
-    """By arm and seed, a run's curve and the scores of the last pipeline that it left."""
+def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, dict]]:
+    """By arm and seed the runs of a factor."""
     collected: dict = {arm.name: {} for arm in ARMS}
     for run in records.values():
         if run["keys"].get("factor") == factor and run["keys"]["arm"] in collected:
-            collected[run["keys"]["arm"]][run["keys"]["seed"]] = (total_curve(run, records), last_scores(run))
+            collected[run["keys"]["arm"]][run["keys"]["seed"]] = run
     return {arm: seeds for arm, seeds in collected.items() if seeds}
 
 
 def make_table(records: dict[str, dict], factor: int) -> list[dict]:
+    """One row for each arm. A cascade has no losses: given the true low resolution, they would compare with nobody's."""
     setting, rows = SETTINGS[factor], []
     costs = setting.plans()
     by_arm = collect(records, factor)
-    for arm, seeds in by_arm.items():
-        ends = [curve[-1][1] for curve, _ in seeds.values() if curve]
-        scores = [scores for _, scores in seeds.values()]
-        reached = []
-        for seed, (curve, _) in seeds.items():
-            if seed in by_arm.get("scratch", {}):
-                target = by_arm["scratch"][seed][0][-1]
-                flops = flops_to_reach(curve, target[1]["val_loss"])
-                reached.append(None if flops is None else flops / target[0])
+    scratch = {seed: total_curve(run, records)[-1] for seed, run in by_arm.get("scratch", {}).items()}
+    for arm, runs in by_arm.items():
+        curves = {seed: curve for seed, run in runs.items() if (curve := total_curve(run, records))}
         row = {
             "growth": f"16 -> {setting.resolution}",
             "cost ratio": f"{costs['joint'].train_flops / costs['core'].train_flops:.1f}",
             "arm": arm,
-            "seeds": len(seeds),
+            "seeds": len(runs),
+            "high-resolution pictures": sum(next(iter(runs.values()))["pictures"].values()),
         }
-        names = {"loss": "val_loss", "low band": "val_loss_low", "high band": "val_loss_high"}
-        row |= {
-            label: mean_and_deviation([line[name] for line in ends], 4) if ends else ""
-            for label, name in names.items()
-        }
-        row["reaches scratch's loss at"] = ", ".join("never" if x is None else f"{x:.0%}" for x in reached if ends)
+        for label, name in LOSSES.items():
+            ends = [curve[-1][1][f"val_{name}"] for curve in curves.values()]
+            row[label] = mean_and_deviation(ends, 4) if ends else ""
+        pairs = [(curve, scratch[seed]) for seed, curve in curves.items() if seed in scratch]
+        ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
+        row["of scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
+        reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
+        row["reaches it at"] = ", ".join("never" if at is None else f"{at / flops:.0%}" for at, flops in reached)
+        scores = [last_scores(run) for run in runs.values()]
         for name in ("color", "shape", "texture"):
             if name in scores[0]:
                 row[name] = mean_and_deviation([one[name] for one in scores], 2)
@@ -266,38 +268,43 @@ def make_table(records: dict[str, dict], factor: int) -> list[dict]:
 
 
 def draw_plot(records: dict[str, dict], path: Path) -> None:
-    """Held-out losses against compute and, at the end, by noise level; of the arms that have several seeds."""
+    """Of the arms that have several seeds: held-out losses against compute, each run's, and at the end by noise level."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     factors = [factor for factor in SETTINGS if collect(records, factor)]
-    names = {"val_loss": "loss", "val_loss_low": "low band", "val_loss_high": "high band"}
-    figure, axes = plt.subplots(len(factors), 4, figsize=(18, 4 * len(factors)), squeeze=False)
     shown = [arm.name for arm in ARMS if arm.num_seeds > 1 and arm.init != "cascade"]
+    size = (18, 4.5 * len(factors) + 0.5)
+    figure, axes = plt.subplots(len(factors), 4, figsize=size, squeeze=False, layout="constrained")
+    lines = {}
     for row, factor in zip(axes, factors):
-        for color, arm in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], shown, strict=True):
-            seeds = collect(records, factor).get(arm, {})
-            for i, (curve, _) in enumerate((curve, scores) for curve, scores in seeds.values() if curve):
-                for axis, name in zip(row, names):
-                    x, y = zip(*[(flops / 1e12, line[name]) for flops, line in curve])
-                    axis.plot(x, y, color=color, alpha=0.8, label=arm if i == 0 else None)
-            last = [curve[-1][1] for curve, _ in seeds.values() if curve]
-            if not last:
-                continue
-            bins = [name for name in last[0] if name.startswith("val_loss_sigma")]
-            means = [statistics.mean(line[name] for line in last if name in line) for name in bins]
-            row[3].plot(
-                [name.removeprefix("val_loss_sigma_").replace("_", "-") for name in bins], means, "o-", color=color
-            )
-        for axis, label in zip(row, [*names.values(), "loss at the end, by noise level"]):
+        for i, arm in enumerate(shown):
+            curves = [total_curve(run, records) for run in collect(records, factor).get(arm, {}).values()]
+            for curve in curves:
+                for axis, name in zip(row, LOSSES.values()):
+                    x, y = zip(*[(flops / 1e12, line[f"val_{name}"]) for flops, line in curve])
+                    (lines[arm],) = axis.plot(x, y, color=f"C{i}", alpha=0.8)
+            ends = [curve[-1][1] for curve in curves]
+            bins = [name for name in (ends[0] if ends else ()) if name.startswith("val_loss_sigma")]
+            means = [statistics.mean(line[name] for line in ends if name in line) for name in bins]
+            labels = [name.removeprefix("val_loss_sigma_").replace("_", "-") for name in bins]
+            row[3].plot(labels, means, "o-", color=f"C{i}")
+        for axis, label in zip(row, [*list(LOSSES)[:3], "loss at the end, by noise level"]):
             axis.set_title(f"16 -> {SETTINGS[factor].resolution} px: {label}")
             axis.set_yscale("log")
-        for axis in row[:3]:
+            for which, formatter in (
+                (axis.yaxis.set_major_formatter, ScalarFormatter),
+                (axis.yaxis.set_minor_formatter, ScalarFormatter),
+            ):
+                which(formatter())
+            axis.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 8)))
+            axis.set_ylabel("held-out error of the velocity")
             axis.set_xlabel("TFLOP")
-        row[0].legend(fontsize=7, framealpha=0.5)
-    figure.tight_layout()
+        row[3].set_xlabel("noise level")
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

@@ -34,7 +34,7 @@ from threading import Event, Lock
 
 import torch
 
-from benchmarks.tables import RESULTS, describe_machine, write_json
+from benchmarks.tables import RESULTS, describe_commit, describe_machine, write_json
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.training import PhasePlan, load_captioned_data, plan_phase, sorted_checkpoints
 from diffusers_greedy_grow.training.shapes import write_shapes
@@ -269,8 +269,8 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     Runs those `jobs` that have not been run yet, or none with `--report`.
 
     Returns:
-        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `pictures` by phase, `curve` (the
-        lines of metrics with a held-out loss), `seconds` of training and `scores` of each pipeline that the run left.
+        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `commit`, `pictures` by phase, `curve`
+        (the lines of metrics with a held-out loss), `seconds` of training and `scores` of each pipeline that the run left.
 
     Raises:
         `ValueError`: if a job has been run with other arguments, which its record would pass off as these.
@@ -313,7 +313,8 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
             if job.name in ready:
                 ready[job.name].set()
         with lock:
-            records.update({**read_records(path), job.name: record})
+            # A core that is trained again, for want of its folder, leaves the record that older runs refer to.
+            records.update({job.name: record, **read_records(path)})
             write_json(path, sorted(records.values(), key=lambda record: record["name"]))
             left = sum(job.name not in records for job in jobs)
             print(f"{time.strftime('%H:%M')} {job.name} is done, {left} to go.", flush=True)
@@ -324,7 +325,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
 
 
 def define(job: Job, args: argparse.Namespace) -> dict:
-    """All that a run's result depends on."""
+    """What a run's result depends on beside the code, whose commit its record names."""
     arguments = {**job.arguments, "data": job.data.name, "mixed_precision": args.mixed_precision}
     return json.loads(json.dumps(arguments | ({"core": job.core} if job.core else {})))
 
@@ -367,4 +368,5 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path]) -> dict:
             if finished.returncode:
                 raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to go on.")
     result = json.loads((folder / "result.json").read_text())
-    return {"name": job.name, "keys": job.keys, "arguments": definition, "machine": describe_machine(), **result}
+    made_by = {"machine": describe_machine(), "commit": describe_commit()}
+    return {"name": job.name, "keys": job.keys, "arguments": definition, **made_by, **result}

@@ -31,7 +31,6 @@ import time
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.utils import logging
 
 from benchmarks.evaluate import held_out, make_noise, score
@@ -121,13 +120,12 @@ def sample(
     with context:
         if own_loop and not kwargs and stop == 1.0:
             return plain_loop(pipeline, prompts, latents)
-        if stop < 1.0:
-            kwargs["guider"] = ClassifierFreeGuidance(guidance_scale=GUIDANCE_SCALE, stop=stop)
         images = pipeline(
             prompts,
             latents=latents,
             num_inference_steps=NUM_STEPS,
             guidance_scale=GUIDANCE_SCALE,
+            guidance_stop=stop,
             output_type="pt",
             **kwargs,
         ).images
@@ -172,6 +170,8 @@ def measure_time(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 set_up(pipeline, settings)
                 if settings.get("compiled"):
                     sample(pipeline, prompts, latents, **settings)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 started = time.perf_counter()
                 sample(pipeline, prompts, latents, **settings)
                 if device.type == "cuda":

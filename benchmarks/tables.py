@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 from pathlib import Path
 
 import diffusers
@@ -60,6 +61,13 @@ def describe_machine() -> str:
         name = models[0].split(":")[1].strip() if models else platform.processor()
         device = f"{os.cpu_count()} cores of {name}"
     return f"{device}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+
+
+def describe_commit() -> str | None:
+    """That of the code, where it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    return finished.stdout.strip() or None
 
 
 def write_json(path: Path, content: dict | list) -> None:

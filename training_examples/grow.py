@@ -61,7 +61,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.flow import descend, detail_variance
+from diffusers_greedy_grow.flow import descend, detail_variance, shift_sigma
 from diffusers_greedy_grow.hub import (
     UploadError,
     add_to_lineage,
@@ -689,8 +689,9 @@ def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet
 @torch.no_grad()
 def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: TrainedModel, band_factor: int) -> dict:
     """
-    The held-out loss, on the same pictures with the same noise each time; spread over the processes. Again with noise levels
-    of [`LOW_NOISE`], which training sees seldom and where grain shows.
+    The held-out loss, on the same pictures with the same noise in all runs; spread over the processes. The noise levels are
+    evenly spaced quantiles of the first phase's distribution; and again with levels of [`LOW_NOISE`], which training sees
+    seldom and where grain shows.
     """
     accelerator, args = run.accelerator, run.args
     count = min(run.data_args.num_validation_pictures, len(run.validation_data))
@@ -707,21 +708,16 @@ def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: Train
             start, stop = 0, 1
         rows = [pictures[i] for i in range(start, stop)]
         x0 = normalize(torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device))
-        noise, sigma, _ = draw_noise(
-            (args.seed, VALIDATION, phase.stage),
-            start,
-            count,
-            x0.shape,
-            pipeline.scheduler.config.shift,
-            args.logit_mean[0],
-            args.logit_std[0],
-            accelerator.device,
-        )
+        generators = sample_generators((VALIDATION, phase.resolution), start, len(x0))
+        noise = randn_tensor(x0.shape, generator=generators, device=accelerator.device)
+        # Each picture's share of the way through the levels, whose quantiles are more even than draws.
+        places = (start + 0.5 + torch.arange(len(x0), device=x0.device)) / count
+        normal = args.logit_mean[0] + args.logit_std[0] * torch.special.ndtri(places)
+        sigma = shift_sigma(torch.sigmoid(normal), pipeline.scheduler.config.shift)
+        low_sigma = LOW_NOISE[0] + (LOW_NOISE[1] - LOW_NOISE[0]) * places
         with accelerator.autocast():
             conditions = run.encode(phase, pipeline, [row["caption"] for row in rows])
             losses = flow_loss(module, x0, noise, sigma, band_factor, **conditions)
-            places = (start + 0.5 + torch.arange(len(x0), device=sigma.device)) / count
-            low_sigma = LOW_NOISE[0] + (LOW_NOISE[1] - LOW_NOISE[0]) * places
             low_losses = flow_loss(module, x0, noise, low_sigma, band_factor, **conditions)
         if not is_spare:
             both = [torch.stack([one.low, one.high, one.sigma], dim=1) for one in (losses, low_losses)]

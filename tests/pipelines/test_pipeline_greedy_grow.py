@@ -504,14 +504,34 @@ def test_guidance_at_the_core_runs_the_stages_once():
     kwargs = {"guidance_resolution": "core", "core_first": 0.6, "num_inference_steps": 8}
     counts = count_pictures(trained)
     assert draw(trained, **kwargs).isfinite().all()
-    assert counts["core"] == 2 * 2 * 8 and 0 < counts["stage 0"] < 2 * 8
+    assert counts["core"] == 2 * (2 * 7 + 1) and 0 < counts["stage 0"] < 2 * 8
+
+
+def test_guidance_ends_before_the_last_steps():
+    pipeline = make_pipeline(make_grown())
+    kwargs = {"guidance_scale": 3.0, "num_inference_steps": 8}
+    for stop, guided in ((1.0, 8), (0.8, 7), (0.5, 4), (0.0, 0)):
+        counts = count_pictures(pipeline)
+        pictures = draw(pipeline, guidance_stop=stop, **kwargs)
+        assert counts["core"] == 2 * (2 * guided + (8 - guided))
+        expected = draw(pipeline, guider=ClassifierFreeGuidance(guidance_scale=3.0, stop=guided / 8), **kwargs)
+        torch.testing.assert_close(
+            pictures, expected if guided else draw(pipeline, PROMPTS, guidance_scale=1.0, num_inference_steps=8)
+        )
+    assert torch.equal(draw(pipeline, **kwargs), draw(pipeline, guidance_stop=0.8, **kwargs))
+
+    # Heun's two evaluations of a step go together.
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=2.0)
+    counts = count_pictures(pipeline)
+    draw(pipeline, guidance_stop=0.4, num_inference_steps=4)  # 7 evaluations, guided in steps that begin before 2.8
+    assert counts["core"] == 2 * (2 * 4 + 3)
 
 
 @pytest.mark.parametrize("guidance_resolution", ["full", "core"])
 def test_guiders_of_diffusers(guidance_resolution):
     pipeline = make_pipeline(make_grown())
     kwargs = {"num_inference_steps": 8, "guidance_resolution": guidance_resolution}
-    plain = draw(pipeline, guidance_scale=3.0, **kwargs)
+    plain = draw(pipeline, guidance_scale=3.0, guidance_stop=1.0, **kwargs)
     torch.testing.assert_close(draw(pipeline, guider=ClassifierFreeGuidance(guidance_scale=3.0), **kwargs), plain)
 
     others = [
@@ -563,7 +583,7 @@ def test_the_arguments_are_those_of_the_pixel_pipeline_of_diffusers():
     theirs = list(inspect.signature(PRXPixelPipeline.__call__).parameters)
     theirs.remove("use_resolution_binning")
     ours = list(inspect.signature(GreedyGrowPipeline.__call__).parameters)
-    assert ours == [*theirs, "cross_attention_kwargs", "guider", "guidance_resolution", "core_first"]
+    assert ours == [*theirs, "cross_attention_kwargs", "guidance_stop", "guider", "guidance_resolution", "core_first"]
     encode = list(inspect.signature(GreedyGrowPipeline.encode_prompt).parameters.values())[1:]
     assert all(parameter.default is not inspect.Parameter.empty for parameter in encode)
 
@@ -606,6 +626,7 @@ EMBEDS = torch.zeros(2, 6, TEXT_DIM)
         ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*noise"),
         ({"guidance_resolution": "half"}, "`guidance_resolution='half'` is unknown"),
+        ({"guidance_stop": 1.5}, "`guidance_stop=1.5` has to be a share of the steps"),
         ({"guider": 3.0}, "`guider` is a float; only guiders of diffusers"),
         ({"guider": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, "`guider` is a AutoGuidance"),
         ({"guider": SkipLayerGuidance(skip_layer_guidance_layers=[0])}, "`guider` is a SkipLayerGuidance"),
