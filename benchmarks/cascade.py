@@ -22,7 +22,6 @@ et al., 2022, but without telling the UNet the strength). Guidance acts in the c
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw, held_out, make_noise, score
 from benchmarks.queue_of_runs import NARROW, WIDE
+from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma, upsample, velocity_from_clean
 from diffusers_greedy_grow.training import (
@@ -176,7 +176,6 @@ def main() -> None:
     unet.eval()
 
     captions, real = held_out(args.train_data_dir, args.resolution)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     result = {
         "pictures": {"cascade": args.steps * args.batch_size},
         "seconds": {"cascade": seconds},
@@ -184,8 +183,7 @@ def main() -> None:
         "scores": {"cascade": score(draw_cascade(unet, pipeline, captions, bfloat16), captions, real)},
     }
     unet.save_pretrained(args.output_dir / "super-resolution")
-    (args.output_dir / "result.tmp").write_text(json.dumps(result, indent=1))
-    (args.output_dir / "result.tmp").replace(args.output_dir / "result.json")
+    write_json(args.output_dir / "result.json", result)
 
 
 if __name__ == "__main__":

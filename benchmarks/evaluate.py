@@ -29,6 +29,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from benchmarks.swd import sliced_wasserstein
+from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training import CaptionedPictures, load_captioned_data, sample_generators
 from diffusers_greedy_grow.training.shapes_scorer import score_images
@@ -119,9 +120,7 @@ def main() -> None:
         print(f"{phase}: {scores[phase]} in {time.perf_counter() - started:.0f} s", flush=True)
 
     result = {"pictures": pictures, "seconds": seconds, "curve": curve, "scores": scores}
-    temporary = args.folder / "result.tmp"
-    temporary.write_text(json.dumps(result, indent=1))
-    temporary.replace(args.folder / "result.json")
+    write_json(args.folder / "result.json", result)
 
 
 if __name__ == "__main__":

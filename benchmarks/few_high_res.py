@@ -98,7 +98,9 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             if points:
                 axis.plot(*zip(*points), marker, label=arm, alpha=0.7)
         axis.set_xscale("log")
-        axis.set_xlabel("% of the pictures at the high resolution")
+        axis.set_xticks([100 * share for share in SHARES], [f"{share:.0%}" for share in SHARES])
+        axis.set_xlabel("pictures seen at the high resolution")
+        axis.set_ylabel("held-out error of the velocity")
         axis.set_title(f"16 -> 128 px: {label}")
     axes[0].legend(fontsize=8)
     figure.tight_layout()

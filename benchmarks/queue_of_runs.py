@@ -138,8 +138,6 @@ class Setting:
             **{name: getattr(self, name) for name in names},
             "text_hidden_size": TEXT_HIDDEN_SIZE,
             "max_sequence_length": MAX_SEQUENCE_LENGTH,
-            "resolutions": [self.core_resolution, self.resolution],
-            "block_out_channels": [self.block_out_channels],
         }
 
     def build_core(self) -> ShallowUNet2DModel:
@@ -189,7 +187,7 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
         arguments={
             **COMMON,
             **setting.core_arguments(),
-            # A stage that is not trained: the same for all settings, as the core is.
+            # With a stage that is not trained: the same for all settings, as the core is.
             "resolutions": [setting.core_resolution, 128],
             "block_out_channels": ["24,32,64,96"],
             "seed": seed,
@@ -230,6 +228,8 @@ def growth_job(
         arguments={
             **COMMON,
             **setting.core_arguments(),
+            "resolutions": [setting.core_resolution, setting.resolution],
+            "block_out_channels": [setting.block_out_channels],
             "seed": seed,
             "init": init,
             **(WIDE if wide else NARROW),

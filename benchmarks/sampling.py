@@ -201,6 +201,8 @@ def measure_pictures(args: argparse.Namespace, device: torch.device) -> list[dic
     arms: dict[str, dict] = {}
     for arm, settings in list_arms().items():
         settings = {name: value for name, value in settings.items() if name != "compiled"}
+        if settings:  # whose loop it is changes no picture either
+            settings["own_loop"] = False
         if args.bfloat16:  # the same comparison, in the precision that a CPU with AMX is fast in
             settings["bfloat16"] = True
         if settings not in arms.values():  # compiling changes no picture

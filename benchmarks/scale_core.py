@@ -99,7 +99,7 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    panels = {"alignment": ("color", "shape", "size", "background"), "rendering": ("texture",)}
+    panels = {"alignment": ("shape", "size"), "rendering": ("texture",)}  # colors and backgrounds are all right
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             points = [
@@ -109,8 +109,11 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             ]
             if points:
                 axis.plot(*zip(*points), "o", label=name, alpha=0.7)
-        axis.set_xscale("log", base=2)
+        axis.set_xscale("log")
+        axis.set_xticks(LAYERS, map(str, LAYERS))
+        axis.minorticks_off()
         axis.set_xlabel("layers of the core")
+        axis.set_ylabel("share of 96 captions drawn right")
         axis.set_title(title)
         axis.legend()
     figure.tight_layout()

@@ -192,7 +192,7 @@ class Steps:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         if device.type == "cpu" and hasattr(model, "set_attention_backend"):
-            model.set_attention_backend("_native_math")  # the fastest on a CPU, for the peers too
+            model.set_attention_backend("_native_math")  # the fastest on a CPU; diffusers' UNets have one way only
 
     def train(self) -> None:
         self.model.train()
@@ -218,7 +218,7 @@ def timed(function) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best that this machine makes of one large matrix product, in operations per second."""
+    """What this machine makes of one large matrix product, the median of several, in operations per second."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = [timed(lambda: a @ b) for _ in range(20)]
