@@ -94,7 +94,8 @@ def pool(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
     """`U`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)` by repeating each pixel."""
-    return F.interpolate(x, scale_factor=float(factor), mode="nearest")
+    # "nearest" reads at `i / factor`, which rounding may put below a whole number (factor 41); this, half a pixel on.
+    return F.interpolate(x, scale_factor=float(factor), mode="nearest-exact")
 
 
 def high_band(x: torch.Tensor, factor: int) -> torch.Tensor:

@@ -148,6 +148,13 @@ def test_sampled_levels_are_logit_normal_at_the_base_and_shifted():
     torch.testing.assert_close(draw(4.0), flow.shift_sigma(base, 4.0))
 
 
+def test_upsampling_repeats_pixels_whatever_the_factor():
+    x = torch.arange(2.0 * 7).reshape(1, 1, 2, 7)
+    for factor in range(2, 129):
+        expected = x.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        assert torch.equal(flow.upsample(x, factor), expected), factor
+
+
 def test_pooling_says_what_does_not_fit():
     with pytest.raises(ValueError, match="10 x 12.*factor=4"):
         flow.pool(torch.zeros(1, 3, 10, 12), 4)

@@ -27,6 +27,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import apply_lora_scale
+from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, upsample, velocity_from_clean
@@ -318,6 +319,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             core = load_core(core, token=token, revision=revision, **kwargs)
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded model.")
+        core = unwrap_module(core)  # from `torch.compile(core)`
         if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)):
             raise ValueError(
                 "`core` has to be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
@@ -708,8 +710,9 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, RuntimeError, ValueError, HTTPError) as error:
         raise OSError(
-            f"`core={str(path)!r}` cannot be loaded: {type(error).__name__}: {error} Its weights are missing, "
-            "damaged or do not belong to its config.json: download or save it again."
+            f"`core={str(path)!r}` cannot be loaded: {type(error).__name__}: {error} Unless that is about an argument "
+            "of yours, its weights are missing, damaged or do not belong to its config.json: download or save it "
+            "again."
         ) from error
     # diffusers fills in what a checkpoint lacks with random numbers and a warning; a core has to be complete.
     problems = {name: names for name, names in info.items() if names}

@@ -51,7 +51,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
             Height and width in pixels of the pictures it is trained on, a multiple of `patch_size`. Other sizes and
             shapes work where `patch_size` divides them.
         in_channels (`int`, defaults to 3), out_channels (`int`, defaults to 3):
-            Channels of the state and of the prediction.
+            Channels of the state and of the prediction, which are the same.
         patch_size (`int`, defaults to 4):
             Pixels per side of one cell of the grid.
         hidden_size (`int`, defaults to 768):
@@ -64,6 +64,9 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
             Width of the MLPs, as a multiple of `hidden_size`.
         cross_attention_dim (`int`, *optional*, defaults to 768):
             Channels of the text embeddings. `None` for an unconditional model.
+
+    Raises:
+        `ValueError`: if a size is no whole number or does not fit the others.
     """
 
     _supports_gradient_checkpointing = True
@@ -97,6 +100,11 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
             mlp_ratio=mlp_ratio,
             cross_attention_dim=cross_attention_dim if cross_attention_dim is not None else 1,
         )
+        if out_channels != in_channels:
+            raise ValueError(
+                f"`out_channels={out_channels}` has to be `in_channels={in_channels}`: what is predicted is the "
+                "picture in the state."
+            )
         if sample_size % patch_size:
             raise ValueError(
                 f"`sample_size={sample_size}` is not a multiple of `patch_size={patch_size}`; "
@@ -179,11 +187,17 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
             additional_features (`torch.Tensor` of shape `(B, hidden_size, H / patch_size, W / patch_size)`, *optional*):
                 Added to the first features: what a growth stage around this model has to say to it.
             text_cache ([`TextCache`], *optional*):
-                The text's keys and values, kept over calls with the same text.
+                The text's keys and values, kept over calls with the same text. Not used while gradients are enabled:
+                what is kept would be of one step's graph, and what is read would have none.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
+
+        Raises:
+            `ValueError`: if the text, its mask, or the sides of `sample` do not fit the model.
         """
+        if torch.is_grad_enabled():
+            text_cache = None
         check_text(self.config.cross_attention_dim, encoder_hidden_states, encoder_attention_mask)
         patch_size = self.config.patch_size
         batch_size, _, height, width = sample.shape

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 
-from ..hub import fetch_adapter, write_safetensors
+from ..hub import fetch_adapter, read_safetensors, write_safetensors
 from ..models.growable_unet_2d_condition import map_to_core
 
 
@@ -55,11 +56,18 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
             return_lora_metadata (`bool`, defaults to `False`):
                 Whether to return the adapter's configuration as well, if the file has it.
             kwargs:
-                `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`, `subfolder`.
+                `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`, `subfolder`; and
+                `use_safetensors`, which may not be false.
 
         Returns:
             `dict[str, torch.Tensor]`, or a tuple of it and the configuration.
+
+        Raises:
+            `TypeError`: if there are other `kwargs`.
+            `ValueError`: if `use_safetensors` is false.
+            `OSError`: if there is no such file.
         """
+        read_safetensors(kwargs.pop("use_safetensors", None))
         state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
         if kwargs:
             raise TypeError(f"{sorted(kwargs)} are no arguments of loading LoRA weights.")
@@ -90,26 +98,30 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
             `ValueError`: if the tensors are no LoRA layers, or are of layers of the `unet` that it does not have. Of other
             components' there is a warning only.
         """
+        unet = unwrap_module(self.unet)  # of `torch.compile(pipeline.unet)`
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        state_dict = map_to_core(state_dict, self.unet, prefix="unet")
-        layers = {f"unet.{name}" for name, _ in self.unet.named_modules()}
+        state_dict = map_to_core(state_dict, unet, prefix="unet")
+        layers = {f"unet.{name}" for name, _ in unet.named_modules()}
+        others = [name for name in state_dict if not name.startswith("unet.")]
         strange = [
             name
             for name in state_dict
             if "lora" not in name or (name.startswith("unet.") and name.split(".lora_")[0] not in layers)
         ]
-        if not any(name.startswith("unet.") for name in state_dict):
-            logger.warning(
-                "None of these LoRA layers is of a `unet`, so none is loaded. What `unet.save_lora_adapter` has saved is loaded by "
-                "`unet.load_lora_adapter(..., prefix=None)`."
-            )
         if strange:
             raise ValueError(
-                f"These are no LoRA layers of a {type(self.unet).__name__}: {strange[:3]}. Pass an adapter that was trained on "
-                "this model, or on the core it was grown from."
+                f"These are no LoRA layers of a {type(unet).__name__}: {strange[:3]}. Pass an adapter that was "
+                "trained on this model, or on the core it was grown from."
             )
-        self.unet.load_lora_adapter(
+        if len(others) == len(state_dict):
+            logger.warning(
+                "None of these LoRA layers is of a `unet`, so none is loaded. What `unet.save_lora_adapter` has saved "
+                "is loaded by `unet.load_lora_adapter(..., prefix=None)`."
+            )
+        elif others:
+            logger.warning(f"These LoRA layers are not of the `unet`, so they are not loaded: {others[:3]}.")
+        unet.load_lora_adapter(
             state_dict,
             prefix="unet",
             adapter_name=adapter_name,

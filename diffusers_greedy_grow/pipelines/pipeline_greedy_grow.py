@@ -18,12 +18,14 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -42,6 +44,10 @@ from .lora import GreedyGrowLoraLoaderMixin
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
+
+# What counts as an argument that is a number: numpy's, too
+INTEGER = (int, np.integer)
+NUMBER = (int, float, np.integer, np.floating)
 
 # `core_first="auto"`: in a state that a stage is left out of, how large the picture's share of the variance may be in the
 # coarsest detail that the stage draws.
@@ -83,13 +89,19 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             factor. `core_first="auto"` needs it; `training_examples/grow.py` measures it.
 
     Raises:
-        `ValueError`: if the scheduler is no flow-matching scheduler, or the text encoder's width is not the model's
-        `cross_attention_dim`.
+        `ValueError`: if the scheduler is no flow-matching scheduler or its settings do not fit, if the text encoder's
+        width is not the model's `cross_attention_dim`, or if a variance is not positive.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
     _optional_components = ["text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _callback_tensor_inputs = [
+        "latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_attention_mask",
+    ]
 
     def __init__(
         self,
@@ -110,6 +122,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     f"`text_encoder` returns {text_width} channels, but `unet` has `cross_attention_dim={model_width}`: "
                     "pass the encoder that the model was trained with."
                 )
+        if detail_variances is not None and not (
+            isinstance(detail_variances, (list, tuple)) and all(is_variance(value) for value in detail_variances)
+        ):
+            raise ValueError(
+                f"`detail_variances={detail_variances!r}` has to be a list of positive numbers: variances of pictures "
+                "in [-1, 1]."
+            )
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(max_sequence_length=max_sequence_length, detail_variances=detail_variances)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
@@ -167,6 +186,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
         Returns:
             [`GreedyGrowPipeline`]
+
+        Raises:
+            `ValueError`: if `core` is no pipeline, if `sample_size`, `block_out_channels` or `init` do not fit it, if
+            its scheduler does not, or if `detail_variance` is not positive or `core` lacks those of the stages inside.
+            `TypeError`: if there are `kwargs` with a loaded pipeline as `core`, or arguments of a push without one.
+            `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
+            `OSError`: if there is no complete, undamaged core at `core`.
         """
         push = check_push(
             push_to_hub,
@@ -191,8 +217,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
         else:
             config = core.unet.config
+            shift_name(core.scheduler)  # it may have been exchanged
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
-        if detail_variance is not None and not 0 < detail_variance < math.inf:
+        if detail_variance is not None and not is_variance(detail_variance):
             raise ValueError(
                 f"`detail_variance={detail_variance}` has to be positive: a variance of pictures in [-1, 1]."
             )
@@ -200,7 +227,15 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             push = prepare_push(push)
 
         if isinstance(core, (str, Path)):
-            unet = GrowableUNet2DConditionModel.from_core(core, sample_size, subfolder="unet", **stage, **kwargs)
+            # Of dtypes for each component, the model takes its own.
+            dtypes = {
+                name: kwargs[name].get("unet", kwargs[name].get("default", torch.float32))
+                for name in ("dtype", "torch_dtype")
+                if isinstance(kwargs.get(name), dict)
+            }
+            unet = GrowableUNet2DConditionModel.from_core(
+                core, sample_size, subfolder="unet", **stage, **{**kwargs, **dtypes}
+            )
             pipeline = cls.from_pretrained(core, unet=None, **kwargs)
         else:
             unet = GrowableUNet2DConditionModel.from_core(core.unet, sample_size, **stage)
@@ -208,7 +243,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         *inner_sample_sizes, _ = unet.sample_sizes
         name = shift_name(pipeline.scheduler)
         shift = pipeline.scheduler.config[name] * sample_size / inner_sample_sizes[-1]
-        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **{name: shift})
+        # A scheduler made from the config of another kind has the entry of that one, too.
+        shifts = {entry: shift for entry in ("shift", "flow_shift") if entry in pipeline.scheduler.config}
+        scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **shifts}, **{name: shift})
         variances = None
         if detail_variance is not None and len(inner_sample_sizes) > 1:
             if pipeline.config.detail_variances is None:
@@ -244,6 +281,10 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
     @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
 
     def guide(self, pred: torch.Tensor, negative_pred: torch.Tensor) -> torch.Tensor:
         """What guidance makes of the clean pictures predicted for the prompt and for the negative prompt."""
@@ -334,11 +375,14 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         core_first,
     ) -> None:
         """Raises a `ValueError` that names the argument at fault; see `__call__`."""
+        shift_name(self.scheduler)  # it may have been exchanged
         config = self.unet.config
         cell = config.patch_size * config.sample_size // self.unet.sample_sizes[0]
-        if height <= 0 or width <= 0 or height % cell or width % cell:
-            raise ValueError(f"`height={height}` and `width={width}` have to be positive multiples of {cell}.")
-        if timesteps is None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
+        if not all(isinstance(side, INTEGER) and side > 0 and side % cell == 0 for side in (height, width)):
+            raise ValueError(
+                f"`height={height}` and `width={width}` have to be positive multiples of {cell}, as integers."
+            )
+        if timesteps is None and (not isinstance(num_inference_steps, INTEGER) or num_inference_steps < 1):
             raise ValueError(f"`num_inference_steps={num_inference_steps}` has to be a positive integer.")
         if timesteps is not None:
             falling = all(later < earlier for earlier, later in zip(timesteps, timesteps[1:]))
@@ -348,9 +392,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 raise ValueError(
                     f"`timesteps` cannot be set for a {type(self.scheduler).__name__}: pass `num_inference_steps`."
                 )
-        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+        if not isinstance(guidance_scale, NUMBER) or not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale={guidance_scale}` has to be a number; 1 means no guidance.")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        if not isinstance(num_images_per_prompt, INTEGER) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt={num_images_per_prompt}` has to be a positive integer.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type={output_type!r}` is unknown: pass "pil", "np", "pt" or "latent".')
@@ -362,7 +406,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             )
 
         # How to sample
-        if not isinstance(guidance_stop, (int, float)) or not 0 <= guidance_stop <= 1:
+        if not isinstance(guidance_stop, NUMBER) or not 0 <= guidance_stop <= 1:
             raise ValueError(f"`guidance_stop={guidance_stop}` has to be a share of the steps, from 0 to 1.")
         if guider is not None and (
             not isinstance(guider, BaseGuidance)
@@ -384,8 +428,11 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
         # What to draw
         if config.cross_attention_dim is None:
-            if prompt is not None or prompt_embeds is not None:
-                raise ValueError("`prompt` and `prompt_embeds` have to be None: the model is unconditional.")
+            texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+            if any(text is not None for text in (*texts, prompt_attention_mask, negative_prompt_attention_mask)):
+                raise ValueError(
+                    "Prompts, their embeddings and their masks have to be None: the model is unconditional."
+                )
             batch_size = 1
         elif (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass either `prompt` or `prompt_embeds`, not both and not neither.")
@@ -412,6 +459,15 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     f"is {negative_prompt!r}."
                 )
         else:
+            if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != config.cross_attention_dim:
+                raise ValueError(
+                    f"`prompt_embeds` has to be of shape (batch, tokens, {config.cross_attention_dim}) but is of "
+                    f"shape {tuple(prompt_embeds.shape)}."
+                )
+            if negative_prompt is not None:
+                raise ValueError(
+                    "`negative_prompt` goes with `prompt`: with `prompt_embeds`, pass `negative_prompt_embeds`."
+                )
             batch_size = prompt_embeds.shape[0]
             if self.do_classifier_free_guidance and negative_prompt_embeds is None:
                 raise ValueError("`prompt_embeds` with guidance needs `negative_prompt_embeds`.")
@@ -461,11 +517,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 handover_sigma(variance, size // inner_size, CORE_FIRST_BOUND)
                 for variance, inner_size, size in zip(variances or (), sizes, sizes[1:])
             ]
-        elif isinstance(core_first, (int, float)) and 0 < core_first <= 1:
+        elif isinstance(core_first, NUMBER) and 0 < core_first <= 1:
             levels = [float(core_first)] * (len(sizes) - 1)
         else:
             raise ValueError(f'`core_first={core_first!r}` has to be "auto", a noise level in (0, 1], or None.')
-        return [shift_sigma(level, sizes[-1] / size) for level, size in zip(levels, sizes[1:])]  # type: ignore
+        sigmas = [shift_sigma(level, sizes[-1] / size) for level, size in zip(levels, sizes[1:])]  # type: ignore
+        # A stage needs those inside it, so none of them joins in later than it does.
+        return list(accumulate(reversed(sigmas), max))[::-1]
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -516,7 +574,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             num_images_per_prompt (`int`, defaults to 1):
                 How many pictures of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                For reproducible noise; a list has one for each picture, which then does not depend on the others.
+                For reproducible noise, also that of a scheduler that adds some; a list has one for each picture, which
+                then does not depend on the others.
             latents (`torch.Tensor` of shape `(B, C, height, width)`, *optional*):
                 The noise to start from, standard normal.
             prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*):
@@ -532,11 +591,12 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 in [0, 1]; `"latent"`: the same in [-1, 1], not clamped.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`~pipelines.ImagePipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, *optional*):
+            callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
                 Called after each step as `callback(self, step, timestep, callback_kwargs)`; what it returns under the
-                names in `callback_kwargs` replaces them.
+                names in `_callback_tensor_inputs` replaces them.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                Which tensors `callback_kwargs` holds, from `_callback_tensor_inputs`.
+                Which tensors `callback_kwargs` holds, from `_callback_tensor_inputs`; diffusers' own callbacks say it
+                themselves.
             cross_attention_kwargs (`dict`, *optional*):
                 `{"scale": 0.5}`, say, scales the LoRA layers.
             guidance_stop (`float`, defaults to 0.8):
@@ -564,12 +624,15 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         Raises:
             `ValueError`: if an argument does not fit, before any work is done.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
         # 0. Default height and width
         height = self.unet.config.sample_size if height is None else height
         width = self.unet.config.sample_size if width is None else width
 
         # 1. Check inputs
-        self._guidance_scale, self._guider = guidance_scale, guider
+        self._guidance_scale, self._guider, self._interrupt = guidance_scale, guider, False
         self.check_inputs(
             prompt,
             negative_prompt,
@@ -594,7 +657,22 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         )
         device = self._execution_device
 
-        # 2. Encode the prompt
+        # 2. Prepare timesteps, before any model runs: whether the scheduler takes them as given shows only here
+        schedule: dict = {"num_inference_steps": num_inference_steps}
+        given = timesteps
+        if given is not None:
+            shift = self.scheduler.config[shift_name(self.scheduler)]
+            schedule = {"sigmas": unshift_sigma(np.array(given) / 1000, shift)}
+        timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, device=device, **schedule)
+        made = self.scheduler.timesteps.tolist()
+        if given is not None and not np.allclose(made, given, rtol=0, atol=1):  # some schedulers round them
+            raise ValueError(
+                f"`timesteps={list(given)}` become {made} by `scheduler`: pass `num_inference_steps`, or set a "
+                "scheduler with its shift in its config, without `shift_terminal` and other sigmas, such as Karras'."
+            )
+        self._num_timesteps = len(timesteps)
+
+        # 3. Encode the prompt
         if self.unet.config.cross_attention_dim is not None:
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
                 self.encode_prompt(
@@ -613,14 +691,6 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         else:
             batch_size = num_images_per_prompt
 
-        # 3. Prepare timesteps
-        schedule: dict = {"num_inference_steps": num_inference_steps}
-        if timesteps is not None:
-            shift = self.scheduler.config[shift_name(self.scheduler)]
-            schedule = {"sigmas": unshift_sigma(np.array(timesteps) / 1000, shift)}
-        timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, device=device, **schedule)
-        self._num_timesteps = len(timesteps)
-
         # 4. Prepare the noise. It is the picture that emerges, so it stays in float32 whatever the model runs in.
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
@@ -635,9 +705,14 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         num_stages = [num_stages[i - i % self.scheduler.order] for i in range(len(timesteps))]
         at_core = guidance_resolution == "core" and bool(handover_sigmas)
         text_caches = {True: TextCache(), False: TextCache()}  # what the text alone decides, with and without guidance
+        step_kwargs = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:  # of schedulers that may add noise
+            step_kwargs["generator"] = generator
         num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
                 sigma = t.to(torch.float32) / 1000
                 guided = self.do_classifier_free_guidance
                 if guider is None:
@@ -682,21 +757,24 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     self.scheduler.set_begin_index(i)
                 velocity = velocity_from_clean(latents, pred_original_sample, sigma)
 
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {
                         "latents": latents,
                         "prompt_embeds": prompt_embeds,
                         "negative_prompt_embeds": negative_prompt_embeds,
+                        "prompt_attention_mask": prompt_attention_mask,
+                        "negative_prompt_attention_mask": negative_prompt_attention_mask,
                     }
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                    latents = callback_outputs.pop("latents", latents)
-                    if callback_outputs.keys() & {"prompt_embeds", "negative_prompt_embeds"}:
-                        text_caches = {True: TextCache(), False: TextCache()}
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    tensors |= callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    latents = tensors["latents"]
+                    prompt_embeds, negative_prompt_embeds = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+                    prompt_attention_mask = tensors["prompt_attention_mask"]
+                    negative_prompt_attention_mask = tensors["negative_prompt_attention_mask"]
+                    # It may have changed the text, or the adapters of what projects it.
+                    text_caches = {True: TextCache(), False: TextCache()}
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
@@ -712,29 +790,51 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 def shift_name(scheduler) -> str:
     """
     The config entry that holds a flow-matching scheduler's resolution shift: `shift`, or `flow_shift` for the
-    multistep solvers. Raises a `ValueError` for any other scheduler.
+    multistep solvers. Raises a `ValueError` for any other scheduler, and for settings that do not fit these models.
     """
-    config = scheduler.config
-    if config.get("use_dynamic_shifting"):
+    config, arguments = scheduler.config, inspect.signature(type(scheduler).__init__).parameters
+    for entry, value in (("use_dynamic_shifting", False), ("invert_sigmas", False), ("num_train_timesteps", 1000)):
+        if config.get(entry, value) != value:
+            raise ValueError(
+                f"`scheduler` has `{entry}={config[entry]}`, but the shift of these models is fixed, and their "
+                f"timesteps are 1000 times the noise level: set `{entry}={value}`."
+            )
+
+    # A config keeps entries of another kind of scheduler that it was made from: what counts is what this one takes.
+    if type(scheduler).__name__.startswith("FlowMatch") and "shift" in arguments:
+        name, other = "shift", "flow_shift"
+    elif (
+        "flow_shift" in arguments
+        and config.get("use_flow_sigmas")
+        and config.get("prediction_type") == "flow_prediction"
+    ):
+        name, other = "flow_shift", "shift"
+    else:
         raise ValueError(
-            "`scheduler` has `use_dynamic_shifting=True`, but the shift of these models is fixed: set False."
+            f"`scheduler` is a {type(scheduler).__name__} that does not do flow matching. Pass a "
+            "FlowMatchEulerDiscreteScheduler, say, or a multistep solver with `use_flow_sigmas=True`, "
+            '`prediction_type="flow_prediction"` and the shift as `flow_shift`.'
         )
-    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
-        return "flow_shift"
-    if type(scheduler).__name__.startswith("FlowMatch") and "shift" in config:
-        return "shift"
-    raise ValueError(
-        f"`scheduler` is a {type(scheduler).__name__} that does not do flow matching. Pass a "
-        "FlowMatchEulerDiscreteScheduler, say, or a multistep solver with `use_flow_sigmas=True` and "
-        '`prediction_type="flow_prediction"`.'
-    )
+    if config.get(other, config[name]) != config[name]:
+        raise ValueError(
+            f"`scheduler` has `{name}={config[name]}`, but was made from the config of another kind, with "
+            f"`{other}={config[other]}`: pass `{name}={config[other]}` to `from_config`."
+        )
+    return name
+
+
+def is_variance(value) -> bool:
+    return isinstance(value, NUMBER) and bool(0 < value < math.inf)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> BatchEncoding:
     """`input_ids` and `attention_mask`, both `(B, L)`, padded to the longest; warns about what it cuts off."""
-    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=max_sequence_length, return_tensors="pt")
-    if tokens["input_ids"].shape[1] == max_sequence_length:
-        cut = [text for text in prompts if len(tokenizer(text)["input_ids"]) > max_sequence_length]
+    max_length = min(max_sequence_length, tokenizer.model_max_length)  # an encoder, such as CLIP's, may have no more
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    if tokens["input_ids"].shape[1] == 0:  # of nothing but empty prompts, by a tokenizer that ends none with a token
+        tokens = tokenizer(prompts, padding="max_length", max_length=1, return_tensors="pt")
+    if tokens["input_ids"].shape[1] == max_length:
+        cut = [text for text in prompts if len(tokenizer(text)["input_ids"]) > max_length]
         if cut:
-            logger.warning(f"Only the first {max_sequence_length} tokens of these prompts are read: {cut}")
+            logger.warning(f"Only the first {max_length} tokens of these prompts are read: {cut}")
     return tokens

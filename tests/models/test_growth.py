@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from diffusers_greedy_grow import GrowableUNet2DConditionModel
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import descend, expand, pool, upsample
 from diffusers_greedy_grow.models.blocks import TextCache
 from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
@@ -110,6 +110,23 @@ def test_the_text_cache_saves_the_projections(fused):
         calls.clear()
         torch.testing.assert_close(grown(**{**inputs, "sample": sample}, text_cache=cache).sample, expected)
         assert len(calls) == (len(grown.core.transformer_blocks) if i == 0 else 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_text_cache_is_not_used_in_training(core, checkpointing):
+    inputs, cache = make_inputs(), TextCache()
+    with torch.no_grad():
+        core(**inputs, text_cache=cache)
+    if checkpointing:
+        core.enable_gradient_checkpointing()
+    expected = core(**inputs).sample
+    for text_cache in (cache, TextCache()):
+        for _ in range(2):
+            core.zero_grad()
+            output = core(**inputs, text_cache=text_cache).sample
+            output.square().mean().backward()
+            assert torch.equal(output, expected)
+            assert all(block.attn2.to_k.weight.grad is not None for block in core.transformer_blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -452,6 +469,16 @@ def test_a_damaged_core_is_refused(core, name, tmp_path):
     BREAKS[name](tmp_path)
     with pytest.raises((OSError, ValueError), match=f"`core='{tmp_path}'`"):
         GrowableUNet2DConditionModel.from_core(tmp_path, 32, block_out_channels=(16,))
+
+
+def test_a_compiled_core_is_grown(core):
+    pipeline = make_pipeline(core)
+    pipeline.unet = torch.compile(core)
+    for grown in (
+        GrowableUNet2DConditionModel.from_core(pipeline.unet, 32, block_out_channels=(8,)),
+        GreedyGrowPipeline.from_core(pipeline, 32, block_out_channels=(8,)).unet,
+    ):
+        assert all(torch.equal(value, grown.core.state_dict()[name]) for name, value in core.state_dict().items())
 
 
 def test_a_core_in_eight_bits_is_not_grown(core):

@@ -253,6 +253,10 @@ def test_text_has_to_fit(core):
 def test_constructor_says_what_does_not_fit():
     with pytest.raises(ValueError, match="`sample_size=30`.*32 would be"):
         ShallowUNet2DModel(sample_size=30, patch_size=4)
+    with pytest.raises(ValueError, match="`out_channels=6` has to be `in_channels=3`"):
+        ShallowUNet2DModel(out_channels=6)
+    with pytest.raises(ValueError, match="`out_channels=3` has to be `in_channels=1`"):
+        GrowableUNet2DConditionModel(in_channels=1)
     with pytest.raises(ValueError, match="`hidden_size=30`"):
         ShallowUNet2DModel(hidden_size=30, num_attention_heads=4)
     with pytest.raises(ValueError, match="one entry per growth stage"):

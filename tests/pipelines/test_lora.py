@@ -15,6 +15,8 @@
 
 """LoRA adapters of the pipeline, with real PEFT, and those of a core in a model that was grown from it."""
 
+import logging
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -175,6 +177,37 @@ def test_hotswap(made, tmp_path):
     torch.testing.assert_close(draw_one(made), expected)
 
 
+def test_a_compiled_model(made, tmp_path):
+    """Into it, an adapter loads as into the model itself, also in place of another, which compiled models need."""
+    first, second = (save_adapter(made.unet, tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    model = made.unet
+    compiled = torch.compile(model)  # when it is called first, which takes too long here
+    made.load_lora_weights(second)
+    expected = draw_one(made)
+    made.unload_lora_weights()
+    made.enable_lora_hotswap(target_rank=4)
+    for folder, hotswap in ((first, False), (second, True)):
+        made.unet = compiled
+        made.load_lora_weights(folder, adapter_name="style", hotswap=hotswap)
+        made.unet = model
+        assert torch.allclose(draw_one(made), expected, atol=1e-3) == hotswap
+
+
+def test_a_callback_can_change_adapters(made, tmp_path):
+    """From the next step on, in the text's keys and values, too."""
+    made.load_lora_weights(save_adapter(made.unet, tmp_path))
+
+    def disable(pipe, step, timestep, tensors):
+        pipe.disable_lora()
+        return tensors
+
+    pictures = []
+    for names in (["latents"], ["latents", "prompt_embeds"]):
+        made.enable_lora()
+        pictures.append(draw_one(made, callback_on_step_end=disable, callback_on_step_end_tensor_inputs=names))
+    assert torch.equal(*pictures)
+
+
 @pytest.mark.parametrize("growths", [1, 2])
 def test_an_adapter_of_a_core_in_what_was_grown_from_it(growths, tmp_path):
     """It changes the inner prediction as it changes the core's own."""
@@ -207,6 +240,8 @@ def test_what_does_not_fit(made, tmp_path):
         made.load_lora_weights(other)
     made.load_lora_weights({"text_encoder.lora_A.weight": torch.zeros(2, 2)})  # diffusers warns
     assert not made.get_list_adapters()
+    with pytest.raises(ValueError, match="`use_safetensors=False`"):
+        made.load_lora_weights(other, use_safetensors=False)
     with pytest.raises(TypeError, match=r"\['weight_nam'\] are no arguments of loading"):
         made.load_lora_weights(other, weight_nam="x")
     torch.save({}, tmp_path / "pytorch_lora_weights.bin")
@@ -256,9 +291,18 @@ def test_adapters_from_the_hub(hub, tmp_path):
     assert torch.equal(draw_one(pipeline), from_hub)
 
 
+def test_layers_of_other_components(made, tmp_path, caplog):
+    weights = made.lora_state_dict(save_adapter(made.unet, tmp_path))
+    logging.getLogger("diffusers").propagate = True
+    made.load_lora_weights(weights)
+    assert "not of the `unet`" not in caplog.text
+    made.load_lora_weights({**weights, "text_encoder.q.lora_A.weight": torch.zeros(2, 2)})
+    assert "not of the `unet`, so they are not loaded: ['text_encoder.q.lora_A.weight']" in caplog.text
+
+
 def test_a_single_file(made, tmp_path):
     save_adapter(made.unet, tmp_path)
-    made.load_lora_weights(tmp_path)
+    made.load_lora_weights(tmp_path, use_safetensors=True)
     expected = draw_one(made)
     made.unload_lora_weights()
     save_file(made.lora_state_dict(tmp_path), tmp_path / "other.safetensors")

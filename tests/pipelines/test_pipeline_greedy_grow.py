@@ -30,6 +30,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.guiders import (
     AdaptiveProjectedGuidance,
     AutoGuidance,
@@ -39,6 +40,7 @@ from diffusers.guiders import (
 )
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
 from PIL import Image
+from tokenizers import processors
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline
@@ -147,8 +149,9 @@ def test_unconditional():
     pipeline = GreedyGrowPipeline(make_core(cross_attention_dim=None), FlowMatchEulerDiscreteScheduler())
     pipeline.set_progress_bar_config(disable=True)
     assert draw(pipeline, None, num_images_per_prompt=3).shape == (3, 3, 16, 16)
-    with pytest.raises(ValueError, match="unconditional"):
-        pipeline("a circle")
+    for name in ("prompt", "negative_prompt", "negative_prompt_embeds", "prompt_attention_mask"):
+        with pytest.raises(ValueError, match="unconditional"):
+            pipeline(**{name: "a circle"})
 
 
 def test_callback(pipeline):
@@ -163,6 +166,37 @@ def test_callback(pipeline):
     assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] > seen[-1][1]
     assert seen[0][2] == set(names)
     assert not images.any()
+
+
+def test_callbacks_of_diffusers(pipeline):
+    expected = draw(pipeline, PROMPTS[0], guidance_stop=0.5)
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    for one in (callback, MultiPipelineCallbacks([callback])):
+        torch.testing.assert_close(draw(pipeline, PROMPTS[0], guidance_stop=1.0, callback_on_step_end=one), expected)
+
+
+def test_a_callback_can_change_to_a_prompt_of_another_length(pipeline):
+    """Texts come with their masks, so that the new one's padding does not count, and all of its tokens do."""
+    embeds, mask, *_ = pipeline.encode_prompt(PROMPTS[1], do_classifier_free_guidance=False)
+    padded = torch.cat([embeds, torch.full((1, 3, TEXT_DIM), 9.0)], dim=1), torch.cat([mask, ~mask[:, :3]], dim=1)
+    pictures = [draw(pipeline, "a", guidance_scale=1.0)]
+    for text in ((embeds, mask), padded):
+        change = dict(zip(("prompt_embeds", "prompt_attention_mask"), text))
+        pictures.append(draw(pipeline, "a", guidance_scale=1.0, callback_on_step_end=lambda *args, c=change: c))
+    torch.testing.assert_close(pictures[2], pictures[1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(pictures[1], pictures[0], atol=1e-2)
+
+
+def test_a_callback_can_stop(pipeline):
+    states = []
+
+    def stop(pipe, step, timestep, tensors):
+        states.append(tensors["latents"])
+        pipe._interrupt = step == 1
+
+    assert torch.equal(draw(pipeline, callback_on_step_end=stop), states[1])
+    assert len(states) == 2 and pipeline.interrupt
+    assert not torch.equal(draw(pipeline), states[1]) and not pipeline.interrupt
 
 
 def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
@@ -196,13 +230,22 @@ def test_schedulers_agree(scheduler):
     assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
 
 
-def test_stochastic_scheduler():
-    pipeline = make_pipeline()
-    pipeline = GreedyGrowPipeline(
-        pipeline.unet, FlowMatchLCMScheduler(shift=1.0), pipeline.text_encoder, pipeline.tokenizer
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    assert draw(pipeline).isfinite().all()
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchLCMScheduler(shift=1.0),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        DPMSolverMultistepScheduler.from_config(MULTISTEP[1].config, algorithm_type="sde-dpmsolver++"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_stochastic_schedulers(pipeline, scheduler):
+    """The noise that they add is the generator's, too."""
+    pipeline.scheduler = scheduler
+    alone = draw(pipeline, PROMPTS[0], seed=3)
+    assert alone.isfinite().all() and torch.equal(draw(pipeline, PROMPTS[0], seed=3), alone)
+    batch = draw(pipeline, generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)])
+    torch.testing.assert_close(batch[:1], alone, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -226,17 +269,54 @@ def test_timesteps_are_taken_as_given(scheduler):
     np.testing.assert_allclose(seen, [900, 500, 100], atol=1)
 
 
+@pytest.mark.parametrize("setting", [{"shift_terminal": 0.02}, {"use_karras_sigmas": True}, "set_shift"])
+def test_timesteps_that_the_scheduler_changes_are_refused(pipeline, setting):
+    calls = []
+    pipeline.text_encoder.register_forward_hook(lambda *args: calls.append(args))
+    if setting == "set_shift":
+        pipeline.scheduler.set_shift(5.0)
+    else:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**setting)
+    with pytest.raises(ValueError, match=r"`timesteps=\[900.0, 500.0, 100.0\]` become \[.*\] by `scheduler`"):
+        draw(pipeline, timesteps=[900.0, 500.0, 100.0])
+    assert not calls
+    assert draw(pipeline).isfinite().all()
+
+
 def test_other_schedulers_are_refused():
-    for scheduler in (DDIMScheduler(), UniPCMultistepScheduler()):
+    for scheduler in (DDIMScheduler(), UniPCMultistepScheduler(), DDIMScheduler.from_config(MULTISTEP[0].config)):
         with pytest.raises(
             ValueError, match=f"`scheduler` is a {type(scheduler).__name__}.*does not do flow matching"
         ):
             GreedyGrowPipeline(make_core(), scheduler)
-    with pytest.raises(ValueError, match="use_dynamic_shifting"):
-        GreedyGrowPipeline(make_core(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    for setting in ({"use_dynamic_shifting": True}, {"invert_sigmas": True}, {"num_train_timesteps": 100}):
+        with pytest.raises(ValueError, match=f"`scheduler` has `{[*setting][0]}=.*: set `{[*setting][0]}="):
+            GreedyGrowPipeline(make_core(), FlowMatchEulerDiscreteScheduler(**setting))
 
 
-def test_text_encoders(tmp_path):
+def test_an_exchanged_scheduler_is_checked():
+    pipeline = make_pipeline(make_grown(), shift=2.0)
+    euler = pipeline.scheduler.config
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    differs = (
+        "`scheduler` has `{}=1.0`, but was made from the config of another kind.*: pass `{}=2.0` to `from_config`"
+    )
+    for scheduler, message in (
+        (DDIMScheduler.from_config(euler), "does not do flow matching"),
+        (UniPCMultistepScheduler.from_config(euler, **flow), differs.format("flow_shift", "flow_shift")),
+        (FlowMatchHeunDiscreteScheduler.from_config(MULTISTEP[0].config), differs.format("shift", "shift")),
+    ):
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=message):
+            draw(pipeline)
+        with pytest.raises(ValueError, match=message):
+            GreedyGrowPipeline.from_core(pipeline, 64, block_out_channels=(8,))
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(euler, **flow, flow_shift=2.0)
+    assert draw(pipeline).isfinite().all()
+
+
+def test_text_encoders(tmp_path, caplog):
+    logging.getLogger("diffusers").propagate = True
     t5 = T5EncoderModel(T5Config(d_model=TEXT_DIM, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=384)).eval()
     pipeline = GreedyGrowPipeline(make_core(), FlowMatchEulerDiscreteScheduler(), t5, ByT5Tokenizer())
     pipeline.set_progress_bar_config(disable=True)
@@ -254,6 +334,23 @@ def test_text_encoders(tmp_path):
     )
     pipeline.set_progress_bar_config(disable=True)
     assert draw(pipeline).isfinite().all()
+
+    # An encoder with fewer positions than the pipeline would read
+    tokenizer.model_max_length = 32
+    pipeline.register_to_config(max_sequence_length=128)
+    caplog.clear()
+    assert draw(pipeline, "a red circle " * 50).isfinite().all()
+    assert "Only the first 32 tokens" in caplog.text
+
+
+def test_a_tokenizer_that_ends_nothing(pipeline):
+    """Of an empty prompt it makes no tokens at all."""
+    pipeline.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    assert pipeline.tokenizer("")["input_ids"] == []
+    empty = draw(pipeline, "", guidance_scale=1.0)
+    assert empty.isfinite().all()
+    both = draw(pipeline, ["", PROMPTS[0]], generator=[torch.Generator().manual_seed(0)] * 2, guidance_scale=1.0)
+    torch.testing.assert_close(both[:1], empty, atol=1e-4, rtol=1e-4)
 
 
 def test_a_text_encoder_of_another_width_is_refused():
@@ -302,6 +399,26 @@ def test_growing_sets_the_shift_of_multistep_solvers():
     pipeline = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
     assert GreedyGrowPipeline.from_core(pipeline, 32, block_out_channels=(8,)).scheduler.config.flow_shift == 2.0
 
+    # Made from another kind's config, it has that one's entry as well.
+    pipeline.scheduler = UniPCMultistepScheduler.from_config({**scheduler.config, "shift": 3.0}, flow_shift=3.0)
+    grown = GreedyGrowPipeline.from_core(pipeline, 32, block_out_channels=(8,))
+    assert grown.scheduler.config.flow_shift == grown.scheduler.config.shift == 6.0
+    assert draw(grown, num_inference_steps=2).isfinite().all()
+    grown.scheduler = FlowMatchEulerDiscreteScheduler.from_config(grown.scheduler.config)
+    assert GreedyGrowPipeline.from_core(grown, 64, block_out_channels=(8,)).scheduler.shift == 12.0
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_growing_with_a_dtype_for_each_component(pipeline, name, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    for dtypes, expected in (
+        ({"unet": torch.bfloat16, "default": torch.float16}, (torch.bfloat16, torch.float16)),
+        ({"default": torch.float16}, (torch.float16, torch.float16)),
+        ({"text_encoder": torch.bfloat16}, (torch.float32, torch.bfloat16)),
+    ):
+        grown = GreedyGrowPipeline.from_core(tmp_path, 32, block_out_channels=(8,), **{name: dtypes})
+        assert (grown.unet.dtype, grown.text_encoder.dtype) == expected
+
 
 def test_growing_says_what_does_not_fit(pipeline, tmp_path):
     with pytest.raises(ValueError, match="`core` has to be a GreedyGrowPipeline.*but is a ShallowUNet2DModel"):
@@ -311,6 +428,10 @@ def test_growing_says_what_does_not_fit(pipeline, tmp_path):
     with pytest.raises(TypeError, match="revision"):
         GreedyGrowPipeline.from_core(pipeline, 32, revision="main")
     pipeline.save_pretrained(tmp_path)
+    with pytest.raises(
+        OSError, match="`low_cpu_mem_usage` cannot be False.* Unless that is about an argument of yours"
+    ):
+        GreedyGrowPipeline.from_core(tmp_path, 32, low_cpu_mem_usage=False)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="weights are missing, damaged"):
         GreedyGrowPipeline.from_core(tmp_path, 32)
@@ -481,6 +602,11 @@ def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
     ):
         make_pipeline(make_grown())(PROMPTS[0], core_first="auto")
 
+    # If the outer stage is needed first, it brings the inner one with it.
+    again.register_to_config(detail_variances=[0.005, 0.5])
+    inner, outer = again.get_handover_sigmas("auto")
+    assert inner == outer > 0.85
+
 
 def test_a_core_alone_is_its_own_core(pipeline):
     expected = draw(pipeline)
@@ -559,13 +685,14 @@ def test_text_is_projected_once_per_call():
     expected = draw(pipeline)
     assert len(calls) == len(pipeline.unet.core.transformer_blocks)
 
-    # A callback that changes the text changes the pictures from the next step on.
+    # A callback that changes the text changes the pictures from the next step on, and whatever it does, the text is
+    # projected anew after it.
     def change(pipe, step, t, tensors):
         return {"prompt_embeds": tensors["prompt_embeds"].flip(0)} if step == 0 else {}
 
     changed = draw(pipeline, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert not torch.allclose(changed, expected, atol=1e-2)
-    assert len(calls) == 3 * len(pipeline.unet.core.transformer_blocks)
+    assert len(calls) == (1 + 4) * len(pipeline.unet.core.transformer_blocks)
 
 
 @pytest.mark.parametrize("arguments", [{"core_first": 0.8}, {"guidance_resolution": "core"}])
@@ -591,6 +718,21 @@ def test_the_arguments_are_those_of_the_pixel_pipeline_of_diffusers():
 EMBEDS = torch.zeros(2, 6, TEXT_DIM)
 
 
+def test_numbers_of_numpy_are_numbers(pipeline):
+    kwargs = {"num_inference_steps": 3, "guidance_scale": 3, "num_images_per_prompt": 2, "height": 8, "width": 24}
+    of_numpy = {name: np.int64(value) for name, value in kwargs.items()} | {"guidance_scale": np.float32(3)}
+    assert torch.equal(
+        draw(pipeline, **of_numpy, guidance_stop=np.float32(1)), draw(pipeline, **kwargs, guidance_stop=1)
+    )
+    assert make_pipeline(make_grown()).get_handover_sigmas(np.float32(0.5)) == [0.5]
+
+
+@pytest.mark.parametrize("variances", [[-1.0], [0.1, float("inf")], ["a"], 0.1])
+def test_variances_have_to_be_positive(pipeline, variances):
+    with pytest.raises(ValueError, match="`detail_variances=.* has to be a list of positive numbers"):
+        GreedyGrowPipeline(pipeline.unet, pipeline.scheduler, detail_variances=variances)
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -604,6 +746,7 @@ EMBEDS = torch.zeros(2, 6, TEXT_DIM)
         ({"guidance_scale": None}, "`guidance_scale=None` has to be a number"),
         ({"guidance_scale": float("nan")}, "`guidance_scale=nan` has to be a number"),
         ({"height": 0}, "`height=0`"),
+        ({"height": 16.0}, "`height=16.0` and `width=16` have to be positive multiples of 4, as integers"),
         ({"negative_prompt_embeds": torch.zeros(1, 2, 32)}, "with `prompt`, pass `negative_prompt`"),
         ({"num_inference_steps": 0}, "`num_inference_steps=0` has to be a positive integer"),
         ({"num_images_per_prompt": 0}, "`num_images_per_prompt=0` has to be a positive integer"),
@@ -611,6 +754,12 @@ EMBEDS = torch.zeros(2, 6, TEXT_DIM)
         ({"generator": [torch.Generator()]}, "`generator` is a list of 1, but 2 pictures"),
         ({"latents": torch.zeros(1, 3, 16, 16)}, r"`latents` has to be of shape \(2, 3, 16, 16\)"),
         ({"prompt": None, "prompt_embeds": EMBEDS}, "needs `negative_prompt_embeds`"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[0]}, r"`prompt_embeds` has to be of shape \(batch, tokens, 32\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[..., :8]}, r"`prompt_embeds` has to be .* of shape \(2, 6, 8\)"),
+        (
+            {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS, "negative_prompt": "a"},
+            "`negative_prompt` goes with `prompt`",
+        ),
         (
             {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:1]},
             r"`negative_prompt_embeds` has to be of shape \(2, 6, 32\)",
