@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,6 +57,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import EvalResult, HfApi
 from huggingface_hub.utils import disable_progress_bars
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
@@ -73,6 +74,7 @@ from diffusers_greedy_grow.hub import (
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.training import (
     FREE_TO_CHANGE,
+    OF_ONE_LAUNCH,
     BrokenRows,
     BucketOrder,
     CaptionedPictures,
@@ -92,6 +94,8 @@ from diffusers_greedy_grow.training import (
     averaged,
     build_small_text_encoder,
     check_changes,
+    check_data_dir,
+    check_replaced,
     consolidate,
     describe_parts,
     draw_losses,
@@ -104,6 +108,7 @@ from diffusers_greedy_grow.training import (
     format_memory,
     format_plan,
     keep_metrics,
+    leave_signals_to_the_parent,
     load_captioned_data,
     load_captioned_stream,
     load_checkpoint,
@@ -118,6 +123,7 @@ from diffusers_greedy_grow.training import (
     sample_generators,
     save_checkpoint,
     save_pipeline,
+    set_attention_backend,
     set_up,
     set_up_sharding,
     shard,
@@ -137,7 +143,7 @@ VALIDATION, SAMPLES = 1000, 1001
 # Noise levels at which grain shows.
 LOW_NOISE = 0.02, 0.3
 SMALL_TEXT_HIDDEN_SIZE = 128
-# After how many captions what has been embedded is kept, should the run be stopped.
+# After how many captions for each process what has been embedded is kept, should the run be stopped.
 EMBEDDED_AT_ONCE = 100_000
 # How many captions the small text encoder's tokenizer is trained on, at most.
 TOKENIZER_CAPTIONS = 100_000
@@ -175,6 +181,14 @@ def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Pha
         if joint:
             phases.append(Phase(2 * i, name, "joint", i, resolution, joint, batch_size))
     return phases
+
+
+def is_of(phase: Phase, progress: dict) -> bool:
+    """Whether a checkpoint is of `phase`. A detail phase has another name if a joint one has been added behind it, or left out."""
+    if "phase_index" not in progress:  # by an earlier version
+        return phase.name == progress["phase"]
+    names = {name.removesuffix("-detail") for name in (phase.name, progress["phase"])}
+    return phase.index == progress["phase_index"] and len(names) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,6 +275,48 @@ def set_phase(unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, kind: str
         unet.unfreeze_core()
 
 
+def adopt_core(model_args: ModelArguments) -> None:
+    """
+    With `core`, the arguments that describe a core and its text encoder become those of this one.
+
+    Raises:
+        `ValueError`: if others were given.
+    """
+    core, revision = model_args.core, model_args.core_revision
+    config = find_core(core, subfolder="unet", revision=revision)[1]
+    text_config = AutoConfig.from_pretrained(core, subfolder="text_encoder", revision=revision).get_text_config()
+    names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio")
+    own = {name: config[name] for name in names}
+    own["text_hidden_size"] = config["cross_attention_dim"]
+    own["max_sequence_length"] = GreedyGrowPipeline.load_config(core, revision=revision)["max_sequence_length"]
+    if model_args.text_encoder == "small":
+        own["text_num_layers"] = text_config.num_hidden_layers
+    defaults = {field.name: field.default for field in fields(model_args)}
+    for name, value in own.items():
+        given = getattr(model_args, name)
+        if given not in (defaults[name], value):
+            raise ValueError(f"`{name}={given}` is not that of `core={core!r}`, which is {value}: leave it out.")
+        setattr(model_args, name, value)
+    if model_args.text_encoder != "small":
+        check_text_encoder(model_args, text_config)
+
+
+def check_text_encoder(model_args: ModelArguments, own) -> None:
+    """Raises a `ValueError` if `text_encoder` is another than the core's, whose configuration is `own`."""
+    given, core = f"`text_encoder={model_args.text_encoder!r}`", f"`core={model_args.core!r}`"
+    try:
+        config = AutoConfig.from_pretrained(model_args.text_encoder).get_text_config()
+    except OSError:
+        logger.warning(f"{given} cannot be read here: it is taken for that of {core}, which is used.")
+        return
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(config, name) != getattr(own, name):
+            raise ValueError(
+                f"{given} is not that of {core}: its {name} is {getattr(config, name)} and not {getattr(own, name)}. Leave it "
+                "out, since a core keeps the text encoder that it was trained with."
+            )
+
+
 def make_plan(
     phases: list[Phase],
     data_args: DataArguments,
@@ -283,24 +339,31 @@ def make_plan(
         else:
             unet = build_core(model_args, get_text_hidden_size(model_args))
         plans = []
+
+        def plan(phase: Phase, model: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> PhasePlan:
+            batches = num_processes * args.gradient_accumulation_steps
+            return plan_phase(
+                phase.name,
+                model,
+                model.config.sample_size,
+                phase.steps,
+                phase.batch_size * batches,
+                batches,
+                model_args.max_sequence_length,
+                dtype,
+            )
+
         for phase in phases:
             if phase.resolution != unet.config.sample_size:
-                stage = stage_arguments(phase, model_args)
-                unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage)
+                inner, stage = unet, stage_arguments(phase, model_args)
+                unet = GrowableUNet2DConditionModel.from_core(inner, phase.resolution, **stage)
             set_phase(unet, phase.kind)
-            batches = num_processes * args.gradient_accumulation_steps
-            plans.append(
-                plan_phase(
-                    phase.name,
-                    unet,
-                    phase.resolution,
-                    phase.steps,
-                    phase.batch_size * batches,
-                    batches,
-                    model_args.max_sequence_length,
-                    dtype,
-                )
-            )
+            plans.append(plan(phase, unet))
+            if phase.kind == "joint" and args.low_res_share:
+                share = count_low_res(phase.batch_size, args.low_res_share) / phase.batch_size
+                set_phase(inner, "joint" if len(inner.sample_sizes) > 1 else "core")  # all of it trains
+                flops = (1 - share) * plans[-1].train_flops + share * plan(phase, inner).train_flops
+                plans[-1] = replace(plans[-1], train_flops=round(flops))
     if data_args.aspect_ratio_buckets is not None:
         check_buckets(data_args.aspect_ratio_buckets, model_args.resolutions, unet)
     num_shards = num_processes if accelerator.is_fsdp2 else 1
@@ -374,8 +437,9 @@ class Run:
 
     @property
     def config(self) -> dict:
-        """All arguments, as `config.yaml` has them."""
-        return {**asdict(self.data_args), **asdict(self.model_args), **asdict(self.args)}
+        """The arguments, as `config.yaml` has them."""
+        everything = {**asdict(self.data_args), **asdict(self.model_args), **asdict(self.args)}
+        return {name: value for name, value in everything.items() if name not in OF_ONE_LAUNCH}
 
     @property
     def decisive_config(self) -> dict:
@@ -428,10 +492,10 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     """Trains one phase, from `checkpoint` on if there is one, and leaves the averaged weights in `pipeline`."""
     accelerator, args, device = run.accelerator, run.args, run.accelerator.device
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
-    if run.embeddings is None:
-        text_encoder.to(device)
+    text_encoder.to(device if run.embeddings is None else "cpu")
     shift = pipeline.scheduler.config.shift
     band_factor = 2 if phase.kind == "core" else unet.sample_sizes[-1] // unet.sample_sizes[-2]
+    num_inner_stages = len(unet.sample_sizes) - 2  # of all that the model has, also where they are the given core's
 
     # 1. What trains: the model, as far as the phase does not freeze it, and a new text encoder along with the core
     unet.train()
@@ -439,8 +503,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     lr = args.learning_rate[phase.stage]
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.attention_backend is not None:
-        unet.set_attention_backend(args.attention_backend)
+    set_attention_backend(unet, args.attention_backend)
     train_text = run.trains_text(phase)
     text_encoder.requires_grad_(train_text)
     module = TrainedModel(unet, text_encoder if train_text else None)
@@ -490,6 +553,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         losses = meter.gather(accelerator)
         progress = {
             "phase": phase.name,
+            "phase_index": phase.index,
             "step": step,
             "config": run.decisive_config,
             "guard": guard.state_dict(),
@@ -523,7 +587,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
             with accelerator.autocast():
                 conditions = run.encode(phase, pipeline, captions)
-                losses = train_losses(run, phase, model, x0, noise, sigma, band_factor, conditions)
+                losses = train_losses(run, phase, model, x0, noise, sigma, band_factor, num_inner_stages, conditions)
             accelerator.backward(losses.loss)
             if accelerator.sync_gradients:
                 take_step(
@@ -550,10 +614,10 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         if args.offload_ema:
             ema.to("cpu")
         progress.update()
-        if run.interrupt.signal is not None:
-            accelerator.set_trigger()
-        interrupted = accelerator.check_trigger()
         last = step == phase.steps
+        # Seldom, or where it waits for the GPU anyway.
+        times = (10, args.logging_steps, args.validation_steps, args.checkpointing_steps)
+        interrupted = run.interrupt.noted(accelerator, ask=last or any(step % steps == 0 for steps in times))
 
         if step == step_at_start + min(20, phase.steps - step_at_start):
             rate = (step - step_at_start) * pictures_per_step / (time.perf_counter() - started)
@@ -621,11 +685,12 @@ def train_losses(
     noise: torch.Tensor,
     sigma: torch.Tensor,
     band_factor: int,
+    num_inner_stages: int,
     conditions: dict[str, torch.Tensor],
 ) -> FlowLoss:
     """The loss of a batch; in a joint phase the last `low_res_share` of it is for the inner model alone."""
     args, joint = run.args, phase.kind == "joint"
-    whole = len(x0) - round(args.low_res_share * len(x0)) * joint
+    whole = len(x0) - count_low_res(len(x0), args.low_res_share) * joint
 
     def loss_of(part: slice, **kwargs) -> FlowLoss:
         texts = {name: value[part] for name, value in conditions.items()}
@@ -634,9 +699,14 @@ def train_losses(
 
     losses = loss_of(slice(whole), low_res_weight=args.low_res_loss_weight * joint)
     if whole < len(x0):
-        inner = loss_of(slice(whole, None), num_stages=phase.stage - 1)
+        inner = loss_of(slice(whole, None), num_stages=num_inner_stages)
         losses.loss = (whole * losses.loss + (len(x0) - whole) * inner.loss) / len(x0)
     return losses
+
+
+def count_low_res(batch_size: int, share: float) -> int:
+    """How many pictures of a batch are for the inner model alone."""
+    return round(share * batch_size)
 
 
 def make_loader(
@@ -663,6 +733,7 @@ def make_loader(
             state=data_state,
             **options,
         )
+    options["worker_init_fn"] = leave_signals_to_the_parent
     if len(data.buckets) > 1:
         batches = BucketOrder(data.shapes, batch_size, batches_per_step, start=step, num_steps=steps, seed=seed)
         loader = torch.utils.data.DataLoader(data, batch_sampler=batches, **options)
@@ -793,6 +864,8 @@ def sample_step(run: Run, phase: Phase, step: int, pipeline: GreedyGrowPipeline)
             kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({f"{phase.name}/samples": pictures}, step=run.total_steps(phase, step), **kwargs)
     pipeline.unet.train()
+    if run.embeddings is not None:  # training does not need it
+        pipeline.text_encoder.to("cpu")
     if run.accelerator.is_fsdp2:  # a copy of what is sharded
         pipeline.unet.to("cpu")
 
@@ -802,11 +875,13 @@ def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> None:
     folder = run.output_dir / "samples"
     folder.mkdir(exist_ok=True)
     strip = make_image_grid(sample_captions(run, pipeline, run.captions), rows=1, cols=len(run.captions))
-    strip.save(folder / f"{phase.name}.png")
+    captions, info = json.dumps(run.captions), PngInfo()
+    info.add_text("captions", captions)
+    strip.save(folder / f"{phase.name}.png", pnginfo=info)
     rows = {}
     for name in run.plans:  # rows of phases that an earlier session finished are there as files
-        if (folder / f"{name}.png").exists():
-            strip = Image.open(folder / f"{name}.png")
+        strip = Image.open(folder / f"{name}.png") if (folder / f"{name}.png").exists() else None
+        if strip is not None and strip.info.get("captions") == captions:  # which may have changed
             size = strip.height
             rows[name] = [strip.crop((i * size, 0, (i + 1) * size, size)) for i in range(strip.width // size)]
     draw_samples(rows, run.captions, run.output_dir / "samples.png")
@@ -940,6 +1015,8 @@ def load_data(
     final_resolution = model_args.resolutions[-1]
     held_out_rows = max(8, data_args.num_validation_pictures, data_args.num_scored_pictures * data_args.on_shapes)
     columns = data_args.image_column, data_args.caption_column
+    if data_args.high_res_data_dir is not None:
+        check_data_dir(data_args.high_res_data_dir, "high_res_data_dir")
 
     def load(dataset_name: str | None, data_dir: str | None, resolution: int, num_held_out: int = held_out_rows):
         buckets = None
@@ -979,9 +1056,10 @@ def keep_embeddings(run: Run, pipeline: GreedyGrowPipeline) -> TextEmbeddings:
     captions = itertools.chain([""], run.validation_data.captions, run.train_data.captions)
     if run.data_args.has_high_res_data:
         captions = itertools.chain(captions, run.high_res_data.captions)
-    added = 0
-    while part := list(itertools.islice(captions, EMBEDDED_AT_ONCE)):
-        added += embeddings.add(part, encode, accelerator.process_index, accelerator.num_processes)
+    added, num_processes = 0, accelerator.num_processes
+    for caption in captions:  # and those that follow it: parts should be few
+        part = itertools.chain([caption], itertools.islice(captions, EMBEDDED_AT_ONCE * num_processes - 1))
+        added += embeddings.add(part, encode, accelerator.process_index, num_processes)
         embeddings.reload()
     logger.info(f"{sum(gather_object([added]))} captions embedded; {embeddings.folder} keeps them.")
     accelerator.wait_for_everyone()
@@ -1014,6 +1092,17 @@ def write_shapes_once(
     return str(folder)
 
 
+def find_phases(output_dir: Path) -> list[str]:
+    """The names of the phases that an earlier run has finished in `output_dir`, by its `config.yaml`."""
+    if not (output_dir / "config.yaml").exists():
+        return []
+    config = yaml.safe_load((output_dir / "config.yaml").read_text()) or {}
+    names = [f"grown-{size}{end}" for size in config.get("resolutions", [])[1:] for end in ("-detail", "")]
+    if config.get("core") is None:
+        names.append("core")
+    return [name for name in names if (output_dir / name / "model_index.json").exists()]
+
+
 def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
     output_dir = Path(args.output_dir)
@@ -1031,6 +1120,8 @@ def main(argv: list[str] | None = None) -> None:
     set_up(accelerator, args.seed)
 
     # 1. The plan
+    if model_args.core is not None:
+        adopt_core(model_args)
     phases = list_phases(model_args, args)
     plans, text = make_plan(phases, data_args, model_args, args, accelerator)
     logger.info(text)
@@ -1047,13 +1138,18 @@ def main(argv: list[str] | None = None) -> None:
                 f"anew would replace {', '.join(finished)}. Grow them further with `--core`, or name another `output_dir`."
             )
         logger.info(f"Going on from {checkpoint}." if checkpoint else f"{output_dir} has no checkpoint yet.")
-    replaced = [
-        (output_dir / name).resolve() for name in ("checkpoints", "samples", "uploads", *(plan.name for plan in plans))
-    ]
-    if checkpoint is None and model_args.core is not None:
-        core = Path(model_args.core).resolve()
-        if any(core.is_relative_to(folder) for folder in replaced):
+    replaced = ["checkpoints", "samples", "uploads", *(plan.name for plan in plans)]
+
+    def holds_core(name: str) -> bool:
+        core = Path(model_args.core or "").resolve()
+        return model_args.core is not None and core.is_relative_to((output_dir / name).resolve())
+
+    if checkpoint is None:
+        if any(holds_core(name) for name in replaced):
             raise ValueError(f"`core={model_args.core!r}` would be replaced by this run: name another `output_dir`.")
+        check_replaced(output_dir, replaced)
+        if args.overwrite_output_dir:  # phases that only the earlier run had go with the others
+            replaced += [name for name in find_phases(output_dir) if not holds_core(name)]
     publisher = Publisher(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # 3. Data
@@ -1095,7 +1191,7 @@ def main(argv: list[str] | None = None) -> None:
     first = 0
     if checkpoint is not None:
         progress = read_progress(checkpoint)
-        first = next((i for i, phase in enumerate(phases) if phase.name == progress["phase"]), -1)
+        first = next((i for i, phase in enumerate(phases) if is_of(phase, progress)), -1)
         if first < 0:
             raise ValueError(f"{checkpoint} is of phase {progress['phase']}, which this run does not have.")
         check_changes(checkpoint, progress["config"], run.decisive_config, args.resume_with_changes)
@@ -1104,18 +1200,24 @@ def main(argv: list[str] | None = None) -> None:
                 f"{checkpoint} is after the {phases[first].steps} steps that {phases[first].name} has now."
             )
     start = output_dir / phases[first - 1].name if first > 0 else model_args.core
+    if first > 0 and not start.exists():
+        raise ValueError(
+            f"{checkpoint} goes on from {start}, which is not there: train that phase with the others, in another "
+            "`output_dir`, or leave out its steps."
+        )
     if start is not None:
         pipeline = load_pipeline(start, model_args.core_revision if start == model_args.core else None)
     else:
         pipeline = build_core_pipeline(model_args, itertools.islice(train_data.captions, TOKENIZER_CAPTIONS))
+    set_attention_backend(pipeline.unet, args.attention_backend)  # which fails if it is not installed
 
     # 5. From here on the folder holds this run
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            for folder in replaced:
-                shutil.rmtree(folder, ignore_errors=True)
+            for name in replaced:
+                shutil.rmtree((output_dir / name).resolve(), ignore_errors=True)
             (output_dir / "metrics.jsonl").unlink(missing_ok=True)
         else:
             forget_newer(run.checkpoints, checkpoint)

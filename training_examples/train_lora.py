@@ -56,6 +56,7 @@ from diffusers_greedy_grow.hub import (
 )
 from diffusers_greedy_grow.training import (
     FREE_TO_CHANGE,
+    OF_ONE_LAUNCH,
     BrokenRows,
     CaptionedPictures,
     EpochOrder,
@@ -66,6 +67,7 @@ from diffusers_greedy_grow.training import (
     TrainingArguments,
     averaged,
     check_changes,
+    check_replaced,
     draw_losses,
     draw_noise,
     draw_samples,
@@ -74,6 +76,7 @@ from diffusers_greedy_grow.training import (
     flow_loss,
     forget_newer,
     keep_metrics,
+    leave_signals_to_the_parent,
     load_captioned_data,
     load_checkpoint,
     normalize,
@@ -81,6 +84,7 @@ from diffusers_greedy_grow.training import (
     read_progress,
     sample_generators,
     save_checkpoint,
+    set_attention_backend,
     set_up,
     take_step,
     write_text,
@@ -186,8 +190,11 @@ def main(argv: list[str] | None = None) -> None:
             f"`output_dir={args.output_dir!r}` holds a pipeline, and this run another card: name another."
         )
     checkpoint = find_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
+    if checkpoint is None:
+        check_replaced(output_dir, ["checkpoints"])
     pictures_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    decisive = {name: value for name, value in asdict(args).items() if name not in FREE_TO_CHANGE}
+    config = {name: value for name, value in asdict(args).items() if name not in OF_ONE_LAUNCH}
+    decisive = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
     decisive |= {"pictures per step": pictures_per_step, "mixed_precision": accelerator.mixed_precision}
     progress = {"step": 0}
     if checkpoint is not None:
@@ -213,8 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     parameters = [parameter for _, parameter in named_parameters]
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.attention_backend is not None:
-        unet.set_attention_backend(args.attention_backend)
+    set_attention_backend(unet, args.attention_backend)
     is_grown = len(unet.sample_sizes) > 1
     band_factor = unet.sample_sizes[-1] // unet.sample_sizes[-2] if is_grown else 2
     *levels, weighting = (
@@ -239,7 +245,11 @@ def main(argv: list[str] | None = None) -> None:
     first, total = (step * pictures_per_step for step in (progress["step"], args.max_train_steps))
     order = EpochOrder(len(train_data), start=first, num_samples=total - first, seed=(args.seed, 0))
     loader = torch.utils.data.DataLoader(
-        train_data, batch_size=args.train_batch_size, sampler=order, num_workers=args.dataloader_num_workers
+        train_data,
+        batch_size=args.train_batch_size,
+        sampler=order,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_the_parent,
     )
 
     # 4. From here on the folder holds this run
@@ -253,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             forget_newer(output_dir / "checkpoints", checkpoint)
             keep_metrics(metrics_path, progress["metrics_size"])
-        write_text(output_dir / "config.yaml", yaml.safe_dump(asdict(args), sort_keys=False))
+        write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         rows = {"base": draw(pipeline, prompts, args, accelerator)}  # a new adapter changes nothing
     accelerator.init_trackers("train_lora")
 
@@ -288,7 +298,14 @@ def main(argv: list[str] | None = None) -> None:
 
     def save(step: int) -> Path:
         size = metrics_path.stat().st_size if metrics_path.exists() else 0
-        state = {"phase": "lora", "step": step, "config": decisive, "guard": guard.state_dict(), "metrics_size": size}
+        state = {
+            "phase": "lora",
+            "phase_index": 0,
+            "step": step,
+            "config": decisive,
+            "guard": guard.state_dict(),
+            "metrics_size": size,
+        }
         folder, limit = output_dir / "checkpoints", args.checkpoints_total_limit
         return save_checkpoint(accelerator, folder, state, ema, named_parameters, meter.gather(accelerator), limit)
 
@@ -320,9 +337,10 @@ def main(argv: list[str] | None = None) -> None:
         step += 1
         ema.step(parameters)
         bar.update()
-        if interrupt.signal is not None:
-            accelerator.set_trigger()
-        interrupted, last = accelerator.check_trigger(), step == args.max_train_steps
+        last = step == args.max_train_steps
+        # Seldom, or where it waits for the GPU anyway.
+        ask = last or any(step % steps == 0 for steps in (10, args.logging_steps, args.checkpointing_steps))
+        interrupted = interrupt.noted(accelerator, ask)
         if step % args.logging_steps == 0 or last or interrupted:
             now = time.perf_counter()
             rate = (step - logged_step) * pictures_per_step / (now - logged_time)
@@ -345,8 +363,9 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.end_training()
             sys.exit(128 + (interrupt.signal or signal.SIGTERM))
         if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
+            paused = time.perf_counter()
             draw_grid()
-            logged_time = time.perf_counter()
+            logged_time += time.perf_counter() - paused
     bar.close()
 
     # 7. The averaged weights are what the run has made

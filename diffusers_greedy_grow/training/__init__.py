@@ -14,6 +14,7 @@
 
 from .arguments import (
     FREE_TO_CHANGE,
+    OF_ONE_LAUNCH,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -25,6 +26,7 @@ from .arguments import (
 )
 from .checkpoints import (
     check_changes,
+    check_replaced,
     find_checkpoint,
     find_start,
     forget_newer,
@@ -40,11 +42,21 @@ from .data import (
     BucketOrder,
     CaptionedPictures,
     EpochOrder,
+    check_data_dir,
     load_captioned_data,
     normalize,
     sample_generators,
 )
-from .loop import GradientGuard, Interrupt, TqdmHandler, averaged, set_up, take_step
+from .loop import (
+    GradientGuard,
+    Interrupt,
+    TqdmHandler,
+    averaged,
+    leave_signals_to_the_parent,
+    set_attention_backend,
+    set_up,
+    take_step,
+)
 from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
 from .plan import PhasePlan, describe_parts, format_memory, format_plan, plan_phase
 from .report import draw_losses, draw_samples, keep_metrics

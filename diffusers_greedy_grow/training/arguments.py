@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 from diffusers.training_utils import parse_buckets_string
@@ -42,7 +44,10 @@ class PictureArguments:
     image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
     caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
     max_broken_share: float = field(
-        default=0.01, metadata={"help": "The largest share of broken rows; they are left out and named in a file."}
+        default=0.01,
+        metadata={
+            "help": "The largest share of broken captions, and of broken pictures; their rows are left out and named in a file."
+        },
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
@@ -108,7 +113,11 @@ class ModelArguments:
     """The core, and what grows around it."""
 
     core: str | None = field(
-        default=None, metadata={"help": "A trained pipeline to grow, a folder or Hub id; skips the core phase."}
+        default=None,
+        metadata={
+            "help": "A trained pipeline to grow, a folder or Hub id; skips the core phase. What describes a core or its text encoder "
+            "is then this one's, whose text encoder is used."
+        },
     )
     core_revision: str | None = field(
         default=None, metadata={"help": "Its branch, tag or commit, if it is on the Hub."}
@@ -213,7 +222,7 @@ class LoopArguments:
     lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase, of which they are a tenth at most."})
     adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
     adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it; with 0 they are not."})
     spike_factor: float = field(
         default=20.0,
         metadata={"help": "Leave out a step whose gradient has so many times the median norm of the last 100 steps."},
@@ -298,13 +307,11 @@ class LoraArguments(PictureArguments, LoopArguments):
     validation_steps: int = field(default=250, metadata={"help": "Steps between sample grids."})
 
 
+# What is said of one launch and not of the run: `config.yaml` leaves it out, or using that again would remove a finished run.
+OF_ONE_LAUNCH = {"overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "plan"}
 # What may be different when a run goes on: it changes neither what is trained nor how.
-FREE_TO_CHANGE = {
+FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "resume_with_changes",
-    "plan",
     "plan_processes",
     "dataloader_num_workers",
     "max_broken_share",
@@ -383,10 +390,17 @@ def check_common(parser: HfArgumentParser, pictures: PictureArguments, loop: Loo
         (loop, "lr_warmup_steps", 0, math.inf),
         (loop, "adam_weight_decay", 0, math.inf),
     )
-    for name, choices in (("lr_scheduler", SchedulerType), ("attention_backend", AttentionBackendName)):
-        values = [choice.value for choice in choices]
+    choices = {
+        # All but the one that needs rules.
+        "lr_scheduler": [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
+        "attention_backend": [backend.value for backend in AttentionBackendName],
+        "report_to": LoggerType.list(),
+    }
+    for name, values in choices.items():
         if getattr(loop, name) not in (None, *values):
             parser.error(f"--{name} {getattr(loop, name)}: choose one of {', '.join(values)}.")
+    if loop.report_to not in (None, "all", *(tracker.value for tracker in get_available_trackers())):
+        parser.error(f"--report_to {loop.report_to}: install the package {loop.report_to}, or leave this out.")
     if loop.hub_private_repo and not loop.push_to_hub:
         parser.error("--hub_private_repo needs --push_to_hub.")
 
@@ -458,6 +472,10 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         parser.error(
             "--high_res_dataset_name and --high_res_data_dir need --dataset_name or --train_data_dir for the core, and no "
             "--num_high_res_pictures."
+        )
+    if data.high_res_dataset_name is not None and data.high_res_data_dir is not None:
+        parser.error(
+            f"--high_res_dataset_name {data.high_res_dataset_name} and --high_res_data_dir {data.high_res_data_dir}: name only one."
         )
     if data.streaming and data.num_high_res_pictures is not None:
         parser.error("--num_high_res_pictures needs data that is not streamed: leave out --streaming.")

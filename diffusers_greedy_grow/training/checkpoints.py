@@ -16,6 +16,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -66,8 +67,8 @@ def save_checkpoint(
 ) -> Path:
     """
     Saves all that a phase needs to go on: what accelerate has prepared, the moving average by name, the `losses` that no
-    line of metrics tells of yet, and `progress`, which names the `phase` and the `step`. Keeps the newest `total_limit`
-    checkpoints in `folder`. Called on all processes.
+    line of metrics tells of yet, and `progress`, which names the `phase`, its `phase_index` and the `step`. Keeps the newest
+    `total_limit` checkpoints in `folder`. Called on all processes.
     """
     checkpoint = folder / f"{progress['phase']}-{progress['step']}"
     temporary = folder / f".{checkpoint.name}.tmp"
@@ -102,10 +103,9 @@ def save_checkpoint(
 
 def forget_newer(folder: Path, checkpoint: Path) -> None:
     """Removes what was saved after `checkpoint`, from which a run goes on: it will be saved again."""
-    checkpoints = sorted_checkpoints(folder)
-    if checkpoint in checkpoints:
-        for newer in checkpoints[checkpoints.index(checkpoint) + 1 :]:
-            remove(newer)
+    for other in sorted_checkpoints(folder):
+        if place(other) > place(checkpoint):
+            remove(other)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -123,6 +123,14 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
+def place(checkpoint: Path) -> tuple[int, int]:
+    """Where in its run a checkpoint was saved. Not when: that changes where files are copied."""
+    progress = read_progress(checkpoint)
+    if "phase_index" not in progress:  # by an earlier version
+        return -1, (checkpoint / "progress.json").stat().st_mtime_ns
+    return progress["phase_index"], progress["step"]
+
+
 def sorted_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first; those that are damaged are named in a warning."""
     complete = []
@@ -132,7 +140,7 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
             complete.append(path)
         else:
             logger.warning(f"{path} is no complete checkpoint and is passed over: {damage}.")
-    return sorted(complete, key=lambda path: (path / "progress.json").stat().st_mtime_ns)
+    return sorted(complete, key=place)
 
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
@@ -169,8 +177,18 @@ def find_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite_o
     return None
 
 
+def check_replaced(output_dir: Path, names: Iterable[str]) -> None:
+    """Raises a `ValueError` if a run that begins would replace folders in `output_dir` that no run has made."""
+    found = [name for name in names if (output_dir / name).exists()]
+    if found and not (output_dir / "config.yaml").exists():
+        raise ValueError(
+            f"`output_dir={str(output_dir)!r}` holds {', '.join(found)}, which this run would replace, but no `config.yaml` of "
+            "an earlier run: name another folder."
+        )
+
+
 def read_progress(checkpoint: Path) -> dict:
-    """What [`save_checkpoint`] noted: `phase`, `step` and the rest of `progress`, `ema_optimization_step`, `sizes`."""
+    """What [`save_checkpoint`] noted: the `phase`, the `step` and the rest of `progress`, `ema_optimization_step`, `sizes`."""
     return json.loads((checkpoint / "progress.json").read_text())
 
 

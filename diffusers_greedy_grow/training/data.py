@@ -17,6 +17,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import json
 import warnings
 from collections import defaultdict
@@ -43,6 +44,18 @@ FILE_TYPES = {".parquet": "parquet", ".tar": "webdataset"}
 # Sources
 
 
+def check_data_dir(data_dir: str, argument: str = "train_data_dir") -> None:
+    """Raises a `ValueError` that names the `argument` if `data_dir` is neither a folder nor a file that can be read."""
+    path = Path(data_dir)
+    if not path.exists():
+        raise ValueError(f"`{argument}={data_dir!r}` does not exist.")
+    if path.is_file() and path.suffix not in FILE_TYPES:
+        raise ValueError(
+            f"`{argument}={data_dir!r}` cannot be read: pass a file that ends in {' or '.join(FILE_TYPES)}, or a folder with such "
+            "files or with pictures and a metadata.jsonl or metadata.csv."
+        )
+
+
 def load_splits(
     dataset_name: str | None, data_dir: str | None, image_column: str, caption_column: str, streaming: bool = False
 ) -> dict[str, Dataset] | dict[str, IterableDataset]:
@@ -62,16 +75,14 @@ def load_splits(
             Whether to read rows as they are needed, instead of having all of them on disk and in order.
 
     Raises:
-        `ValueError`: if there is not exactly one source, or a column is missing or of the wrong type.
+        `ValueError`: if there is not exactly one source that can be read, or a column is missing or of the wrong type.
     """
     if dataset_name is not None and data_dir is None:
         splits = load_dataset(dataset_name, streaming=streaming)
     elif data_dir is not None and dataset_name is None:
-        if not Path(data_dir).exists():
-            raise ValueError(f"`train_data_dir={data_dir!r}` does not exist.")
+        check_data_dir(data_dir)
         if Path(data_dir).is_file():
-            file_type = FILE_TYPES.get(Path(data_dir).suffix, "parquet")
-            splits = load_dataset(file_type, data_files=data_dir, streaming=streaming)
+            splits = load_dataset(FILE_TYPES[Path(data_dir).suffix], data_files=data_dir, streaming=streaming)
         else:
             splits = load_dataset(data_dir, streaming=streaming)
     else:
@@ -276,7 +287,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
             What counts broken rows.
 
     Raises:
-        `ValueError`: if too many captions are broken, or all.
+        `ValueError`: if too many captions are broken, or all; later, if too many pictures are, or all of a shape.
     """
 
     def __init__(
@@ -291,13 +302,15 @@ class CaptionedPictures(torch.utils.data.Dataset):
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
         captions, good = list(rows["text"]), []
-        self.broken.read += len(captions)
+        # By themselves, since all of them are read now, but pictures one by one.
+        broken_captions = BrokenRows(self.broken.path, self.broken.max_share)
+        broken_captions.read = len(captions)
         for i, caption in enumerate(captions):
             try:
                 check_caption(caption)
                 good.append(i)
             except BrokenRow as error:
-                self.broken.add(name_row(f"row {i} of {len(captions)}", rows[i]), error)
+                broken_captions.add(name_row(f"row {i} of {len(captions)}", rows[i]), error)
         if not good:
             raise ValueError("No row of the data has a caption.")
         self.rows = rows if len(good) == len(rows) else rows.select(good)
@@ -341,7 +354,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         alike = None
-        while True:
+        for tried in itertools.count(1):
             if index not in self.unreadable:
                 try:
                     pixel_values = self.read(index)
@@ -350,6 +363,12 @@ class CaptionedPictures(torch.utils.data.Dataset):
                     self.unreadable.add(index)
                     self.broken.add(name_row(f"row {index} of {len(self)}", self.rows[index]), error)
             alike = np.flatnonzero(self.shapes == self.shapes[index]) if alike is None else alike
+            if tried == len(alike):
+                height, width = self.buckets[self.shapes[index]]
+                raise ValueError(
+                    f"There is no readable picture among the {tried} of the shape {height} x {width}: repair the data"
+                    + (f", whose broken rows {self.broken.path} names." if self.broken.path is not None else ".")
+                )
             index = int(alike[np.searchsorted(alike, index, side="right") % len(alike)])
         return {"pixel_values": average_down(pixel_values, self.pool_factor), "caption": self.captions[index]}
 

@@ -16,10 +16,12 @@
 
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import statistics
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
+from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -64,9 +67,53 @@ class Interrupt:
             signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
-        if self.signal is not None:  # the second time at once
+        if self.signal is None:
+            self.signal = number
+            text = "a checkpoint is saved after the next training step, then the run stops. Ctrl-C again stops it at once."
+            # Not by print, which may be what the signal has interrupted.
+            os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
+        elif number == signal.SIGINT:  # a second SIGTERM is that of a scheduler, passed on by the launcher
             sys.exit(128 + number)
-        self.signal = number
+
+    def noted(self, accelerator: Accelerator, ask: bool) -> bool:
+        """
+        Whether to stop: if any process has noted a signal. Several are only heard if they `ask`, all of them at the same
+        steps, since that waits for the GPU.
+        """
+        if accelerator.num_processes == 1:
+            return self.signal is not None
+        if ask and self.signal is not None:
+            accelerator.set_trigger()
+        return ask and accelerator.check_trigger()
+
+
+def leave_signals_to_the_parent(worker_id: int) -> None:
+    """
+    For each worker of a data loader. Ctrl-C, and SIGTERM to a job, reach all processes of it, but the one that trains still
+    needs its workers to finish a step. They end when it does, by a SIGTERM of its own.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell whose signal it is
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_the_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_parent, daemon=True).start()
+
+
+def set_attention_backend(model: ModelMixin, backend: str | None) -> None:
+    """Has `model` compute attention by a backend of diffusers; raises a `ValueError` if that is not installed."""
+    if backend is not None:
+        try:
+            model.set_attention_backend(backend)
+        except (ImportError, OSError, RuntimeError) as error:
+            raise ValueError(f"`attention_backend={backend!r}`: {error}") from error
 
 
 class GradientGuard:
@@ -133,13 +180,14 @@ def take_step(
     checkpoints_folder: Path,
 ) -> None:
     """
-    Clips the gradients of `parameters` to `max_grad_norm` and takes the step after `step` of phase `name`, if `guard` accepts them.
+    Clips the gradients of `parameters` to `max_grad_norm`, unless that is 0, and takes the step after `step` of phase `name`, if
+    `guard` accepts them.
     Says so if not; and if that happens too often, what to do, and the noise levels `sigma` of the batch.
 
     Raises:
         `FloatingPointError`: as the guard does.
     """
-    norm = gather(accelerator.clip_grad_norm_(parameters, max_grad_norm)).item()
+    norm = gather(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)).item()
     try:
         accepted = guard.accept(norm)
     except FloatingPointError as error:

@@ -48,6 +48,7 @@ from .data import (
     open_image,
     to_pixel_values,
 )
+from .loop import leave_signals_to_the_parent
 
 
 # Rows that are taken from a stream at once.
@@ -316,7 +317,13 @@ class StreamLoader:
         batches = LaneBatches(
             pictures, batch_size, start, num_batches, process_index, num_processes, seed, self.lanes, self.earlier
         )
-        self.loader = DataLoader(batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+        self.loader = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=leave_signals_to_the_parent,
+        )
 
     def __iter__(self) -> Iterator[dict]:
         for batch in self.loader:

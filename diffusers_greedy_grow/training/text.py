@@ -113,8 +113,8 @@ def hash_caption(caption: str) -> int:
 
 class TextEmbeddings:
     """
-    Captions' embeddings in a folder, memory-mapped. It holds parts, each written once and then never changed: the hashes of
-    its captions in order, where their tokens begin and how many there are, and the tokens' embeddings without padding.
+    Captions' embeddings in a folder. It holds parts, each written once and then never changed: the hashes of its captions in
+    order, where their tokens begin and how many there are, and the tokens' embeddings without padding, memory-mapped.
 
     Args:
         folder (`Path`): Of one encoder, see [`name_encoder`].
@@ -122,29 +122,33 @@ class TextEmbeddings:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.parts: list[tuple] = []
         self.reload()
 
     def reload(self) -> None:
         """Takes in parts that have been written since."""
-        self.parts = []
+        self.data: list[tuple[np.ndarray, torch.dtype]] = []  # of each part
+        # Of all captions in the order of their hashes: the hash, the part, where in it the tokens begin, how many there are.
+        columns = [[np.empty(0, dtype)] for dtype in (np.uint64, np.int32, np.int64, np.int64)]
         for index in sorted(self.folder.glob("[0-9a-f]*/index.json")):
             about, part = json.loads(index.read_text()), index.parent
-            hashes, starts, counts = (
-                np.load(part / f"{name}.npy", mmap_mode="r") for name in ("hashes", "starts", "counts")
-            )
+            hashes, starts, counts = (np.load(part / f"{name}.npy") for name in ("hashes", "starts", "counts"))
+            numbers = np.full(len(hashes), len(self.data), np.int32)
+            for column, values in zip(columns, (hashes, numbers, starts, counts)):
+                column.append(values)
             data = np.memmap(part / "embeddings.bin", mode="r", dtype=np.uint8).reshape(-1, about["bytes"])
-            self.parts.append((hashes, starts, counts, data, getattr(torch, about["dtype"])))
+            self.data.append((data, getattr(torch, about["dtype"])))
+        order = np.argsort(np.concatenate(columns[0]), kind="stable")
+        self.hashes, self.parts, self.starts, self.counts = (np.concatenate(column)[order] for column in columns)
 
     def find(self, caption: str) -> torch.Tensor | None:
         """The embedding `(L, D)` of a caption, if it is there."""
         key = np.uint64(hash_caption(caption))
-        for hashes, starts, counts, data, dtype in self.parts:
-            i = int(np.searchsorted(hashes, key))
-            if i < len(hashes) and hashes[i] == key:
-                tokens = np.array(data[starts[i] : starts[i] + counts[i]])
-                return torch.from_numpy(tokens).view(dtype)
-        return None
+        i = int(np.searchsorted(self.hashes, key))
+        if i == len(self.hashes) or self.hashes[i] != key:
+            return None
+        data, dtype = self.data[self.parts[i]]
+        tokens = np.array(data[self.starts[i] : self.starts[i] + self.counts[i]])
+        return torch.from_numpy(tokens).view(dtype)
 
     def __call__(self, captions: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         """

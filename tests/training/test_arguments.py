@@ -16,8 +16,9 @@ import re
 
 import pytest
 import yaml
+from accelerate.utils import LoggerType
 
-from diffusers_greedy_grow.training import parse_arguments
+from diffusers_greedy_grow.training import arguments, parse_arguments
 
 
 def test_values_for_each_resolution_or_stage(tmp_path):
@@ -40,6 +41,7 @@ def test_values_for_each_resolution_or_stage(tmp_path):
         ("--streaming --num_high_res_pictures 5", "--num_high_res_pictures needs data that is not streamed"),
         ("--high_res_data_dir x", "--high_res_data_dir need --dataset_name or --train_data_dir"),
         ("--high_res_data_dir x --train_data_dir y --num_high_res_pictures 5", "and no --num_high_res_pictures"),
+        ("--train_data_dir x --high_res_dataset_name y --high_res_data_dir z", "--high_res_data_dir z: name only one"),
         ("--aspect_ratio_buckets 16x16", '--aspect_ratio_buckets 16x16: .* Write "64,64;48,80;80,48"'),
         ("--max_broken_share 1", "--max_broken_share 1.0: has to be from 0 to 0.99"),
         ("--shuffle_buffer_size 0", "--shuffle_buffer_size 0: has to be from 1"),
@@ -80,6 +82,8 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: cannot be negative"),
         ({"num_inference_steps": 0}, "--num_inference_steps 0: has to be at least 1"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
+        ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant: choose one of linear, cosine"),
+        ({"report_to": "wandbee"}, "--report_to wandbee: choose one of all, .*wandb"),
         ({"attention_backend": "flush"}, "--attention_backend flush: choose one of .*native"),
         ({"low_res_share": 0.1, "train_batch_size": [32, 4]}, "of --train_batch_size 4 that is none or all"),
         (
@@ -96,6 +100,15 @@ def test_bad_arguments(arguments, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
         parse_arguments(flags, "")
     assert re.search(message, capsys.readouterr().err + str(stopped.value), re.DOTALL)
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(arguments, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    for name in ("tensorboard", "all"):
+        assert parse_arguments(["--report_to", name], "")[2].report_to == name
+    with pytest.raises(SystemExit):
+        parse_arguments(["--report_to", "wandb"], "")
+    assert "--report_to wandb: install the package wandb, or leave this out" in capsys.readouterr().err
 
 
 def test_unknown_names_in_a_config_file(tmp_path, capsys):

@@ -14,6 +14,7 @@
 
 import io
 import json
+import os
 import zlib
 
 import numpy as np
@@ -31,6 +32,7 @@ from diffusers_greedy_grow.training import (
     EpochOrder,
     TextEmbeddings,
     build_small_text_encoder,
+    check_data_dir,
     encode_captions,
     load_captioned_data,
     name_encoder,
@@ -149,6 +151,14 @@ def test_bad_sources(tmp_path):
         load_captioned_data(None, None, "image", "text")
     with pytest.raises(ValueError, match="`train_data_dir='nowhere'` does not exist"):
         load_captioned_data(None, "nowhere", "image", "text")
+    with pytest.raises(ValueError, match="`high_res_data_dir='nowhere'` does not exist"):
+        check_data_dir("nowhere", "high_res_data_dir")
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(
+        ValueError, match="data.jsonl'` cannot be read: pass a file that ends in .parquet or .tar, or a"
+    ):
+        load_captioned_data(None, str(tmp_path / "data.jsonl"), "image", "text")
+    (tmp_path / "data.jsonl").unlink()
     write_parquet(tmp_path / "train.parquet", 10)
     with pytest.raises(ValueError, match=r"`image_column='image'` is not in the train split.*\['picture', 'text'\]"):
         load_captioned_data(None, str(tmp_path), "image", "text")
@@ -225,10 +235,35 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
         assert reason in said, kind
 
     few = CaptionedPictures(train, 16, broken=BrokenRows(max_share=0.004))  # 4 of 1000; the captions are 3
-    with pytest.raises(ValueError, match="5 of 17 rows read are broken, which is beyond `max_broken_share=0.004`"):
+    with pytest.raises(ValueError, match="5 of 5 rows read are broken, which is beyond `max_broken_share=0.004`"):
         few[0]
     with pytest.raises(ValueError, match="1 of 15 rows read are broken.* The last one is row .*: the caption"):
         CaptionedPictures(train, 16, broken=BrokenRows(max_share=0))
+
+
+def make_rows(pictures: list[bytes]) -> Dataset:
+    features = Features({"image": ImageFeature(decode=False), "text": Value("string")})
+    images = [{"bytes": picture, "path": None} for picture in pictures]
+    return Dataset.from_dict({"image": images, "text": ["a picture"] * len(images)}, features=features)
+
+
+def test_the_share_of_broken_pictures():
+    """Each row counts once: of 1500, 24 broken ones are more than 1 %."""
+    good = to_bytes(make_image(0, size=2))
+    pictures = CaptionedPictures(make_rows([b"broken" if i % 62 == 61 else good for i in range(1500)]), 2)
+    with pytest.raises(ValueError, match=r"1\d of \d+ rows read are broken, which is beyond `max_broken_share=0.01`"):
+        for i in range(1500):
+            pictures[i]
+
+
+def test_no_picture_of_a_shape_can_be_read(tmp_path):
+    pictures = CaptionedPictures(make_rows([b"broken"] * 3), 16, broken=BrokenRows(tmp_path / "broken_rows.jsonl"))
+    message = (
+        "no readable picture among the 3 of the shape 16 x 16: repair the data, whose broken rows .*broken_rows.jsonl"
+    )
+    with pytest.raises(ValueError, match=message):
+        pictures[1]
+    assert pictures.broken.found() == 3
 
 
 def write_shapes_of_pictures(path, count: int = 24):
@@ -346,7 +381,11 @@ def test_kept_embeddings(tmp_path, dtype):
     assert first.add([*CAPTIONS, ""] * 2, encode, 0, 2) + embeddings.add([*CAPTIONS, ""], encode, 1, 2) == 4
     embeddings.reload()
     assert embeddings.add([*CAPTIONS, "something else"], encode, batch_size=1) == 1
-    embeddings.reload()
+    num_parts, num_files = len(list(tmp_path.glob("*/index.json"))), len(os.listdir("/proc/self/fd"))
+    assert embeddings.find("something else") is None
+    more = TextEmbeddings(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) - num_files == num_parts > 1  # one for each, since large data has many
+    embeddings = more
     assert sorted(calls) == sorted([*CAPTIONS, "", "something else"])
     captions = ["", CAPTIONS[2], "something else"]
     kept, expected = embeddings(captions, torch.device("cpu")), encode(captions)

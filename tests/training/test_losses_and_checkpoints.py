@@ -14,7 +14,11 @@
 
 import json
 import math
+import os
 import re
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +30,9 @@ from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DMod
 from diffusers_greedy_grow.flow import SIGMA_MIN, descend, high_band, pool
 from diffusers_greedy_grow.training import (
     GradientGuard,
+    Interrupt,
     LossMeter,
+    check_replaced,
     describe_parts,
     draw_losses,
     draw_samples,
@@ -40,6 +46,7 @@ from diffusers_greedy_grow.training import (
     read_progress,
     save_checkpoint,
     save_pipeline,
+    take_step,
 )
 from diffusers_greedy_grow.training.losses import WEIGHTINGS
 
@@ -137,11 +144,41 @@ def test_gradient_guard():
         assert one.accept(9) and one.skipped_in_a_row == 0 and one.skipped_steps == 3
 
 
+@pytest.mark.parametrize("max_grad_norm,step", [(0.5, 0.5), (0, 4.0)])
+def test_clipping(max_grad_norm, step, tmp_path):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    accelerator, optimizer = Accelerator(cpu=True), torch.optim.SGD([parameter], lr=1.0)
+    parameter.grad = torch.full((1,), 4.0)
+    guard = GradientGuard(factor=10, limit=2)
+    take_step(accelerator, optimizer, [parameter], max_grad_norm, guard, "core", 0, torch.ones(1), tmp_path)
+    assert parameter.item() == pytest.approx(-step) and guard.norms == [4.0]
+
+
+def test_interruptions(monkeypatch, capfd):
+    """A process alone goes by what it has noted; several wait for each other, and seldom."""
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    interrupt, calls = Interrupt(), []
+    alone = SimpleNamespace(num_processes=1)
+    several = SimpleNamespace(
+        num_processes=2, set_trigger=lambda: calls.append("set"), check_trigger=lambda: calls.append("check") or True
+    )
+    assert not interrupt.noted(alone, ask=True) and not interrupt.noted(several, ask=False) and calls == []
+    assert interrupt.noted(several, ask=True) and calls == ["check"]  # another process has noted a signal
+
+    interrupt.note(signal.SIGTERM, None)
+    interrupt.note(signal.SIGTERM, None)  # to all processes by a scheduler, and passed on by the launcher
+    assert "SIGTERM: a checkpoint is saved after the next training step" in capfd.readouterr().err
+    assert interrupt.noted(alone, ask=False) and not interrupt.noted(several, ask=False)
+    assert interrupt.noted(several, ask=True) and calls == ["check", "set", "check"]
+    with pytest.raises(SystemExit):
+        interrupt.note(signal.SIGINT, None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def test_checkpoints(tmp_path):
+def test_checkpoints(tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     model = make_grown()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -158,8 +195,8 @@ def test_checkpoints(tmp_path):
 
     train(2)
 
-    def save(step):
-        progress = {"phase": "grown-32", "step": step, "config": {"seed": 3}}
+    def save(step, phase="grown-32", phase_index=1):
+        progress = {"phase": phase, "phase_index": phase_index, "step": step, "config": {"seed": 3}}
         losses = torch.full((1, 3), step / 3)
         return save_checkpoint(accelerator, tmp_path / "checkpoints", progress, ema, named, losses, total_limit=2)
 
@@ -181,6 +218,7 @@ def test_checkpoints(tmp_path):
 
     # What was cut off in the middle of being saved or removed is no checkpoint.
     (tmp_path / "checkpoints" / ".grown-32-6.tmp").mkdir()
+    save(99, "core", 0)
     for step in (3, 4, 5, 5):
         save(step)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["grown-32-4", "grown-32-5"]
@@ -188,9 +226,24 @@ def test_checkpoints(tmp_path):
     assert find_checkpoint(tmp_path, str(path.with_name("grown-32-4"))).name == "grown-32-4"
     assert find_checkpoint(tmp_path / "elsewhere", "latest") is None
 
-    # A run that goes on from an older one will save the newer ones again.
-    forget_newer(tmp_path / "checkpoints", path.with_name("grown-32-4"))
+    # Files that are copied have other times.
+    os.utime(path.with_name("grown-32-4") / "progress.json", (2e9, 2e9))
+    assert find_checkpoint(tmp_path, "latest").name == "grown-32-5"
+    # A run that goes on from an older one, however that is named, will save the newer ones again.
+    monkeypatch.chdir(tmp_path)
+    forget_newer(tmp_path / "checkpoints", Path("checkpoints/grown-32-5"))
+    assert find_checkpoint(tmp_path, "latest").name == "grown-32-5"
+    forget_newer(tmp_path / "checkpoints", Path("checkpoints/grown-32-4"))
     assert find_checkpoint(tmp_path, "latest").name == "grown-32-4"
+
+
+def test_what_no_run_has_made_is_not_replaced(tmp_path):
+    (tmp_path / "samples").mkdir()
+    with pytest.raises(ValueError, match="holds samples, which this run would replace, but no `config.yaml`"):
+        check_replaced(tmp_path, ["checkpoints", "samples"])
+    check_replaced(tmp_path, ["checkpoints"])
+    (tmp_path / "config.yaml").write_text("")
+    check_replaced(tmp_path, ["checkpoints", "samples"])
 
 
 def test_metrics_after_a_checkpoint_are_dropped(tmp_path):

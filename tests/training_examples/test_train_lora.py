@@ -180,12 +180,16 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
     log, deadline = tmp_path / "log", time.monotonic() + 240
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command(output_dir, None, **arguments), env=environment(), stdout=file, stderr=file, start_new_session=True
+            command(output_dir, None, dataloader_num_workers=2, **arguments),
+            env=environment(),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
         while not (output_dir / "metrics.jsonl").exists() or len(read_metrics(output_dir)) < 10:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)  # to the workers too
         assert process.wait(timeout=60) != 0
         while "--resume_from_checkpoint latest" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
