@@ -277,8 +277,8 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
 
     factors = [factor for factor in SETTINGS if collect(records, factor)]
     shown = [arm.name for arm in ARMS if arm.num_seeds > 1 and arm.init != "cascade"]
-    size = (18, 4.5 * len(factors) + 0.5)
-    figure, axes = plt.subplots(len(factors), 4, figsize=size, squeeze=False, layout="constrained")
+    size = (22, 4.5 * len(factors) + 0.5)
+    figure, axes = plt.subplots(len(factors), 5, figsize=size, squeeze=False, layout="constrained")
     lines = {}
     for row, factor in zip(axes, factors):
         for i, arm in enumerate(shown):
@@ -291,8 +291,8 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             bins = [name for name in (ends[0] if ends else ()) if name.startswith("val_loss_sigma")]
             means = [statistics.mean(line[name] for line in ends if name in line) for name in bins]
             labels = [name.removeprefix("val_loss_sigma_").replace("_", "-") for name in bins]
-            row[3].plot(labels, means, "o-", color=f"C{i}")
-        for axis, label in zip(row, [*list(LOSSES)[:3], "loss at the end, by noise level"]):
+            row[4].plot(labels, means, "o-", color=f"C{i}")
+        for axis, label in zip(row, [*LOSSES, "loss at the end, by noise level"]):
             axis.set_title(f"16 -> {SETTINGS[factor].resolution} px: {label}")
             axis.set_yscale("log")
             for which, formatter in (
@@ -303,7 +303,7 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             axis.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 8)))
             axis.set_ylabel("held-out error of the velocity")
             axis.set_xlabel("TFLOP")
-        row[3].set_xlabel("noise level")
+        row[4].set_xlabel("noise level")
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=80)
     plt.close(figure)
