@@ -295,11 +295,8 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
         for axis, label in zip(row, [*LOSSES, "loss at the end, by noise level"]):
             axis.set_title(f"16 -> {SETTINGS[factor].resolution} px: {label}")
             axis.set_yscale("log")
-            for which, formatter in (
-                (axis.yaxis.set_major_formatter, ScalarFormatter),
-                (axis.yaxis.set_minor_formatter, ScalarFormatter),
-            ):
-                which(formatter())
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_formatter(ScalarFormatter())
             axis.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 8)))
             axis.set_ylabel("held-out error of the velocity")
             axis.set_xlabel("TFLOP")

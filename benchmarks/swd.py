@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.tables import markdown
+from diffusers_greedy_grow.flow import pool, upsample
 from diffusers_greedy_grow.training import CaptionedPictures, load_captioned_data
 
 
@@ -34,8 +35,8 @@ def laplacian_pyramid(images: torch.Tensor, min_size: int = 16) -> dict[int, tor
     """By resolution, what each level adds to the next smaller one; the smallest is what is left."""
     levels = {}
     while images.shape[-1] > min_size:
-        smaller = F.avg_pool2d(images, 2)
-        levels[images.shape[-1]] = images - F.interpolate(smaller, scale_factor=2.0, mode="nearest")
+        smaller = pool(images, 2)
+        levels[images.shape[-1]] = images - upsample(smaller, 2)
         images = smaller
     levels[images.shape[-1]] = images
     return levels
@@ -88,23 +89,18 @@ def main() -> None:
         / 255
         for rows in reversed(load_captioned_data(None, args.data_folder, "image", "text"))
     )
-    soft = F.interpolate(F.avg_pool2d(real, 4), scale_factor=4.0, mode="nearest")
     grainy = real + 0.01 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     sets = {
         "the same": real,
         "other true ones": other,
-        "the same, pooled by 4": soft,
+        "the same, pooled by 4": upsample(pool(real, 4), 4),
         "the same, with noise of .01": grainy,
     }
-    distances = {name: sliced_wasserstein(pictures, real) for name, pictures in sets.items()}
-    print(
-        markdown(
-            [
-                {"pictures": name, **{f"SWD {size}": f"{x:.0f}" for size, x in row.items()}}
-                for name, row in distances.items()
-            ]
-        )
-    )
+    rows = []
+    for name, pictures in sets.items():
+        distances = sliced_wasserstein(pictures, real)
+        rows.append({"pictures": name, **{f"SWD {size}": f"{x:.0f}" for size, x in distances.items()}})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
