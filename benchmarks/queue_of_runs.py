@@ -332,6 +332,7 @@ def define(job: Job, args: argparse.Namespace) -> dict:
 
 def run_job(job: Job, definition: dict, folders: dict[str, Path]) -> dict:
     folder = folders[job.name]
+    made_by = {"machine": describe_machine(), "commit": describe_commit()}  # before a new commit can be made meanwhile
     precision = definition["mixed_precision"]
     arguments = {
         **job.arguments,
@@ -368,5 +369,4 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path]) -> dict:
             if finished.returncode:
                 raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to go on.")
     result = json.loads((folder / "result.json").read_text())
-    made_by = {"machine": describe_machine(), "commit": describe_commit()}
     return {"name": job.name, "keys": job.keys, "arguments": definition, **made_by, **result}

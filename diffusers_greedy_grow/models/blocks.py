@@ -317,14 +317,9 @@ class GrowthEncoder(nn.Module):
             channels = out_channels
         self.gradient_checkpointing = False
 
-    def forward(
-        self, sample: torch.Tensor, temb: torch.Tensor, additional_features: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, sample: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the features `(B, block_out_channels[-1], h, w)` and, outermost first, the skip connections."""
         hidden_states = self.conv_in(sample)
-        if additional_features is not None:
-            hidden_states = hidden_states + additional_features
-
         skips = []
         for block in self.down_blocks:
             for resnet in block["resnets"]:

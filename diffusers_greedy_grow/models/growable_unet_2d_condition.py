@@ -47,8 +47,9 @@ from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
 class GrowthStage(nn.Module):
     """
-    What one growth adds around an inner model: an encoder, a decoder, and the way from the encoder into the inner
-    model. With `init="preserve"` that way starts at zero; with `init="random"` it is the inner model's only input.
+    What one growth adds around an inner model: an encoder and a decoder. With `init="preserve"` the inner model answers for
+    the pooled state, as it does alone, and the decoder adds to its answer. With `init="random"` it is a transformer only,
+    between encoder and decoder.
 
     Its residual blocks are conditioned on the noise level and on the mean of the text embeddings: a core that never
     saw detail has learned to ignore the words for it, and while it is frozen it cannot pass them on.
@@ -61,8 +62,7 @@ class GrowthStage(nn.Module):
         patch_size: int,
         block_out_channels: tuple[int, ...],
         layers_per_block: int,
-        inner_in_channels: int,
-        inner_out_channels: int,
+        inner_channels: int,
         cross_attention_dim: int | None,
         init: str,
         factor: int,
@@ -76,12 +76,10 @@ class GrowthStage(nn.Module):
             self.norm_text = nn.RMSNorm(cross_attention_dim, eps=1e-6)
             self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
         self.encoder = GrowthEncoder(in_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
-        self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_in_channels, kernel_size=1)
-        if self.preserves:
-            nn.init.zeros_(self.conv_to_inner.weight)
-            nn.init.zeros_(self.conv_to_inner.bias)
+        if not self.preserves:
+            self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_channels, kernel_size=1)
         self.decoder = GrowthDecoder(
-            out_channels, patch_size, inner_out_channels, block_out_channels, layers_per_block, temb_channels
+            out_channels, patch_size, inner_channels, block_out_channels, layers_per_block, temb_channels
         )
 
     def embed(
@@ -106,23 +104,22 @@ class GrowthStage(nn.Module):
         self,
         sample: torch.Tensor,
         sigma: torch.Tensor,
-        additional_features: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         inner: Callable,
-        feeds_inner: bool,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `inner(sample, sigma, additional_features)` answers for the state one level further in, as this does for its own:
-        with the clean picture, and with its features. Without `feeds_inner` it hears nothing of the encoder's.
+        `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
+        picture, and with its features. It starts from the encoder's `features` where it has no entry of its own.
         """
         # 1. Encoder
         temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype)
-        hidden_states, skips = self.encoder(sample.to(dtype), temb, additional_features)
-        to_inner = self.conv_to_inner(hidden_states) if feeds_inner else None
+        hidden_states, skips = self.encoder(sample.to(dtype), temb)
 
-        # 2. What is inside, on the state of its own level
+        # 2. What is inside, on the state of its own level, which is all that a whole model hears. To add the encoder's features
+        # to its first ones, from zero on, undid what it had learned as soon as all trained, and cost an eighth of the loss.
+        to_inner = None if self.preserves else self.conv_to_inner(hidden_states)
         pred_original_sample, features = inner(*descend(sample, sigma, self.factor), to_inner)
 
         # 3. Decoder, which adds its detail to the picture so far; by a device map, that may come from another device
@@ -218,7 +215,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         self.stage_arguments: list[dict] = []
         sample_sizes = (*inner_sample_sizes, sample_size)
-        inner_patch_size, inner_in_channels, inner_out_channels = patch_size, hidden_size, hidden_size
+        inner_patch_size, inner_channels = patch_size, hidden_size
         for i, channels in enumerate(block_out_channels):
             stage_patch_size = get_stage_patch_size(sample_sizes[i], sample_sizes[i + 1], inner_patch_size, channels)
             self.stage_arguments.append(
@@ -228,14 +225,13 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                     "patch_size": stage_patch_size,
                     "block_out_channels": channels,
                     "layers_per_block": layers_per_block[i],
-                    "inner_in_channels": inner_in_channels,
-                    "inner_out_channels": inner_out_channels,
+                    "inner_channels": inner_channels,
                     "cross_attention_dim": cross_attention_dim,
                     "init": init if i == 0 else "preserve",
                     "factor": sample_sizes[i + 1] // sample_sizes[i],
                 }
             )
-            inner_patch_size, inner_in_channels, inner_out_channels = stage_patch_size, channels[0], channels[0]
+            inner_patch_size, inner_channels = stage_patch_size, channels[0]
         self.stages = nn.ModuleList([GrowthStage(**arguments) for arguments in self.stage_arguments])
 
         self.core_frozen = False
@@ -411,24 +407,10 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
     def freeze_core(self) -> None:
         """
         Begins the detail phase: only the outermost stage trains. With `init="preserve"` everything inside runs without
-        gradient from here on, and the way from the new encoder into the inner model is off and not computed; with
-        `init="random"` gradients cross the frozen core.
-
-        Raises:
-            `ValueError`: if that way was trained before, since to switch it off would change the model's answers.
+        gradient from here on; with `init="random"` gradients cross the frozen core.
         """
-        outermost = self.stages[-1]
-        conv = outermost.conv_to_inner
-        trained = not conv.weight.is_meta and bool(conv.weight.any() or conv.bias.any())
-        if outermost.preserves and trained:
-            raise ValueError(
-                "The core cannot be frozen any more: after a joint phase the outermost stage feeds it, and freezing "
-                "would cut that off. Go on training jointly, or grow again and freeze then."
-            )
         self.requires_grad_(False)
-        outermost.requires_grad_(True)
-        if outermost.preserves:
-            outermost.conv_to_inner.requires_grad_(False)
+        self.stages[-1].requires_grad_(True)
         self.core_frozen = True
 
     def unfreeze_core(self) -> None:
@@ -542,25 +524,22 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
         inner_grad_enabled = grad_enabled and not (self.core_frozen and self.stages[-1].preserves)
 
-        def run(level: int, state: torch.Tensor, state_sigma: torch.Tensor, additional_features: torch.Tensor | None):
+        def run(level: int, state: torch.Tensor, state_sigma: torch.Tensor, features: torch.Tensor | None = None):
             """The core, which is level 0, or a stage with all that is inside it."""
             outermost = level == len(self.stages)
             with torch.set_grad_enabled(grad_enabled if outermost else inner_grad_enabled):
                 if level == 0:
-                    return run_core(state, state_sigma, additional_features)
-                stage = self.stages[level - 1]
-                return stage(
+                    return run_core(state, state_sigma, features)
+                return self.stages[level - 1](
                     state,
                     state_sigma,
-                    additional_features,
                     encoder_hidden_states,
                     encoder_attention_mask,
                     inner=partial(run, level - 1),
-                    feeds_inner=not (outermost and self.core_frozen and stage.preserves),
                     dtype=self.dtype,
                 )
 
-        def run_core(state: torch.Tensor, state_sigma: torch.Tensor, additional_features: torch.Tensor | None):
+        def run_core(state: torch.Tensor, state_sigma: torch.Tensor, features: torch.Tensor | None):
             """The core; with a `guide` for both texts at once."""
             hidden_states, attention_mask = encoder_hidden_states, encoder_attention_mask
             if guide is not None:
@@ -568,15 +547,13 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 if encoder_attention_mask is not None:
                     attention_mask = torch.cat([encoder_attention_mask, negative_encoder_attention_mask])
                 state, state_sigma = torch.cat([state, state]), torch.cat([state_sigma, state_sigma])
-                if additional_features is not None:
-                    additional_features = torch.cat([additional_features, additional_features])
             inner = self.core(
                 state,
                 1000 * state_sigma,
                 hidden_states,
                 attention_mask,
                 cross_attention_kwargs=cross_attention_kwargs,
-                additional_features=additional_features,
+                features=features,
                 text_cache=text_cache,
             )
             if guide is None:
@@ -587,7 +564,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         state, state_sigma = sample, sigma
         for stage in reversed(self.stages[num_stages:]):
             state, state_sigma = descend(state, state_sigma, stage.factor)
-        pred_original_sample, features = run(num_stages, state, state_sigma, None)
+        pred_original_sample, features = run(num_stages, state, state_sigma)
         if num_stages < len(self.stages):
             pred_original_sample = upsample(pred_original_sample, height // pred_original_sample.shape[-2])
 

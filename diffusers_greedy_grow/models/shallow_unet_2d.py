@@ -167,7 +167,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         encoder_attention_mask: torch.Tensor | None = None,
         cross_attention_kwargs: dict | None = None,
         return_dict: bool = True,
-        additional_features: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
         text_cache: TextCache | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
@@ -184,8 +184,8 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
                 `scale` scales the LoRA layers; the rest goes to the attention processors.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
-            additional_features (`torch.Tensor` of shape `(B, hidden_size, H / patch_size, W / patch_size)`, *optional*):
-                Added to the first features: what a growth stage around this model has to say to it.
+            features (`torch.Tensor` of shape `(B, hidden_size, H / patch_size, W / patch_size)`, *optional*):
+                What the transformer starts from, inside a model grown with `init="random"`; else the entry makes it.
             text_cache ([`TextCache`], *optional*):
                 The text's keys and values, kept over calls with the same text. Not used while gradients are enabled:
                 what is kept would be of one step's graph, and what is read would have none.
@@ -213,12 +213,9 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
 
         # 2. Entry: to the grid at once. Inside a model grown with `init="random"` the encoder has already done it.
         if self.conv_in is not None:
-            hidden_states = self.conv_in(sample.to(self.dtype))
-            if additional_features is not None:
-                hidden_states = hidden_states + additional_features.to(hidden_states.device)
-            hidden_states = self.resnet_in(hidden_states, temb)
+            hidden_states = self.resnet_in(self.conv_in(sample.to(self.dtype)), temb)
         else:
-            hidden_states = additional_features
+            hidden_states = features
 
         # 3. Transformer, on tokens (B, N, hidden_size)
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()

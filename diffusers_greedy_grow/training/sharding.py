@@ -28,7 +28,7 @@ from .arguments import TrainingArguments
 
 
 # Classes whose parameters are gathered at once. The inner model and each stage are among them, so that no unit mixes what
-# a detail phase freezes with what it trains; all but the stage's way inwards, which is a single small convolution.
+# a detail phase freezes with what it trains.
 UNITS = ("ShallowUNet2DModel", "GrowthStage", "GreedyGrowTransformerBlock", "ResnetBlock2D")
 
 

@@ -207,7 +207,7 @@ def test_the_detail_phase_leaves_the_inner_model_alone(core):
     for name, value in core.state_dict().items():
         assert torch.equal(grown.core.state_dict()[name], value), name
     changed = {name for name, value in grown.stages[0].state_dict().items() if not torch.equal(value, new[name])}
-    assert changed == {name for name in new if not name.startswith("conv_to_inner")}
+    assert changed == set(new)
 
     # Growing again: the stage that was outermost is now inside, and is left alone as well.
     again = GrowableUNet2DConditionModel.from_core(grown, 64, block_out_channels=(8,))
@@ -219,10 +219,8 @@ def test_the_detail_phase_leaves_the_inner_model_alone(core):
 
 def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
     grown = make_grown(core)
-    torch.nn.init.zeros_(grown.stages[0].conv_to_inner.weight)
-    torch.nn.init.zeros_(grown.stages[0].conv_to_inner.bias)
     inside = []
-    for module in (*grown.core.modules(), grown.stages[0].conv_to_inner):
+    for module in grown.core.modules():
         module.register_forward_hook(lambda module, args, output: inside.append(output))
     inputs = make_inputs(height=32, width=32)
 
@@ -231,7 +229,7 @@ def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
     tensors = [tensor for tensor in inside if isinstance(tensor, torch.Tensor)]
     assert len(tensors) > 20 and not any(tensor.requires_grad for tensor in tensors)
     trained = {name for name, parameter in grown.named_parameters() if parameter.grad is not None}
-    assert trained == {n for n, _ in grown.named_parameters() if n.startswith("stages.0") and "to_inner" not in n}
+    assert trained == {name for name, _ in grown.named_parameters() if name.startswith("stages.0")}
     assert "stages.0.text_proj.weight" in trained
 
     inside.clear()
@@ -280,20 +278,25 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert peak["frozen"] < 0.5 * peak["unfrozen"], peak
 
 
-def test_the_joint_phase_feeds_the_encoder_to_the_core(core):
+def test_after_the_joint_phase_the_core_still_answers_by_itself(core):
+    """It has trained along, on nothing but pooled states: at its own resolution it is a whole model, and it can be frozen again."""
     grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24))
-    conv = grown.stages[0].conv_to_inner
-    assert not conv.weight.any() and not conv.bias.any()
-    calls = []
-    conv.register_forward_hook(lambda *args: calls.append(args))
-    grown.freeze_core()
-    train(grown, steps=1)
-    assert not calls
     grown.unfreeze_core()
     train(grown)
-    assert calls and conv.weight.any()
-    with pytest.raises(ValueError, match="The core cannot be frozen any more"):
-        grown.freeze_core()
+    inputs = make_inputs(height=32, width=32)
+    with torch.no_grad():
+        alone, before = inner_answer(grown.core, inputs, 2), inner_answer(core, inputs, 2)
+        inside = grown(**inputs, num_stages=0).pred_original_sample
+        assert not torch.allclose(alone, before)
+        torch.testing.assert_close(inside, upsample(alone, 2), atol=1e-5, rtol=1e-5)
+        # All that the stage adds to it is its decoder's.
+        torch.nn.init.zeros_(grown.stages[0].decoder.conv_out.weight)
+        torch.nn.init.zeros_(grown.stages[0].decoder.conv_out.bias)
+        torch.testing.assert_close(grown(**inputs).pred_original_sample, inside, atol=1e-5, rtol=1e-5)
+    grown.freeze_core()
+    trained = copy.deepcopy(grown.core.state_dict())
+    train(grown)
+    assert all(torch.equal(grown.core.state_dict()[name], value) for name, value in trained.items())
 
 
 def test_parameter_groups(grown):
