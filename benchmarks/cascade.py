@@ -35,7 +35,7 @@ from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw, held_out, make_noise,
 from benchmarks.queue_of_runs import NARROW, WIDE
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma, upsample, velocity_from_clean
+from diffusers_greedy_grow.flow import SIGMA_MIN, add_noise, enlarge, expand, pool, sample_sigma, velocity_from_clean
 from diffusers_greedy_grow.training import (
     CaptionedPictures,
     EpochOrder,
@@ -79,7 +79,7 @@ def count_flops(resolution: int, channels: tuple[int, ...], cross_attention_dim:
 
 def predict(unet, x: torch.Tensor, sigma: torch.Tensor, low: torch.Tensor, factor: int, **text) -> torch.Tensor:
     """The clean picture: the enlarged low-resolution one and what the UNet adds."""
-    enlarged = upsample(low, factor)
+    enlarged = enlarge(low, factor)
     detail = unet(torch.cat([x, enlarged], dim=1), 1000 * sigma, return_dict=False, **text)[0]
     return enlarged + detail.float()
 

@@ -17,7 +17,7 @@ The process: rectified flow in pixel space, and the law that connects its resolu
 
 Notation: a clean picture `x0` of shape `(B, C, H, W)` in `[-1, 1]`; the noise level `sigma` in `(0, 1]`, a tensor of
 shape `(B,)`; noise `e ~ N(0, I)`; the noisy state `x = (1 - sigma) x0 + sigma e`; the flow velocity `u = e - x0`.
-`P` is `factor x factor` average pooling, `U` nearest-neighbour upsampling by `factor`; `P U = I`.
+`P` is `factor x factor` average pooling, `U` nearest-neighbour upsampling by `factor`, `S` a smooth one; `P U = P S = I`.
 
 Averaging `factor ** 2` independent noises divides their standard deviation by `factor`. So a pooled state is, up to a
 scale `n`, a state of the same process at the low resolution, at the lower noise level `sigma_in`:
@@ -96,6 +96,15 @@ def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
     """`U`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)` by repeating each pixel."""
     # "nearest" reads at `i / factor`, which rounding may put below a whole number (factor 41); this, half a pixel on.
     return F.interpolate(x, scale_factor=float(factor), mode="nearest-exact")
+
+
+def enlarge(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """
+    `S`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)`, smoothly, and `P S = I` all the same: bilinear interpolation,
+    plus in each block what pooling it is off by. Pictures hold a fifth to a half less beyond `S P x0` than beyond `U P x0`.
+    """
+    smooth = F.interpolate(x, scale_factor=float(factor), mode="bilinear")
+    return smooth + upsample(x - pool(smooth, factor), factor)
 
 
 def high_band(x: torch.Tensor, factor: int) -> torch.Tensor:

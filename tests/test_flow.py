@@ -39,7 +39,8 @@ def random_case(factor: int, seed: int):
 class TestLaw:
     def test_pooling_undoes_upsampling(self, factor, seed):
         x, _, _ = random_case(factor, seed)
-        torch.testing.assert_close(flow.pool(flow.upsample(x, factor), factor), x, atol=1e-6, rtol=0)
+        for enlarged in (flow.upsample(x, factor), flow.enlarge(x, factor)):
+            torch.testing.assert_close(flow.pool(enlarged, factor), x, atol=1e-5, rtol=0)
 
     def test_the_high_band_pools_to_nothing(self, factor, seed):
         x, _, _ = random_case(factor, seed)
@@ -153,6 +154,15 @@ def test_upsampling_repeats_pixels_whatever_the_factor():
     for factor in range(2, 129):
         expected = x.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
         assert torch.equal(flow.upsample(x, factor), expected), factor
+
+
+def test_enlarging_is_smooth():
+    """A slope stays one: its steps are `factor` times smaller, where repeating pixels leaves steps of the old size."""
+    for factor in FACTORS:
+        slope = torch.arange(8.0).expand(1, 1, 4, 8)
+        steps = flow.enlarge(slope, factor).diff(dim=-1)[..., 2 * factor : -2 * factor]
+        torch.testing.assert_close(steps, torch.full_like(steps, 1 / factor))
+        assert flow.upsample(slope, factor).diff(dim=-1).max() == 1
 
 
 def test_pooling_says_what_does_not_fit():

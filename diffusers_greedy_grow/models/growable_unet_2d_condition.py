@@ -30,7 +30,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub.errors import HTTPError
 
-from ..flow import descend, upsample, velocity_from_clean
+from ..flow import descend, enlarge, velocity_from_clean
 from ..hub import (
     ModelHubMixin,
     add_to_lineage,
@@ -126,7 +126,7 @@ class GrowthStage(nn.Module):
         detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb)
         detail = detail.to(sample.dtype)
         if self.preserves:
-            detail = upsample(pred_original_sample.to(sample.device), self.factor) + detail
+            detail = enlarge(pred_original_sample.to(sample.device), self.factor) + detail
         return detail, features
 
 
@@ -135,12 +135,12 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
     A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
     section 4). Made by [`~GrowableUNet2DConditionModel.from_core`]; the constructor is what loading uses.
 
-    With `init="preserve"` one stage around an inner model computes, with the pooling `P`, the upsampling `U` and the
+    With `init="preserve"` one stage around an inner model computes, with the pooling `P`, the smooth upsampling `S` and the
     scale `n` of [`flow`](flow.py),
 
         x_in   = P x / n(sigma)                     # a state of the inner model's own process, at sigma_in
         x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean picture
-        x0_hat = U x0_in + detail(x, features, sigma)
+        x0_hat = S x0_in + detail(x, features, sigma)
 
     where `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, to the bit of
     rounding. With `init="random"`, the paper's recipe, the first stage has no such side path: its encoder feeds the
@@ -475,7 +475,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
             num_stages (`int`, *optional*):
                 How many of the growth stages take part, from the innermost; all by default. Stages that do not add no
-                detail: with 0, the prediction is `U x0_in`, the core's own. What a state of high noise deserves, in
+                detail: with 0, the prediction is `S x0_in`, the core's own. What a state of high noise deserves, in
                 which detail cannot be seen yet, at a fraction of the cost.
             negative_encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
                 Text to steer away from, at the core's resolution: the core answers for it as well, and the stages
@@ -565,10 +565,10 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         for stage in reversed(self.stages[num_stages:]):
             state, state_sigma = descend(state, state_sigma, stage.factor)
         pred_original_sample, features = run(num_stages, state, state_sigma)
-        if num_stages < len(self.stages):
-            pred_original_sample = upsample(pred_original_sample, height // pred_original_sample.shape[-2])
-
         pred_original_sample = pred_original_sample.to(sample.device)
+        for stage in self.stages[num_stages:]:
+            pred_original_sample = enlarge(pred_original_sample, stage.factor)
+
         velocity = velocity_from_clean(sample, pred_original_sample, sigma).to(sample.dtype)
         if not return_dict:
             return (velocity,)

@@ -172,14 +172,14 @@ class GrowthArguments:
     core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
     offload_ema: bool = field(default=False, metadata={"help": "Keep that average in the CPU's memory."})
     logit_mean: list[float] = field(
-        default_factory=lambda: [1.0, 0.3],
+        default_factory=lambda: [1.0, -0.7],
         metadata={
             "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
             "are over the first one's levels, whichever resolution trains."
         },
     )
     logit_std: list[float] = field(
-        default_factory=lambda: [1.0, 1.1], metadata={"help": "Its standard deviation, at each resolution."}
+        default_factory=lambda: [1.0, 1.3], metadata={"help": "Its standard deviation, at each resolution."}
     )
     loss_weighting: list[str] = field(
         default_factory=lambda: ["velocity", "clean"],
