@@ -30,7 +30,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub.errors import HTTPError
 
-from ..flow import descend, enlarge, velocity_from_clean
+from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub import (
     ModelHubMixin,
     add_to_lineage,
@@ -475,7 +475,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
             num_stages (`int`, *optional*):
                 How many of the growth stages take part, from the innermost; all by default. Stages that do not add no
-                detail: with 0, the prediction is `S x0_in`, the core's own. What a state of high noise deserves, in
+                detail: with 0, the prediction is `U x0_in`, the core's own. What a state of high noise deserves, in
                 which detail cannot be seen yet, at a fraction of the cost.
             negative_encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
                 Text to steer away from, at the core's resolution: the core answers for it as well, and the stages
@@ -565,10 +565,11 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         for stage in reversed(self.stages[num_stages:]):
             state, state_sigma = descend(state, state_sigma, stage.factor)
         pred_original_sample, features = run(num_stages, state, state_sigma)
-        pred_original_sample = pred_original_sample.to(sample.device)
-        for stage in self.stages[num_stages:]:
-            pred_original_sample = enlarge(pred_original_sample, stage.factor)
+        # `U`, not `S`: what the stages that are left out would draw stays out of the state altogether, until they set in.
+        if num_stages < len(self.stages):
+            pred_original_sample = upsample(pred_original_sample, height // pred_original_sample.shape[-2])
 
+        pred_original_sample = pred_original_sample.to(sample.device)
         velocity = velocity_from_clean(sample, pred_original_sample, sigma).to(sample.dtype)
         if not return_dict:
             return (velocity,)
