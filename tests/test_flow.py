@@ -39,8 +39,11 @@ def random_case(factor: int, seed: int):
 class TestLaw:
     def test_pooling_undoes_upsampling(self, factor, seed):
         x, _, _ = random_case(factor, seed)
-        for enlarged in (flow.upsample(x, factor), flow.enlarge(x, factor)):
-            torch.testing.assert_close(flow.pool(enlarged, factor), x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(flow.pool(flow.upsample(x, factor), factor), x, atol=1e-6, rtol=0)
+
+    def test_pooling_undoes_enlarging(self, factor, seed):
+        x, _, _ = random_case(factor, seed)
+        torch.testing.assert_close(flow.pool(flow.enlarge(x, factor), factor), x, atol=1e-6, rtol=0)
 
     def test_the_high_band_pools_to_nothing(self, factor, seed):
         x, _, _ = random_case(factor, seed)
