@@ -57,8 +57,8 @@ STEPS = {
     "core first": {"core_first": "auto"},
     "bfloat16": {"bfloat16": True},
     "compiled blocks": {"compiled": True},
+    "guidance in the first 80 % of steps": {"stop": 0.8},  # the pipeline's default
     "guidance at the core": {"guidance_resolution": "core"},
-    "guidance in the first 60 % of steps": {"stop": 0.6},
 }
 
 
