@@ -72,7 +72,8 @@ LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "los
 class Arm:
     """
     How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core. `init` is
-    that of growing, or `"cascade"`; `wide` see `growth_job`. `options` are further arguments of grow.py.
+    that of growing, or `"cascade"`; `wide` see `growth_job`. `options` are further arguments of grow.py, and `scale` is for
+    arms that have not as many operations as the others.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Arm:
     num_seeds: int = 3
     options: dict = field(default_factory=dict)
     two_stages: bool = False
+    scale: float = 1.0
 
 
 # What stages trained at before; lower noise, which ours is better with, is better for scratch too.
@@ -101,6 +103,7 @@ ARMS = (
     Arm("ours, short detail phase", "preserve", 5 / 12, 0.25, True),
     Arm("ours, long detail phase", "preserve", 5 / 12, 0.75, True),
     Arm("ours, detail phase only", "preserve", 5 / 12, 1.0, True),
+    Arm("ours, detail phase only, half of the operations", "preserve", 1 / 2, 1.0, True, scale=0.5),
     Arm("ours, long detail phase, the core's noise levels", "preserve", 5 / 12, 0.75, False, num_seeds=1),
     Arm("ours, detail phase only, 21 % on the core", "preserve", 5 / 24, 1.0, True, num_seeds=1),
     Arm("ours, detail phase only, 67 % on the core", "preserve", 2 / 3, 1.0, True, num_seeds=1),
@@ -133,7 +136,7 @@ def make_jobs(
     setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float = 1.0, **more
 ) -> list[Job]:
     """The run of one arm and seed, and before it the core that it grows, which others share; `more` is for grow.py."""
-    flops = scale * TOTAL_FLOPS
+    flops = scale * arm.scale * TOTAL_FLOPS
     if arm.two_stages:
         if setting.factor == 2:
             return []

@@ -173,7 +173,7 @@ def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
 # Runs of grow.py
 
 COMMON = {"num_validation_pictures": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
-CORE_BATCH_SIZE = 32
+CORE_BATCH_SIZE = 16
 NARROW = {"logit_mean": [1.0], "logit_std": [1.0], "loss_weighting": ["velocity"]}
 WIDE = {"logit_mean": [1.0, -0.7], "logit_std": [1.0, 1.3], "loss_weighting": ["velocity", "clean"]}
 

@@ -48,8 +48,8 @@ from .shallow_unet_2d import ShallowUNet2DModel, check_text
 class GrowthStage(nn.Module):
     """
     What one growth adds around an inner model: an encoder and a decoder. With `init="preserve"` the inner model answers for
-    the pooled state, as it does alone, and the decoder adds to its answer. With `init="random"` it is a transformer only,
-    between encoder and decoder.
+    the pooled state, as it does alone; the encoder sees its answer beside the state, and the decoder adds to it. With
+    `init="random"` it is a transformer only, between encoder and decoder.
 
     Its residual blocks are conditioned on the noise level and on the mean of the text embeddings: a core that never
     saw detail has learned to ignore the words for it, and while it is frozen it cannot pass them on.
@@ -75,7 +75,8 @@ class GrowthStage(nn.Module):
         if cross_attention_dim is not None:
             self.norm_text = nn.RMSNorm(cross_attention_dim, eps=1e-6)
             self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
-        self.encoder = GrowthEncoder(in_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
+        seen_channels = in_channels + (out_channels if self.preserves else 0)
+        self.encoder = GrowthEncoder(seen_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
         if not self.preserves:
             self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_channels, kernel_size=1)
         self.decoder = GrowthDecoder(
@@ -113,21 +114,23 @@ class GrowthStage(nn.Module):
         `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
         picture, and with its features. It starts from the encoder's `features` where it has no entry of its own.
         """
-        # 1. Encoder
         temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype)
-        hidden_states, skips = self.encoder(sample.to(dtype), temb)
+        inner_state = descend(sample, sigma, self.factor)
+        if not self.preserves:
+            hidden_states, skips = self.encoder(sample.to(dtype), temb)
+            _, features = inner(*inner_state, self.conv_to_inner(hidden_states))
+            detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb)
+            return detail.to(sample.dtype), features
 
-        # 2. What is inside, on the state of its own level, which is all that a whole model hears. To add the encoder's features
-        # to its first ones, from zero on, undid what it had learned as soon as all trained, and cost an eighth of the loss.
-        to_inner = None if self.preserves else self.conv_to_inner(hidden_states)
-        pred_original_sample, features = inner(*descend(sample, sigma, self.factor), to_inner)
+        # 1. What is inside, on the state of its own level, which is all that it hears. To add the encoder's features to its
+        # first ones, from zero on, undid what it had learned as soon as all trained, and cost an eighth of the loss.
+        pred_original_sample, features = inner(*inner_state, None)
 
-        # 3. Decoder, which adds its detail to the picture so far; by a device map, that may come from another device
+        # 2. Around it: detail, drawn from the state and from the picture so far. By a device map, that may come from another device
+        picture = enlarge(pred_original_sample.to(sample.device), self.factor)
+        hidden_states, skips = self.encoder(torch.cat([sample, picture], dim=1).to(dtype), temb)
         detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb)
-        detail = detail.to(sample.dtype)
-        if self.preserves:
-            detail = enlarge(pred_original_sample.to(sample.device), self.factor) + detail
-        return detail, features
+        return picture + detail.to(sample.dtype), features
 
 
 class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -140,7 +143,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         x_in   = P x / n(sigma)                     # a state of the inner model's own process, at sigma_in
         x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean picture
-        x0_hat = S x0_in + detail(x, features, sigma)
+        x0_hat = S x0_in + detail(x, S x0_in, features, sigma)
 
     where `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, to the bit of
     rounding. With `init="random"`, the paper's recipe, the first stage has no such side path: its encoder feeds the

@@ -85,13 +85,32 @@ def test_guidance_at_the_core(num_stages):
         seen.append((pred, negative_pred))
         return pred + 2 * (pred - negative_pred)
 
-    plain = grown(**inputs, num_stages=num_stages).pred_original_sample
     guided = grown(**inputs, num_stages=num_stages, **negative, guide=guide).pred_original_sample
     ((pred, negative_pred),) = seen
     assert pred.shape == (2, 3, 16, 16) and not torch.allclose(pred, negative_pred, atol=0.01)
-    # The stage adds the same detail as without guidance.
-    expected = plain + 2 * (enlarge if num_stages else upsample)(pred - negative_pred, 2)
+    expected = guide(pred, negative_pred)
+    if num_stages == 0:
+        expected = upsample(expected, 2)
+    else:  # the stage goes on from the guided picture, and from the core's features for the text
+        text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
+        sigma, features = inputs["timestep"] / 1000, grown(**inputs, num_stages=0).features
+        inner = (expected, features)
+        expected, _ = grown.stages[0](inputs["sample"], sigma, *text, lambda *state: inner, torch.float32)
     torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_stage_sees_the_picture_so_far():
+    stage, inputs = make_grown().stages[0], make_inputs(height=32, width=32)
+    text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
+    details = []
+    for picture in (torch.zeros(2, 3, 16, 16), make_inputs(seed=1)["sample"]):
+        inner = (picture, torch.zeros(2, 32, 4, 4))
+        answer, _ = stage(
+            inputs["sample"], inputs["timestep"] / 1000, *text, lambda *state, inner=inner: inner, torch.float32
+        )
+        details.append(answer - enlarge(picture, 2))
+    assert (details[0] - details[1]).abs().mean() > 0.01
 
 
 @torch.no_grad()
