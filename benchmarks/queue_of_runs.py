@@ -195,6 +195,7 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
             "core_steps": steps,
             "detail_steps": [0],
             "joint_steps": [0],
+            "train_batch_size": [CORE_BATCH_SIZE],
             "validation_steps": max(steps // 4, 1),
         },
         keys={"arm": "core", "seed": seed, "flops": steps * CORE_BATCH_SIZE * cost},

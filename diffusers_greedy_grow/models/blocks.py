@@ -291,6 +291,33 @@ def residual_block(in_channels: int, out_channels: int, temb_channels: int) -> R
     return block
 
 
+class TextAttention(nn.Module):
+    """
+    Cross-attention of features `(B, C, H, W)` to the text's tokens `(B, L, cross_attention_dim)`, which is added to them.
+    """
+
+    def __init__(self, channels: int, cross_attention_dim: int):
+        super().__init__()
+        self.norm = GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+        self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6)
+        self.attn = GreedyGrowAttention(channels, channels // math.gcd(channels, 64), cross_attention_dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
+        attn_output = self.attn(
+            self.norm(hidden_states).flatten(2).transpose(1, 2),
+            encoder_hidden_states=self.norm_encoder(encoder_hidden_states),
+            attention_mask=encoder_attention_mask,
+        )
+        return hidden_states + attn_output.transpose(1, 2).reshape_as(hidden_states)
+
+
 class GrowthEncoder(nn.Module):
     """
     From a state `(B, C, H, W)` down to features on the inner model's grid: a patch convolution, then for each entry of
@@ -334,8 +361,9 @@ class GrowthEncoder(nn.Module):
 
 class GrowthDecoder(nn.Module):
     """
-    From the inner model's last features up to the detail `(B, C, H, W)`: the mirror image of [`GrowthEncoder`], with
-    its skip connections. The last convolution starts at zero, so a new stage adds nothing.
+    From the inner model's last features up to the detail `(B, C, H, W)`: a look at the text on the inner model's grid, then
+    the mirror image of [`GrowthEncoder`], with its skip connections. The last convolution starts at zero, so a new stage adds
+    nothing.
     """
 
     def __init__(
@@ -346,12 +374,16 @@ class GrowthDecoder(nn.Module):
         block_out_channels: tuple[int, ...],
         layers_per_block: int,
         temb_channels: int,
+        cross_attention_dim: int | None,
     ):
         super().__init__()
         self.patch_size = patch_size
         channels = block_out_channels[-1]
         self.norm_inner = GroupNorm(math.gcd(32, inner_channels), inner_channels, eps=1e-6)
         self.conv_inner = nn.Conv2d(inner_channels + channels, channels, kernel_size=1)
+        self.text_attn = None
+        if cross_attention_dim is not None:
+            self.text_attn = TextAttention(channels, cross_attention_dim)
         self.up_blocks = nn.ModuleList()
         for block_channels in reversed(block_out_channels):
             resnets = [residual_block(channels + block_channels, block_channels, temb_channels)]
@@ -372,10 +404,14 @@ class GrowthDecoder(nn.Module):
         hidden_states: torch.Tensor,
         skips: list[torch.Tensor],
         temb: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the detail `(B, C, H, W)` and the last features `(B, block_out_channels[0], h, w)`."""
         hidden_states = torch.cat([self.norm_inner(inner_features), hidden_states], dim=1)
         hidden_states = self.conv_inner(hidden_states)
+        if self.text_attn is not None:
+            hidden_states = self.text_attn(hidden_states, encoder_hidden_states, encoder_attention_mask)
 
         for block, skip in zip(self.up_blocks, reversed(skips)):
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")

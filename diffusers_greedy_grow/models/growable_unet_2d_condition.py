@@ -51,8 +51,8 @@ class GrowthStage(nn.Module):
     the pooled state, as it does alone; the encoder sees its answer beside the state, and the decoder adds to it. With
     `init="random"` it is a transformer only, between encoder and decoder.
 
-    Its residual blocks are conditioned on the noise level and on the mean of the text embeddings: a core that never
-    saw detail has learned to ignore the words for it, and while it is frozen it cannot pass them on.
+    The decoder looks at the text itself: a core that never saw detail has learned to ignore the words for it, and while it is
+    frozen it cannot pass them on.
     """
 
     def __init__(
@@ -72,34 +72,19 @@ class GrowthStage(nn.Module):
         temb_channels = 4 * block_out_channels[0]
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, temb_channels)
-        if cross_attention_dim is not None:
-            self.norm_text = nn.RMSNorm(cross_attention_dim, eps=1e-6)
-            self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
         seen_channels = in_channels + (out_channels if self.preserves else 0)
         self.encoder = GrowthEncoder(seen_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
         if not self.preserves:
             self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_channels, kernel_size=1)
         self.decoder = GrowthDecoder(
-            out_channels, patch_size, inner_channels, block_out_channels, layers_per_block, temb_channels
+            out_channels,
+            patch_size,
+            inner_channels,
+            block_out_channels,
+            layers_per_block,
+            temb_channels,
+            cross_attention_dim,
         )
-
-    def embed(
-        self,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """What conditions the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the text."""
-        time_dtype = get_parameter_dtype(self.time_embedding)
-        temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
-        if encoder_hidden_states is None:
-            return temb
-        text = encoder_hidden_states.to(dtype)
-        if encoder_attention_mask is not None:
-            text = text * encoder_attention_mask.to(dtype).unsqueeze(-1)
-        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it.
-        return temb + self.text_proj(self.norm_text(text.sum(dim=1)))
 
     def forward(
         self,
@@ -114,12 +99,14 @@ class GrowthStage(nn.Module):
         `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
         picture, and with its features. It starts from the encoder's `features` where it has no entry of its own.
         """
-        temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype)
+        time_dtype = get_parameter_dtype(self.time_embedding)
+        temb = self.time_embedding(self.time_proj(1000 * sigma).to(time_dtype)).to(dtype)
+        text = (None if encoder_hidden_states is None else encoder_hidden_states.to(dtype), encoder_attention_mask)
         inner_state = descend(sample, sigma, self.factor)
         if not self.preserves:
             hidden_states, skips = self.encoder(sample.to(dtype), temb)
             _, features = inner(*inner_state, self.conv_to_inner(hidden_states))
-            detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb)
+            detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb, *text)
             return detail.to(sample.dtype), features
 
         # 1. What is inside, on the state of its own level, which is all that it hears. To add the encoder's features to its
@@ -129,7 +116,7 @@ class GrowthStage(nn.Module):
         # 2. Around it: detail, drawn from the state and from the picture so far. By a device map, that may come from another device
         picture = enlarge(pred_original_sample.to(sample.device), self.factor)
         hidden_states, skips = self.encoder(torch.cat([sample, picture], dim=1).to(dtype), temb)
-        detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb)
+        detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb, *text)
         return picture + detail.to(sample.dtype), features
 
 

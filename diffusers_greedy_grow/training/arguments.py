@@ -289,8 +289,8 @@ class LoraArguments(PictureArguments, LoopArguments):
     lora_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "How the names of the layers to adapt end. By default to_q, to_k, to_v and to_out.0, the core's attention; "
-            "of a grown model also its residual blocks' conv1 and conv2, and text_proj."
+            "help": "How the names of the layers to adapt end. By default to_q, to_k, to_v and to_out.0, all attention; of a grown "
+            "model also its residual blocks' conv1 and conv2."
         },
     )
     max_train_steps: int = field(default=500, metadata={"help": "Steps to train."})

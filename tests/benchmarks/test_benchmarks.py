@@ -96,14 +96,14 @@ def test_the_arms_of_a_comparison_cost_the_same():
                 flops += arguments["steps"] * arguments["batch_size"] * cost
                 continue
             if job.keys["arm"] == "core":
-                flops += arguments["core_steps"] * 32 * costs["core"].train_flops
+                flops += arguments["core_steps"] * arguments["train_batch_size"][0] * costs["core"].train_flops
             elif arm.two_stages:
                 flops += count_two_stages(setting, arguments)
             else:
                 batch = arguments["train_batch_size"][1]
                 flops += arguments["detail_steps"][0] * batch * costs["detail"].train_flops
                 flops += arguments["joint_steps"][0] * batch * costs["joint"].train_flops
-        assert flops == pytest.approx(grow_vs_scratch.TOTAL_FLOPS, rel=0.002), arm.name
+        assert flops == pytest.approx(arm.scale * grow_vs_scratch.TOTAL_FLOPS, rel=0.002), arm.name
 
 
 def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
     assert len(tensors) > 20 and not any(tensor.requires_grad for tensor in tensors)
     trained = {name for name, parameter in grown.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in grown.named_parameters() if name.startswith("stages.0")}
-    assert "stages.0.text_proj.weight" in trained
+    assert "stages.0.decoder.text_attn.attn.to_k.weight" in trained
 
     inside.clear()
     grown.unfreeze_core()
@@ -272,7 +272,7 @@ def test_the_stage_reads_the_text_itself(core):
     other = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].flip(0)}
     assert not torch.allclose(deaf, expected) and before.std() > 0
     assert not torch.allclose(grown(**other).pred_original_sample, deaf)
-    grown.stages[0].text_proj.weight.zero_()
+    grown.stages[0].decoder.text_attn.attn.to_out[0].weight.zero_()
     torch.testing.assert_close(grown(**other).pred_original_sample, grown(**inputs).pred_original_sample)
 
 
