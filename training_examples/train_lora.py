@@ -111,7 +111,7 @@ def add_adapter(unet: torch.nn.Module, args: LoraArguments) -> list[tuple[str, t
     else:
         layers = ["to_q", "to_k", "to_v", "to_out.0"]  # the core's attention: every model grown from it has it
         if len(unet.sample_sizes) > 1:
-            layers += ["conv1", "conv2"]
+            layers += ["conv1", "conv2", "text_proj"]
     unet.requires_grad_(False)
     alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=layers))

@@ -51,8 +51,8 @@ class GrowthStage(nn.Module):
     the pooled state, as it does alone; the encoder sees its answer beside the state, and the decoder adds to it. With
     `init="random"` it is a transformer only, between encoder and decoder.
 
-    The decoder looks at the text itself: a core that never saw detail has learned to ignore the words for it, and while it is
-    frozen it cannot pass them on.
+    It reads the text itself, since a core that never saw detail has learned to ignore the words for it, and while it is frozen
+    cannot pass them on: all residual blocks by its mean, and the decoder word by word, which tells apart what the mean blurs.
     """
 
     def __init__(
@@ -72,6 +72,9 @@ class GrowthStage(nn.Module):
         temb_channels = 4 * block_out_channels[0]
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, temb_channels)
+        if cross_attention_dim is not None:
+            self.norm_text = nn.RMSNorm(cross_attention_dim, eps=1e-6)
+            self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
         seen_channels = in_channels + (out_channels if self.preserves else 0)
         self.encoder = GrowthEncoder(seen_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
         if not self.preserves:
@@ -86,6 +89,23 @@ class GrowthStage(nn.Module):
             cross_attention_dim,
         )
 
+    def embed(
+        self,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """What conditions the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the text."""
+        time_dtype = get_parameter_dtype(self.time_embedding)
+        temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
+        if encoder_hidden_states is None:
+            return temb
+        if encoder_attention_mask is not None:
+            encoder_hidden_states = encoder_hidden_states * encoder_attention_mask.to(dtype).unsqueeze(-1)
+        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it.
+        return temb + self.text_proj(self.norm_text(encoder_hidden_states.sum(dim=1)))
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -99,9 +119,8 @@ class GrowthStage(nn.Module):
         `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
         picture, and with its features. It starts from the encoder's `features` where it has no entry of its own.
         """
-        time_dtype = get_parameter_dtype(self.time_embedding)
-        temb = self.time_embedding(self.time_proj(1000 * sigma).to(time_dtype)).to(dtype)
         text = (None if encoder_hidden_states is None else encoder_hidden_states.to(dtype), encoder_attention_mask)
+        temb = self.embed(1000 * sigma, *text, dtype)
         inner_state = descend(sample, sigma, self.factor)
         if not self.preserves:
             hidden_states, skips = self.encoder(sample.to(dtype), temb)

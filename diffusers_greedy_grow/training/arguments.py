@@ -290,7 +290,7 @@ class LoraArguments(PictureArguments, LoopArguments):
         default=None,
         metadata={
             "help": "How the names of the layers to adapt end. By default to_q, to_k, to_v and to_out.0, all attention; of a grown "
-            "model also its residual blocks' conv1 and conv2."
+            "model also its residual blocks' conv1 and conv2, and text_proj."
         },
     )
     max_train_steps: int = field(default=500, metadata={"help": "Steps to train."})

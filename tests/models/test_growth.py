@@ -272,6 +272,9 @@ def test_the_stage_reads_the_text_itself(core):
     other = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"].flip(0)}
     assert not torch.allclose(deaf, expected) and before.std() > 0
     assert not torch.allclose(grown(**other).pred_original_sample, deaf)
+    grown.stages[0].text_proj.weight.zero_()
+    one_way = grown(**inputs).pred_original_sample
+    assert not torch.allclose(grown(**other).pred_original_sample, one_way)
     grown.stages[0].decoder.text_attn.attn.to_out[0].weight.zero_()
     torch.testing.assert_close(grown(**other).pred_original_sample, grown(**inputs).pred_original_sample)
 
