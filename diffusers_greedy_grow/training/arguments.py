@@ -160,7 +160,7 @@ class GrowthArguments:
     plan_processes: int | None = field(
         default=None, metadata={"help": "Plan for so many processes; by default for those of this launch."}
     )
-    core_steps: int = field(default=1750, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
+    core_steps: int = field(default=1600, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
     detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
     joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
     train_batch_size: list[int] = field(
