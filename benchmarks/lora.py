@@ -149,7 +149,7 @@ def main() -> None:
         data = write_pictures(args.work_dir / "data", sample_scenes(2000), image_size, green_circles=True)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT)]
         launch += ["--pretrained_model_name_or_path", args.models[0], "--train_data_dir", str(data)]
-        subprocess.run([*launch, "--output_dir", str(folder), "--max_train_steps", "300", *others], check=True)
+        subprocess.run([*launch, "--output_dir", str(folder), "--max_train_steps", "600", *others], check=True)
 
     # Half of the captions are of circles; none says green.
     items = [item for item in HELD_OUT if item.color != "green"]
