@@ -109,7 +109,7 @@ def add_adapter(unet: torch.nn.Module, args: LoraArguments) -> list[tuple[str, t
         if missing:
             raise ValueError(f"`lora_layers={layers}`: no name of a layer of the model ends in {missing}.")
     else:
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]  # the core's attention: every model grown from it has it
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]  # all attention; the core's is in all that grows from it
         if len(unet.sample_sizes) > 1:
             layers += ["conv1", "conv2", "text_proj"]
     unet.requires_grad_(False)
