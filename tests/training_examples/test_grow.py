@@ -698,7 +698,6 @@ def test_the_share_for_the_inner_model(finished, data, here, tmp_path, monkeypat
 
 
 def test_the_plan_counts_the_share_for_the_inner_model():
-    """As it is: but for attention, which is counted on the meta device only."""
     planned, counted = {}, {}
     for share in (0.0, 0.5):
         flags = ["--resolutions", "16", "32", "--num_layers", "1", "--core_steps", "0", "--detail_steps", "0"]
@@ -709,6 +708,7 @@ def test_the_plan_counts_the_share_for_the_inner_model():
         core = grow.build_core(model_args, cross_attention_dim=128)
         unet = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(48, 96))
         unet.unfreeze_core()
+        unet.set_attention_backend("_native_math")  # on a CPU no other is counted
         x0 = torch.randn(16, 3, 32, 32)
         conditions = {"encoder_hidden_states": torch.randn(16, model_args.max_sequence_length, 128)}
         with FlopCounterMode(display=False) as counter:
@@ -717,7 +717,7 @@ def test_the_plan_counts_the_share_for_the_inner_model():
             )
             losses.loss.backward()
         counted[share] = counter.get_total_flops() / 16
-    assert planned[0.0] - planned[0.5] == pytest.approx(counted[0.0] - counted[0.5], rel=1e-3)
+    assert planned == pytest.approx(counted, rel=1e-3)
 
 
 def test_a_core_of_another_resolution(finished, data, here, tmp_path):
