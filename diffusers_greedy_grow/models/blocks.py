@@ -307,6 +307,7 @@ class TextAttention(nn.Module):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None,
+        cross_attention_kwargs: dict | None,
     ) -> torch.Tensor:
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
@@ -314,6 +315,7 @@ class TextAttention(nn.Module):
             self.norm(hidden_states).flatten(2).transpose(1, 2),
             encoder_hidden_states=self.norm_encoder(encoder_hidden_states),
             attention_mask=encoder_attention_mask,
+            **(cross_attention_kwargs or {}),
         )
         return hidden_states + attn_output.transpose(1, 2).reshape_as(hidden_states)
 
@@ -406,12 +408,14 @@ class GrowthDecoder(nn.Module):
         temb: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
+        cross_attention_kwargs: dict | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the detail `(B, C, H, W)` and the last features `(B, block_out_channels[0], h, w)`."""
         hidden_states = torch.cat([self.norm_inner(inner_features), hidden_states], dim=1)
         hidden_states = self.conv_inner(hidden_states)
         if self.text_attn is not None:
-            hidden_states = self.text_attn(hidden_states, encoder_hidden_states, encoder_attention_mask)
+            text = (encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs)
+            hidden_states = self.text_attn(hidden_states, *text)
 
         for block, skip in zip(self.up_blocks, reversed(skips)):
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")

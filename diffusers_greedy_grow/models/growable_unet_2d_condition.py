@@ -112,6 +112,7 @@ class GrowthStage(nn.Module):
         sigma: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
+        cross_attention_kwargs: dict | None,
         inner: Callable,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,8 +120,10 @@ class GrowthStage(nn.Module):
         `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
         picture, and with its features. It starts from the encoder's `features` where it has no entry of its own.
         """
-        text = (None if encoder_hidden_states is None else encoder_hidden_states.to(dtype), encoder_attention_mask)
-        temb = self.embed(1000 * sigma, *text, dtype)
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states.to(dtype)
+        temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype)
+        text = (encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs)
         inner_state = descend(sample, sigma, self.factor)
         if not self.preserves:
             hidden_states, skips = self.encoder(sample.to(dtype), temb)
@@ -544,6 +547,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                     state_sigma,
                     encoder_hidden_states,
                     encoder_attention_mask,
+                    cross_attention_kwargs,
                     inner=partial(run, level - 1),
                     dtype=self.dtype,
                 )

@@ -110,3 +110,19 @@ def test_an_unknown_backend_is_refused(either):
     model, _ = either
     with pytest.raises(ValueError, match="flush"):
         model.set_attention_backend("flush")
+
+
+@torch.no_grad()
+def test_processors_get_the_cross_attention_kwargs(either):
+    model, inputs = either
+    tags = []
+
+    class Tagged(GreedyGrowAttnProcessor):
+        def __call__(self, *args, tag, **kwargs):
+            tags.append(tag)
+            return super().__call__(*args, **kwargs)
+
+    expected = model(**inputs).sample
+    model.set_attn_processor(Tagged())
+    assert torch.equal(model(**inputs, cross_attention_kwargs={"tag": 1}).sample, expected)
+    assert tags == [1] * len(attentions(model))

@@ -95,7 +95,7 @@ def test_guidance_at_the_core(num_stages):
         text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
         sigma, features = inputs["timestep"] / 1000, grown(**inputs, num_stages=0).features
         inner = (expected, features)
-        expected, _ = grown.stages[0](inputs["sample"], sigma, *text, lambda *state: inner, torch.float32)
+        expected, _ = grown.stages[0](inputs["sample"], sigma, *text, None, lambda *state: inner, torch.float32)
     torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -107,7 +107,7 @@ def test_a_stage_sees_the_picture_so_far():
     for picture in (torch.zeros(2, 3, 16, 16), make_inputs(seed=1)["sample"]):
         inner = (picture, torch.zeros(2, 32, 4, 4))
         answer, _ = stage(
-            inputs["sample"], inputs["timestep"] / 1000, *text, lambda *state, inner=inner: inner, torch.float32
+            inputs["sample"], inputs["timestep"] / 1000, *text, None, lambda *state, inner=inner: inner, torch.float32
         )
         details.append(answer - enlarge(picture, 2))
     assert (details[0] - details[1]).abs().mean() > 0.01
