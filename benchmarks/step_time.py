@@ -79,7 +79,7 @@ def build_ours(resolution: int, grid: int = GRID) -> GrowableUNet2DConditionMode
 def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel:
     """Down to the same 16 x 16 grid, with text at it, as is usual in pixel space."""
     levels = (resolution // GRID).bit_length()
-    channels = tuple(width * min(2**i, 4) for i in range(levels))
+    channels = tuple(width // 2 * 2 if i == 0 else width * min(2**i, 4) for i in range(levels))  # even, for the norms
     return UNet2DConditionModel(
         sample_size=resolution,
         in_channels=3,
@@ -96,7 +96,7 @@ def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel
 
 def build_unet_2d(resolution: int, width: int) -> UNet2DModel:
     levels = (resolution // GRID).bit_length()
-    channels = tuple(width * min(2**i, 4) for i in range(levels))
+    channels = tuple(width // 2 * 2 if i == 0 else width * min(2**i, 4) for i in range(levels))  # even, for the norms
     return UNet2DModel(
         sample_size=resolution,
         in_channels=3,
@@ -105,7 +105,7 @@ def build_unet_2d(resolution: int, width: int) -> UNet2DModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-        attention_head_dim=width,
+        attention_head_dim=channels[0],
         norm_num_groups=2,
     )
 
@@ -150,7 +150,7 @@ def find_width(name: str, resolution: int) -> int:
 
     with torch.device("meta"):
         goal = build_ours(resolution).num_parameters()
-        widths = range(8, 600, 2)
+        widths = range(8, 600)
         place = bisect.bisect_left(widths, goal, key=count)
         differences = {width: abs(count(width) / goal - 1) for width in widths[max(place - 4, 0) : place + 4]}
     aligned = {width: difference for width, difference in differences.items() if width % 8 == 0 and difference < 0.05}

@@ -300,7 +300,8 @@ class TextAttention(nn.Module):
         super().__init__()
         self.norm = GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
         self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6)
-        self.attn = GreedyGrowAttention(channels, channels // math.gcd(channels, 64), cross_attention_dim)
+        heads = channels // math.gcd(channels, 64)  # of 64 channels, or what comes next and divides them all
+        self.attn = GreedyGrowAttention(channels, heads, cross_attention_dim)
 
     def forward(
         self,
