@@ -270,7 +270,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     Runs those `jobs` that have not been run yet, or none with `--report`.
 
     Returns:
-        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `commit`, `pictures` by phase, `curve`
+        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `mixed_precision`, `commit`, `pictures` by phase, `curve`
         (the lines of metrics with a held-out loss), `seconds` of training and `scores` of each pipeline that the run left.
 
     Raises:
@@ -285,7 +285,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     if args.report:
         return records
     folders = {job.name: work_dir / job.name for job in jobs}
-    definitions = {job.name: define(job, args) for job in jobs}
+    definitions = {job.name: define(job) for job in jobs}
     for job in jobs:
         ran = records.get(job.name, {}).get("arguments", definitions[job.name])
         different = {name for name in ran | definitions[job.name] if ran.get(name) != definitions[job.name].get(name)}
@@ -309,7 +309,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
                 ready[job.core].wait()
                 if not (folders[job.core] / "result.json").exists():
                     raise RuntimeError(f"{job.name} cannot be run: {job.core} failed.")
-            record = run_job(job, definitions[job.name], folders)
+            record = run_job(job, definitions[job.name], folders, args.mixed_precision)
         finally:
             if job.name in ready:
                 ready[job.name].set()
@@ -325,16 +325,18 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     return records
 
 
-def define(job: Job, args: argparse.Namespace) -> dict:
-    """What a run's result depends on beside the code, whose commit its record names."""
-    arguments = {**job.arguments, "data": job.data.name, "mixed_precision": args.mixed_precision}
+def define(job: Job) -> dict:
+    """
+    What a run's result depends on beside the code, the machine and the precision that is fast there, which its record names.
+    """
+    arguments = {**job.arguments, "data": job.data.name}
     return json.loads(json.dumps(arguments | ({"core": job.core} if job.core else {})))
 
 
-def run_job(job: Job, definition: dict, folders: dict[str, Path]) -> dict:
+def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str) -> dict:
     folder = folders[job.name]
-    made_by = {"machine": describe_machine(), "commit": describe_commit()}  # before a new commit can be made meanwhile
-    precision = definition["mixed_precision"]
+    # Before a new commit can be made meanwhile.
+    made_by = {"machine": describe_machine(), "mixed_precision": precision, "commit": describe_commit()}
     arguments = {
         **job.arguments,
         "train_data_dir": str(job.data),

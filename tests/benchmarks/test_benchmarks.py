@@ -141,6 +141,11 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     assert json.dumps(again, sort_keys=True) == json.dumps(records, sort_keys=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
 
+    # Nor on another machine, where another precision is fast; the record says which it was.
+    assert record["mixed_precision"] == "no"
+    run_queue([core, growth], parser.parse_args(["--work_dir", str(tmp_path), "--mixed_precision", "bf16"]))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
+
     # What has been run with other arguments is not passed off as this.
     growth.arguments["logit_mean"] = [1.0, 0.5]
     with pytest.raises(ValueError, match=rf"{growth.name} has been run with other values of \['logit_mean'\]"):
@@ -169,8 +174,6 @@ def test_results_of_other_data_or_of_a_trial_do_not_mix(tmp_path):
 
 def test_a_name_means_the_same_run_in_all_benchmarks():
     definitions = {}
-    parser = argparse.ArgumentParser()
-    add_queue_arguments(parser)
     data = Path("shapes-128px-20000")
     jobs = []
     for setting in grow_vs_scratch.SETTINGS.values():
@@ -180,7 +183,7 @@ def test_a_name_means_the_same_run_in_all_benchmarks():
         jobs += few_high_res.make_jobs(1, share, data, 20000, 1.0)
     jobs += [job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(num_layers, 1, data, 1.0)]
     for job in jobs:
-        definition = queue_of_runs.define(job, parser.parse_args([]))
+        definition = queue_of_runs.define(job)
         assert definitions.setdefault(job.name, definition) == definition
     assert len(definitions) < len(jobs)
 
