@@ -20,12 +20,15 @@ Does growing pay? Growing against training from scratch and against a cascade, a
     python -m benchmarks.grow_vs_scratch --factors 8    # 16 -> 128 px only
     python -m benchmarks.grow_vs_scratch --quick        # minutes, to see that it works
     python -m benchmarks.grow_vs_scratch --report       # the table and plot again, from results/
+    python -m benchmarks.grow_vs_scratch --time         # what a picture of each phase takes, for the table's column of time
     python -m benchmarks.grow_vs_scratch --pictures     # what the arms draw, as a grid
 """
 
 import argparse
 import json
+import os
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from benchmarks import cascade
 from benchmarks.evaluate import draw, held_out
 from benchmarks.queue_of_runs import (
     CORE_BATCH_SIZE,
+    ENVIRONMENT,
     GROW,
     MAX_SEQUENCE_LENGTH,
     TEXT_HIDDEN_SIZE,
@@ -51,7 +55,8 @@ from benchmarks.queue_of_runs import (
     places,
     run_queue,
 )
-from benchmarks.tables import markdown, mean_and_deviation, write_json
+from benchmarks.step_time import Steps, timed
+from benchmarks.tables import describe_machine, markdown, mean_and_deviation, spread, write_json
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 from diffusers_greedy_grow.training import draw_samples, plan_phase
 
@@ -204,6 +209,58 @@ def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> dict[str, list[float]]:
+    """Seconds per picture of a training step of each kind of phase, in turn."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+
+    def grow(init: str, kind: str) -> GrowableUNet2DConditionModel:
+        grown = GrowableUNet2DConditionModel.from_core(
+            setting.build_core(), setting.resolution, block_out_channels=setting.channels, init=init
+        )
+        (grown.freeze_core if kind == "detail" else grown.unfreeze_core)()
+        return grown
+
+    models: dict[str, torch.nn.Module] = {
+        f"{init} {kind}": grow(init, kind) for init in ("preserve", "random") for kind in ("detail", "joint")
+    }
+    channels = CASCADE_CHANNELS[setting.factor]
+    models["cascade"] = cascade.build_unet(setting.resolution, channels, TEXT_HIDDEN_SIZE)
+    steps = {
+        "core": Steps(setting.build_core(), setting.core_resolution, CORE_BATCH_SIZE, device, dtype),
+        **{
+            name: Steps(model, setting.resolution, setting.batch_size, device, dtype) for name, model in models.items()
+        },
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):  # the first is for warming up
+        for name, step in steps.items():
+            taken = timed(step.train) / len(step.inputs[0])
+            if repeat:
+                seconds[name].append(taken)
+    return seconds
+
+
+def training_seconds(run: dict, records: dict[str, dict], seconds: dict[str, list[float]]) -> float | None:
+    """What a run's pictures take, its core's too, by [`time_steps`]; `None` if it had phases that are not timed there."""
+    arguments, core = run["arguments"], run["keys"].get("core")
+    if len(arguments.get("resolutions", [])) > 2 or arguments.get("low_res_share"):
+        return None
+    total = sum(records[core]["pictures"].values()) * statistics.median(seconds["core"]) if core else 0.0
+    for phase, pictures in run["pictures"].items():
+        if phase == "cascade":
+            kind = phase
+        else:
+            is_detail = phase.endswith("-detail") or not arguments["joint_steps"][0]
+            kind = f"{arguments['init']} {'detail' if is_detail else 'joint'}"
+        total += pictures * statistics.median(seconds[kind])
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The report
 
 
@@ -235,8 +292,11 @@ def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, dict]]
     return {arm: seeds for arm, seeds in collected.items() if seeds}
 
 
-def make_table(records: dict[str, dict], factor: int) -> list[dict]:
-    """One row for each arm. A cascade has no losses: given the true low resolution, they would compare with nobody's."""
+def make_table(records: dict[str, dict], factor: int, seconds: dict[str, list[float]] | None) -> list[dict]:
+    """
+    One row for each arm, with its time if `seconds` of [`time_steps`] are there. A cascade has no losses: given the true low
+    resolution, they would compare with nobody's.
+    """
     setting, rows = SETTINGS[factor], []
     costs = setting.plans()
     by_arm = collect(records, factor)
@@ -258,6 +318,10 @@ def make_table(records: dict[str, dict], factor: int) -> list[dict]:
         row["of scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
         reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
         row["reaches it at"] = ", ".join("never" if at is None else f"{at / flops:.0%}" for at, flops in reached)
+        if seconds and scratch:
+            both = next(iter(runs.values())), next(iter(by_arm["scratch"].values()))
+            taken, of_scratch = (training_seconds(run, records, seconds) for run in both)
+            row["time"] = "" if taken is None or of_scratch is None else f"{taken / of_scratch:.2f}"
         scores = [last_scores(run) for run in runs.values()]
         for name in ("color", "shape", "texture"):
             if name in scores[0]:
@@ -334,9 +398,29 @@ def main() -> None:
     add_queue_arguments(parser)
     parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Only these.")
+    parser.add_argument("--time", action="store_true", help="Only time steps, with nothing else running.")
     parser.add_argument("--pictures", action="store_true", help="Only draw a grid of the first seed's pictures.")
     args = parser.parse_args()
     seeds, scale = (args.seeds[:1], 0.01) if args.quick else (args.seeds, 1.0)
+
+    _, results = places(args)
+    times = results / "grow_vs_scratch_time.json"
+    if args.time:
+        if (
+            not ENVIRONMENT.items() <= os.environ.items()
+        ):  # that of the queue's runs, which is read as a process starts
+            command = [sys.executable, "-m", "benchmarks.grow_vs_scratch", *sys.argv[1:]]
+            os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
+        seconds = {factor: time_steps(SETTINGS[factor], args) for factor in args.factors}
+        rows = [
+            {"growth": f"16 -> {SETTINGS[factor].resolution}", "phase": name, "ms per picture": spread(taken)}
+            for factor, phases in seconds.items()
+            for name, taken in ((name, [1000 * one for one in values]) for name, values in phases.items())
+        ]
+        print(markdown(rows))
+        precision = args.mixed_precision
+        write_json(times, {"machine": describe_machine(), "mixed_precision": precision, "seconds": seconds})
+        return
 
     jobs: dict[str, Job] = {}
     core_data = find_data(args, 128)
@@ -346,7 +430,6 @@ def main() -> None:
             for arm in ARMS:
                 if arm.name in args.arms and seed < arm.num_seeds:
                     jobs |= {job.name: job for job in make_jobs(SETTINGS[factor], arm, seed, data, core_data, scale)}
-    _, results = places(args)
     if args.pictures:
         for factor in args.factors:
             growths = [
@@ -355,7 +438,12 @@ def main() -> None:
             draw_grid(growths, args, results / f"grow_vs_scratch_pictures_{factor}.png")
         return
     records = run_queue(list(jobs.values()), args)
-    tables = {factor: make_table(records, factor) for factor in SETTINGS if collect(records, factor)}
+    seconds = json.loads(times.read_text())["seconds"] if times.exists() else {}
+    tables = {
+        factor: make_table(records, factor, seconds.get(str(factor)))
+        for factor in SETTINGS
+        if collect(records, factor)
+    }
     print("\n\n".join(markdown(rows) for rows in tables.values()) or markdown([]))
     write_json(results / "grow_vs_scratch.json", {"tables": tables})
     if tables:

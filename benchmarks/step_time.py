@@ -170,8 +170,10 @@ def call(model: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, t
 # What is measured
 
 
-def make_inputs(resolution: int, batch_size: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
-    sample = torch.randn(batch_size, 3, resolution, resolution, device=device)
+def make_inputs(
+    resolution: int, batch_size: int, device: torch.device | str, in_channels: int = 3
+) -> tuple[torch.Tensor, ...]:
+    sample = torch.randn(batch_size, in_channels, resolution, resolution, device=device)
     timestep = torch.full((batch_size,), 500.0, device=device)
     return sample, timestep, torch.randn(batch_size, NUM_TOKENS, TEXT_DIM, device=device)
 
@@ -185,10 +187,19 @@ def count_flops(model: torch.nn.Module, resolution: int) -> int:
 
 
 class Steps:
-    """Training and sampling steps of one model in bfloat16 autocast."""
+    """Training and sampling steps of one model, in autocast if that is not to float32."""
 
-    def __init__(self, model: torch.nn.Module, resolution: int, batch_size: int, device: torch.device):
-        self.model, self.inputs = model.to(device), make_inputs(resolution, batch_size, device)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        resolution: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        self.model = model.to(device)
+        self.inputs = make_inputs(resolution, batch_size, device, model.config.in_channels)
+        self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         if device.type == "cpu" and hasattr(model, "set_attention_backend"):
@@ -196,8 +207,8 @@ class Steps:
 
     def train(self) -> None:
         self.model.train()
-        with torch.autocast(self.inputs[0].device.type, torch.bfloat16):
-            loss = (call(self.model, *self.inputs).float() - self.inputs[0]).square().mean()
+        with self.autocast():
+            loss = (call(self.model, *self.inputs).float() - self.inputs[0][:, :3]).square().mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -205,7 +216,7 @@ class Steps:
     @torch.no_grad()
     def sample(self) -> None:
         self.model.eval()
-        with torch.autocast(self.inputs[0].device.type, torch.bfloat16):
+        with self.autocast():
             call(self.model, *self.inputs)
 
 

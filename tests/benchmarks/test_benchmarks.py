@@ -197,6 +197,47 @@ def test_the_cascade_is_as_large_as_the_grown_model(factor):
     assert costs["core"].parameters + unet.num_parameters() == pytest.approx(costs["joint"].parameters, rel=0.05)
 
 
+def test_a_run_takes_as_long_as_its_pictures():
+    """Every phase of every arm is timed, but for those that the table leaves out."""
+    parser = argparse.ArgumentParser()
+    add_queue_arguments(parser)
+    setting = Setting(32, "8", 2, hidden_size=16, num_layers=1)
+    seconds = grow_vs_scratch.time_steps(setting, parser.parse_args(["--mixed_precision", "no"]), repeats=2)
+    assert set(map(len, seconds.values())) == {2} and min(map(min, seconds.values())) > 0
+
+    seconds = {"core": [1.0], "preserve detail": [10.0], "preserve joint": [100.0], "random detail": [1e3]}
+    seconds |= {"random joint": [1e4], "cascade": [1e5]}
+    data, expected = (
+        Path("shapes"),
+        {
+            "scratch": {"joint": 1e2},
+            "paper's growth": {"core": 1.0, "detail": 1e3, "joint": 1e4},
+            "ours, no detail phase": {"core": 1.0, "joint": 1e2},
+            "ours, long detail phase": {"core": 1.0, "detail": 10.0, "joint": 1e2},
+            "ours, detail phase only": {"core": 1.0, "detail": 10.0},
+            "cascade": {"core": 1.0, "cascade": 1e5},
+            "ours, detail phase only, two stages": None,
+            "ours, short detail phase, a quarter at low resolution": None,
+        },
+    )
+    for name, costs in expected.items():
+        (arm,) = (arm for arm in grow_vs_scratch.ARMS if arm.name == name)
+        records = {}
+        for job in grow_vs_scratch.make_jobs(grow_vs_scratch.SETTINGS[4], arm, 0, data, data):
+            detail, joint = (job.arguments.get(f"{kind}_steps", [0])[0] for kind in ("detail", "joint"))
+            pictures = {"grown-64": 3 * joint} if joint else {}
+            if detail:
+                pictures["grown-64-detail" if joint else "grown-64"] = 2 * detail
+            pictures = {"core": {"core": 5}, "cascade": {"cascade": 7}}.get(job.keys["arm"], pictures)
+            records[job.name] = {"keys": job.keys, "arguments": job.arguments, "pictures": pictures}
+        taken = grow_vs_scratch.training_seconds(records[job.name], records, seconds)
+        if costs is None:
+            assert taken is None
+            continue
+        counts = {"core": 5, "detail": 2 * detail, "joint": 3 * joint, "cascade": 7}
+        assert taken == pytest.approx(sum(counts[kind] * cost for kind, cost in costs.items())), name
+
+
 def test_the_plain_loop_is_what_the_pipeline_does():
     """The baseline of the sampling table draws the same pictures as the pipeline."""
     pipeline = make_pipeline(make_grown(), shift=2.0)
