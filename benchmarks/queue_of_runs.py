@@ -36,7 +36,13 @@ import torch
 
 from benchmarks.tables import RESULTS, describe_commit, describe_machine, write_json
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.training import PhasePlan, load_captioned_data, plan_phase, sorted_checkpoints
+from diffusers_greedy_grow.training import (
+    PhasePlan,
+    load_captioned_data,
+    multiplies_bfloat16,
+    plan_phase,
+    sorted_checkpoints,
+)
 from diffusers_greedy_grow.training.shapes import write_shapes
 
 
@@ -74,8 +80,7 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_data_dir", help="Pictures to train on, in place of captioned shapes.")
     parser.add_argument("--quick", action="store_true", help="A small version that takes minutes; no evidence.")
     parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
-    fast_on_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    precision = "bf16" if torch.cuda.is_available() or fast_on_cpu else "no"
+    precision = "bf16" if torch.cuda.is_available() or multiplies_bfloat16() else "no"
     parser.add_argument("--mixed_precision", default=precision, choices=["no", "bf16"])
 
 

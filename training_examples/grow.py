@@ -94,6 +94,7 @@ from diffusers_greedy_grow.training import (
     averaged,
     build_small_text_encoder,
     check_changes,
+    check_cpu,
     check_data_dir,
     check_replaced,
     consolidate,
@@ -1127,6 +1128,7 @@ def main(argv: list[str] | None = None) -> None:
     logger.info(text)
     if args.plan:
         return
+    check_cpu(accelerator)
 
     # 2. Where it goes, or goes on
     checkpoint = find_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)

@@ -67,6 +67,7 @@ from diffusers_greedy_grow.training import (
     TrainingArguments,
     averaged,
     check_changes,
+    check_cpu,
     check_replaced,
     draw_losses,
     draw_noise,
@@ -182,6 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         step_scheduler_with_optimizer=False,  # it would step once for each process
     )
     set_up(accelerator, args.seed)
+    check_cpu(accelerator)
     device = accelerator.device
 
     # 1. Where it goes, or goes on

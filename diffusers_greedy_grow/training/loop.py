@@ -18,6 +18,7 @@ import logging
 import math
 import multiprocessing
 import os
+import platform
 import signal
 import statistics
 import sys
@@ -42,7 +43,7 @@ logger = get_logger(__name__)
 
 
 def set_up(accelerator: Accelerator, seed: int) -> None:
-    """Logs above the progress bars, seeds, and sees to a CPU's speed."""
+    """Logs above the progress bars, and seeds."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler()])
     for name in ("accelerate", "httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -50,12 +51,32 @@ def set_up(accelerator: Accelerator, seed: int) -> None:
     if accelerator.mixed_precision == "bf16":
         # Else torch's own attention (`_native_math`, the fastest on a CPU) converts to float32 and back.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
+def check_cpu(accelerator: Accelerator) -> None:
+    """Warns of what would make training on a CPU slow."""
+    if accelerator.device.type != "cpu":
+        return
     threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count() or 1
-    if accelerator.device.type == "cpu" and threads < cores:
+    if threads < cores:
         logger.warning(
             f"Training on {threads} of {cores} CPU cores, since `accelerate launch` asks for one thread per process: "
             f"`accelerate launch --num_cpu_threads_per_process {cores // accelerator.num_processes}` uses all."
         )
+    if (
+        accelerator.mixed_precision == "bf16"
+        and platform.machine() in ("x86_64", "AMD64")
+        and not multiplies_bfloat16()
+    ):
+        logger.warning(
+            "This CPU has no instructions for bfloat16 (neither AVX-512 BF16 nor AMX), and is many times slower in it than "
+            "in float32: leave out `--mixed_precision bf16`."
+        )
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this x86 CPU does, faster than float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class Interrupt:

@@ -16,6 +16,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -323,7 +324,7 @@ def test_gradient_accumulation_follows_the_large_batch(data, tmp_path):
 def test_a_given_core_and_several_stages(finished, tmp_path):
     core = finished[0] / "core"
     write_parquet(tmp_path / "data.parquet", caption_column="caption")
-    launch(
+    log = launch(
         tmp_path / "output",
         core=core,
         train_data_dir=tmp_path / "data.parquet",
@@ -348,6 +349,9 @@ def test_a_given_core_and_several_stages(finished, tmp_path):
         assert torch.equal(weights(tmp_path / "output" / "grown-32-detail")[f"core.{name}"], value)
     pictures = {line["phase"]: line["pictures"] for line in read_metrics(tmp_path / "output") if "pictures" in line}
     assert pictures == {"grown-16": 24, "grown-32-detail": 12, "grown-32": 6}
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        is_slow = not {"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+        assert ("This CPU has no instructions for bfloat16" in log) == is_slow
 
 
 def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_path):
