@@ -59,7 +59,7 @@ def make_setting(num_layers: int) -> Setting:
 def make_jobs(num_layers: int, seed: int, data: Path, scale: float) -> list[Job]:
     setting = make_setting(num_layers)
     core_flops, growth_flops = (
-        scale * TOTAL_FLOPS * share * setting.plans()[phase].train_flops / SETTINGS[8].plans()[phase].train_flops
+        scale * TOTAL_FLOPS[8] * share * setting.plans()[phase].train_flops / SETTINGS[8].plans()[phase].train_flops
         for phase, share in (("core", ARM.core_share), ("detail", 1 - ARM.core_share))
     )
     core = core_job(setting, seed, core_flops, data)

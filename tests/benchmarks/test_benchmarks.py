@@ -103,7 +103,7 @@ def test_the_arms_of_a_comparison_cost_the_same():
                 batch = arguments["train_batch_size"][1]
                 flops += arguments["detail_steps"][0] * batch * costs["detail"].train_flops
                 flops += arguments["joint_steps"][0] * batch * costs["joint"].train_flops
-        assert flops == pytest.approx(arm.scale * grow_vs_scratch.TOTAL_FLOPS, rel=0.002), arm.name
+        assert flops == pytest.approx(arm.scale * grow_vs_scratch.TOTAL_FLOPS[8], rel=0.002), arm.name
 
 
 def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):
@@ -178,10 +178,10 @@ def test_a_name_means_the_same_run_in_all_benchmarks():
     jobs = []
     for setting in grow_vs_scratch.SETTINGS.values():
         own = Path(f"shapes-{setting.resolution}px-20000")
-        jobs += [job for arm in grow_vs_scratch.ARMS for job in grow_vs_scratch.make_jobs(setting, arm, 1, own, data)]
+        jobs += [job for arm in grow_vs_scratch.ARMS for job in grow_vs_scratch.make_jobs(setting, arm, 0, own, data)]
     for share in few_high_res.SHARES:
-        jobs += few_high_res.make_jobs(1, share, data, 20000, 1.0)
-    jobs += [job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(num_layers, 1, data, 1.0)]
+        jobs += few_high_res.make_jobs(0, share, data, 20000, 1.0)
+    jobs += [job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(num_layers, 0, data, 1.0)]
     for job in jobs:
         definition = queue_of_runs.define(job)
         assert definitions.setdefault(job.name, definition) == definition
@@ -223,11 +223,11 @@ def test_a_run_takes_as_long_as_its_pictures():
     for name, costs in expected.items():
         (arm,) = (arm for arm in grow_vs_scratch.ARMS if arm.name == name)
         records = {}
-        for job in grow_vs_scratch.make_jobs(grow_vs_scratch.SETTINGS[4], arm, 0, data, data):
+        for job in grow_vs_scratch.make_jobs(grow_vs_scratch.SETTINGS[8], arm, 0, data, data):
             detail, joint = (job.arguments.get(f"{kind}_steps", [0])[0] for kind in ("detail", "joint"))
-            pictures = {"grown-64": 3 * joint} if joint else {}
+            pictures = {"grown-128": 3 * joint} if joint else {}
             if detail:
-                pictures["grown-64-detail" if joint else "grown-64"] = 2 * detail
+                pictures["grown-128-detail" if joint else "grown-128"] = 2 * detail
             pictures = {"core": {"core": 5}, "cascade": {"cascade": 7}}.get(job.keys["arm"], pictures)
             records[job.name] = {"keys": job.keys, "arguments": job.arguments, "pictures": pictures}
         taken = grow_vs_scratch.training_seconds(records[job.name], records, seconds)
