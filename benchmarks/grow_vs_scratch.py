@@ -101,6 +101,7 @@ ARMS = (
     Arm("ours, short detail phase", "preserve", 5 / 12, 0.25, True),
     Arm("ours, long detail phase", "preserve", 5 / 12, 0.75, True),
     Arm("ours, detail phase only", "preserve", 5 / 12, 1.0, True),
+    Arm("ours, detail phase only, a third on the core", "preserve", 1 / 3, 1.0, True),
     Arm("ours, detail phase only, half of the operations", "preserve", 1 / 2, 1.0, True, scale=0.5),
     # What else could be done, one thing at a time: one seed, at the largest factor.
     Arm("scratch, twice the rate inside", "preserve", 0.0, 0.0, True, num_seeds=1, options={"core_lr_scale": 2.0}),
