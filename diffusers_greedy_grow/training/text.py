@@ -56,7 +56,11 @@ def train_small_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> Pr
 def build_small_text_encoder(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 2
 ) -> T5EncoderModel:
-    """A T5 encoder of `num_layers` layers and `hidden_size` channels with random weights."""
+    """
+    A T5 encoder of `num_layers` layers and `hidden_size` channels with random weights. Words are three times as large as T5
+    has them, so that what its layers add does not bury them: a core has no use for words that say what only shows at a higher
+    resolution, but the stages around it will.
+    """
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=hidden_size,
@@ -69,7 +73,10 @@ def build_small_text_encoder(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return T5EncoderModel(config)
+    text_encoder = T5EncoderModel(config)
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight.mul_(3)
+    return text_encoder
 
 
 def tokenize_captions(

@@ -365,6 +365,22 @@ def test_small_text_encoder(tmp_path):
     assert again(captions)["input_ids"] == tokenizer(captions)["input_ids"]
 
 
+def test_words_outweigh_what_is_around_them():
+    """In a new small text encoder, so that words are there for the stages which the core has no use for."""
+    colors, textures, shapes = ("red", "blue", "green"), ("plain", "dotted", "striped"), ("circle", "star", "ring")
+    captions = [f"a {a} {b} {c}" for a in colors for b in textures for c in shapes]
+    tokenizer = train_small_tokenizer(captions)
+    tokens = tokenizer(captions, padding=True, return_tensors="pt")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        hidden_states = build_small_text_encoder(tokenizer)(**tokens).last_hidden_state
+    textured = hidden_states[:, 2].reshape(3, 3, 3, -1)  # by color, texture and shape
+    words = textured.mean(dim=(0, 2), keepdim=True)
+    between = (words - words.mean(dim=1, keepdim=True)).square().sum(dim=-1).mean()
+    within = (textured - words).square().sum(dim=-1).mean()
+    assert within < 0.1 * between
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_embeddings(tmp_path, dtype):
     pipeline = make_pipeline()
