@@ -137,8 +137,8 @@ def make_jobs(
     setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float = 1.0, **more
 ) -> list[Job]:
     """
-    The run of one arm and seed, and before it the core that it grows, which others share; `more` is for grow.py. None if the
-    arm has fewer seeds, or one and this is not the largest factor.
+    The run of one arm and seed, and before it the core that it grows, which others share; `more` is for grow.py. Empty if
+    the arm has fewer seeds, or one and this is not the largest factor.
     """
     if seed >= arm.num_seeds or (arm.num_seeds == 1 and setting.factor < max(SETTINGS)):
         return []
@@ -216,16 +216,11 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
-    def grow(init: str, kind: str) -> GrowableUNet2DConditionModel:
-        grown = GrowableUNet2DConditionModel.from_core(
-            setting.build_core(), setting.resolution, block_out_channels=setting.channels, init=init
-        )
-        (grown.freeze_core if kind == "detail" else grown.unfreeze_core)()
-        return grown
-
-    models: dict[str, torch.nn.Module] = {
-        f"{init} {kind}": grow(init, kind) for init in ("preserve", "random") for kind in ("detail", "joint")
-    }
+    models: dict[str, torch.nn.Module] = {}
+    for init in ("preserve", "random"):
+        models[f"{init} detail"] = detail = setting.grow(setting.build_core(), init)
+        models[f"{init} joint"] = setting.grow(setting.build_core(), init)
+        detail.freeze_core()
     channels = CASCADE_CHANNELS[setting.factor]
     models["cascade"] = cascade.build_unet(setting.resolution, channels, TEXT_HIDDEN_SIZE)
     steps = {
@@ -405,16 +400,19 @@ def main() -> None:
     _, results = places(args)
     times = results / "grow_vs_scratch_time.json"
     if args.time:
-        if (
-            not ENVIRONMENT.items() <= os.environ.items()
-        ):  # that of the queue's runs, which is read as a process starts
+        # That of the queue's runs, which is read as a process starts.
+        if not ENVIRONMENT.items() <= os.environ.items():
             command = [sys.executable, "-m", "benchmarks.grow_vs_scratch", *sys.argv[1:]]
             os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
         seconds = {factor: time_steps(SETTINGS[factor], args) for factor in args.factors}
         rows = [
-            {"growth": f"16 -> {SETTINGS[factor].resolution}", "phase": name, "ms per picture": spread(taken)}
+            {
+                "growth": f"16 -> {SETTINGS[factor].resolution}",
+                "phase": name,
+                "ms per picture": spread([1000 * one for one in taken]),
+            }
             for factor, phases in seconds.items()
-            for name, taken in ((name, [1000 * one for one in values]) for name, values in phases.items())
+            for name, taken in phases.items()
         ]
         print(markdown(rows))
         precision = args.mixed_precision

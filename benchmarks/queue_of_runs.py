@@ -155,6 +155,11 @@ class Setting:
             cross_attention_dim=TEXT_HIDDEN_SIZE,
         )
 
+    def grow(self, core: ShallowUNet2DModel, init: str) -> GrowableUNet2DConditionModel:
+        return GrowableUNet2DConditionModel.from_core(
+            core, self.resolution, block_out_channels=self.channels, init=init
+        )
+
     def plans(self, init: str = "preserve") -> dict[str, PhasePlan]:
         """What a picture costs in each phase."""
         return count_costs(self, init)
@@ -164,9 +169,7 @@ class Setting:
 def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
     with torch.device("meta"):
         core = setting.build_core()
-        grown = GrowableUNet2DConditionModel.from_core(
-            core, setting.resolution, block_out_channels=setting.channels, init=init
-        )
+        grown = setting.grow(core, init)
         plans = {"core": plan_phase("core", core, setting.core_resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)}
         for kind in ("detail", "joint"):
             (grown.freeze_core if kind == "detail" else grown.unfreeze_core)()
