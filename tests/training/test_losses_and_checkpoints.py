@@ -329,6 +329,23 @@ def test_plan_counts_without_weights():
     assert all(parameter.is_meta for parameter in grown.parameters())
 
 
+def test_planning_takes_no_longer_for_a_deeper_core():
+    """All of its layers are counted, and two of them are run."""
+    plans, calls = [], []
+    with torch.nn.modules.module.register_module_forward_pre_hook(lambda *_: calls.append(len(plans))):
+        for num_layers in (3, 24):
+            with torch.device("meta"):
+                core = ShallowUNet2DModel(16, hidden_size=64, num_layers=num_layers, num_attention_heads=4)
+                grown = GrowableUNet2DConditionModel.from_core(core, 64, block_out_channels=(16, 32))
+            plans.append(plan_phase("grown-64", grown, 64, 10, 8, 1, 12))
+    assert calls.count(0) == calls.count(1) > 0
+    shallow, deep = plans
+    layer = sum(p.numel() for p in core.transformer_blocks[0].parameters())
+    assert deep.parameters - shallow.parameters == 21 * layer
+    # Six operations for each weight and token, of which there are 12 of the text and 16 of the picture.
+    assert 6 * 12 < (deep.train_flops - shallow.train_flops) / (21 * layer) < 6 * 16
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures of a run
 
