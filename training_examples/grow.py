@@ -186,8 +186,6 @@ def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Pha
 
 def is_of(phase: Phase, progress: dict) -> bool:
     """Whether a checkpoint is of `phase`. A detail phase has another name if a joint one has been added behind it, or left out."""
-    if "phase_index" not in progress:  # by an earlier version
-        return phase.name == progress["phase"]
     names = {name.removesuffix("-detail") for name in (phase.name, progress["phase"])}
     return phase.index == progress["phase_index"] and len(names) == 1
 

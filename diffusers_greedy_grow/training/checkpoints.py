@@ -126,8 +126,6 @@ def find_damage(checkpoint: Path) -> str | None:
 def place(checkpoint: Path) -> tuple[int, int]:
     """Where in its run a checkpoint was saved. Not when: that changes where files are copied."""
     progress = read_progress(checkpoint)
-    if "phase_index" not in progress:  # by an earlier version
-        return -1, (checkpoint / "progress.json").stat().st_mtime_ns
     return progress["phase_index"], progress["step"]
 
 

@@ -263,7 +263,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_pa
     named = list(model.named_parameters())
     ema = EMAModel([parameter for _, parameter in named], decay=0.9)
     for step in (1, 2):
-        progress = {"phase": "core", "step": step}
+        progress = {"phase": "core", "phase_index": 0, "step": step}
         save_checkpoint(accelerator, tmp_path / "checkpoints", progress, ema, named, torch.empty(0, 3), total_limit=2)
     newest = find_checkpoint(tmp_path, "latest")
     assert newest.name == "core-2"
