@@ -57,6 +57,7 @@ STEPS = {
     "core first": {"core_first": "auto"},
     "bfloat16": {"bfloat16": True},
     "compiled blocks": {"compiled": True},
+    "half of the steps": {"num_steps": NUM_STEPS // 2},
     "guidance in the first 80 % of steps": {"stop": 0.8},  # the pipeline's default
     "guidance at the core": {"guidance_resolution": "core"},
 }
@@ -112,18 +113,19 @@ def sample(
     bfloat16: bool = False,
     compiled: bool = False,
     stop: float = 1.0,
+    num_steps: int = NUM_STEPS,
     **kwargs,
 ) -> torch.Tensor:
     context = contextlib.nullcontext()
     if bfloat16:
         context = torch.autocast(latents.device.type, torch.bfloat16)
     with context:
-        if own_loop and not kwargs and stop == 1.0:
+        if own_loop and not kwargs and stop == 1.0 and num_steps == NUM_STEPS:
             return plain_loop(pipeline, prompts, latents)
         images = pipeline(
             prompts,
             latents=latents,
-            num_inference_steps=NUM_STEPS,
+            num_inference_steps=num_steps,
             guidance_scale=GUIDANCE_SCALE,
             guidance_stop=stop,
             output_type="pt",
