@@ -249,7 +249,11 @@ def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
     assert len(tensors) > 20 and not any(tensor.requires_grad for tensor in tensors)
     trained = {name for name, parameter in grown.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in grown.named_parameters() if name.startswith("stages.0")}
-    assert {"stages.0.text_proj.weight", "stages.0.decoder.text_attn.attn.to_k.weight"} <= trained
+    assert {
+        "stages.0.text_score.weight",
+        "stages.0.text_proj.weight",
+        "stages.0.decoder.text_attn.attn.to_k.weight",
+    } <= trained
 
     inside.clear()
     grown.unfreeze_core()
@@ -279,9 +283,29 @@ def test_the_stage_reads_the_text_itself(core):
     torch.testing.assert_close(grown(**other).pred_original_sample, grown(**inputs).pred_original_sample)
 
 
+@torch.no_grad()
+def test_the_stage_learns_what_words_to_weigh(core):
+    """A mean that looks for one word is that word, among others of any size; where the mask leaves it out, it does not count."""
+    stage, means = make_grown(core).stages[0], []
+    stage.norm_text.register_forward_hook(lambda module, args, output: means.append(args[0]))
+    text, timestep = torch.randn(1, 6, stage.text_score.in_features), torch.tensor([500.0])
+    text[:, 2] *= 100
+    stage.text_score.weight.zero_()
+    stage.text_score.weight[1] = 100 * text[0, 4]
+    stage.embed(timestep, text, None, text.dtype)
+    everywhere = text[0].mean(dim=0)
+    torch.testing.assert_close(means[-1][0], torch.stack([everywhere, text[0, 4], everywhere, everywhere]))
+
+    mask = torch.tensor([[1, 1, 1, 1, 0, 1]])
+    masked = stage.embed(timestep, text, mask, text.dtype)
+    torch.testing.assert_close(means[-1][0, 0], text[0, [0, 1, 2, 3, 5]].mean(dim=0))
+    text[:, 4] *= -7
+    torch.testing.assert_close(stage.embed(timestep, text, mask, text.dtype), masked)
+
+
 def test_the_detail_phase_needs_less_memory():
-    code = """
-import resource, sys, torch
+    code = r"""
+import re, sys, torch
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 torch.manual_seed(0)
 core = ShallowUNet2DModel(16, patch_size=1, hidden_size=64, num_layers=8, num_attention_heads=4,
@@ -289,9 +313,11 @@ core = ShallowUNet2DModel(16, patch_size=1, hidden_size=64, num_layers=8, num_at
 model = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(8,))
 model.freeze_core() if sys.argv[1] == "frozen" else model.unfreeze_core()
 sample = torch.randn(32, 3, 32, 32)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # not `ru_maxrss`, which starts from that of the process that started this one
+    return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+before = peak()
 model(sample, 500).sample.square().mean().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
     peak = {
         phase: int(subprocess.run([sys.executable, "-c", code, phase], check=True, capture_output=True).stdout)
