@@ -15,6 +15,7 @@
 """Tiny models, inputs and pipelines with real components."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ from diffusers_greedy_grow.training import build_small_text_encoder, train_small
 
 TEXT_DIM = 32
 CAPTIONS = ["a large red circle on a white background", "a small blue square", "two green stars above a yellow ring"]
+
+
+def peak_memory() -> int:
+    """The most that this process has held, in bytes. Not `ru_maxrss`, which begins with that of the process that started this one."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

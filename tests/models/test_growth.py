@@ -304,20 +304,19 @@ def test_the_stage_learns_what_words_to_weigh(core):
 
 
 def test_the_detail_phase_needs_less_memory():
-    code = r"""
-import re, sys, torch
+    code = """
+import sys, torch
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from tests.testing_utils import peak_memory
 torch.manual_seed(0)
 core = ShallowUNet2DModel(16, patch_size=1, hidden_size=64, num_layers=8, num_attention_heads=4,
                           cross_attention_dim=None)
 model = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(8,))
 model.freeze_core() if sys.argv[1] == "frozen" else model.unfreeze_core()
 sample = torch.randn(32, 3, 32, 32)
-def peak():  # not `ru_maxrss`, which starts from that of the process that started this one
-    return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
-before = peak()
+before = peak_memory()
 model(sample, 500).sample.square().mean().backward()
-print(peak() - before)
+print(peak_memory() - before)
 """
     peak = {
         phase: int(subprocess.run([sys.executable, "-c", code, phase], check=True, capture_output=True).stdout)
