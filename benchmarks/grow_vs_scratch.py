@@ -68,7 +68,7 @@ SETTINGS = {
     8: Setting(resolution=128, block_out_channels="24,32,64,96", batch_size=8),
 }
 # The super-resolution UNets of the cascades: as many parameters as the stages.
-CASCADE_CHANNELS = {2: (24, 40), 4: (24, 32, 56), 8: (16, 24, 32, 64)}
+CASCADE_CHANNELS = {2: (24, 40), 4: (24, 32, 48), 8: (16, 24, 40, 56)}
 # About as many pictures from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
 LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "loss at noise .02-.3": "low_noise_loss"}

@@ -52,7 +52,7 @@ class GrowthStage(nn.Module):
     `init="random"` it is a transformer only, between encoder and decoder.
 
     It reads the text itself, since a core that never saw detail has learned to ignore the words for it, and while it is frozen
-    cannot pass them on: all residual blocks by means of it that learn what words to weigh, and the decoder word by word.
+    cannot pass them on: all residual blocks by its mean, and the decoder word by word, which tells apart what the mean blurs.
     """
 
     def __init__(
@@ -73,10 +73,8 @@ class GrowthStage(nn.Module):
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, temb_channels)
         if cross_attention_dim is not None:
-            num_means = 4
-            self.text_score = nn.Linear(cross_attention_dim, num_means, bias=False)
             self.norm_text = nn.RMSNorm(cross_attention_dim, eps=1e-6)
-            self.text_proj = nn.Linear(num_means * cross_attention_dim, temb_channels)
+            self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
         seen_channels = in_channels + (out_channels if self.preserves else 0)
         self.encoder = GrowthEncoder(seen_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
         if not self.preserves:
@@ -103,15 +101,10 @@ class GrowthStage(nn.Module):
         temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
         if encoder_hidden_states is None:
             return temb
-        # What words to weigh depends on what they mean, not on how large an encoder makes them.
-        scores = self.text_score(
-            nn.functional.rms_norm(encoder_hidden_states, encoder_hidden_states.shape[-1:], eps=1e-6)
-        )
         if encoder_attention_mask is not None:
-            scores = scores.masked_fill(~encoder_attention_mask.bool().unsqueeze(-1), torch.finfo(scores.dtype).min)
-        means = scores.softmax(dim=1).transpose(1, 2).to(dtype) @ encoder_hidden_states
-        # The norm makes what sets one caption apart larger than a mean would leave it.
-        return temb + self.text_proj(self.norm_text(means).flatten(1))
+            encoder_hidden_states = encoder_hidden_states * encoder_attention_mask.to(dtype).unsqueeze(-1)
+        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it.
+        return temb + self.text_proj(self.norm_text(encoder_hidden_states.sum(dim=1)))
 
     def forward(
         self,
