@@ -101,12 +101,12 @@ ARMS = (
     Arm("ours, short detail phase", "preserve", 5 / 12, 0.25, True),
     Arm("ours, long detail phase", "preserve", 5 / 12, 0.75, True),
     Arm("ours, detail phase only", "preserve", 5 / 12, 1.0, True),
-    Arm("ours, detail phase only, a third on the core", "preserve", 1 / 3, 1.0, True),
     Arm("ours, detail phase only, half of the operations", "preserve", 1 / 2, 1.0, True, scale=0.5),
     # What else could be done, one thing at a time: one seed, at the largest factor.
     Arm("scratch, twice the rate inside", "preserve", 0.0, 0.0, True, num_seeds=1, options={"core_lr_scale": 2.0}),
     Arm("paper's growth, full rate inside", "random", 5 / 12, 0.25, True, num_seeds=1, options={"core_lr_scale": 1.0}),
     Arm("ours, detail phase only, the core's noise levels", "preserve", 5 / 12, 1.0, False, num_seeds=1),
+    Arm("ours, detail phase only, a third on the core", "preserve", 1 / 3, 1.0, True, num_seeds=1),
     Arm("ours, detail phase only, 21 % on the core", "preserve", 5 / 24, 1.0, True, num_seeds=1),
     Arm("ours, detail phase only, 67 % on the core", "preserve", 2 / 3, 1.0, True, num_seeds=1),
     Arm("ours, detail phase only, two stages", "preserve", 5 / 12, 1.0, True, num_seeds=1, two_stages=True),
