@@ -51,7 +51,7 @@ AUGMENTATION = 0.2
 def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: int) -> UNet2DConditionModel:
     """Reads the noisy picture and the enlarged low-resolution one; text comes in at the smallest grid."""
     levels = len(channels)
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=resolution,
         in_channels=6,
         out_channels=3,
@@ -64,6 +64,10 @@ def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: 
         attention_head_dim=4,
         norm_num_groups=8,
     )
+    # As our stages do, it begins with the enlarged picture and nothing more.
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    return unet
 
 
 @functools.cache

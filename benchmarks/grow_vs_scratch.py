@@ -50,6 +50,7 @@ from benchmarks.queue_of_runs import (
     add_queue_arguments,
     core_job,
     find_data,
+    find_runs,
     growth_job,
     last_scores,
     places,
@@ -103,6 +104,15 @@ ARMS = (
     Arm("ours, detail phase only", "preserve", 5 / 12, 1.0, True),
     Arm("ours, detail phase only, half of the operations", "preserve", 1 / 2, 1.0, True, scale=0.5),
     # What else could be done, one thing at a time: one seed, at the largest factor.
+    Arm(
+        "scratch, broad noise levels",
+        "preserve",
+        0.0,
+        0.0,
+        True,
+        num_seeds=1,
+        options={"logit_mean": [1.0, 0.0], "logit_std": [1.0, 1.6]},
+    ),
     Arm("scratch, twice the rate inside", "preserve", 0.0, 0.0, True, num_seeds=1, options={"core_lr_scale": 2.0}),
     Arm("paper's growth, full rate inside", "random", 5 / 12, 0.25, True, num_seeds=1, options={"core_lr_scale": 1.0}),
     Arm("ours, detail phase only, the core's noise levels", "preserve", 5 / 12, 1.0, False, num_seeds=1),
@@ -279,11 +289,8 @@ def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None
 
 def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, dict]]:
     """By arm and seed the runs of a factor."""
-    collected: dict = {arm.name: {} for arm in ARMS}
-    for run in records.values():
-        if run["keys"].get("factor") == factor and run["keys"]["arm"] in collected:
-            collected[run["keys"]["arm"]][run["keys"]["seed"]] = run
-    return {arm: seeds for arm, seeds in collected.items() if seeds}
+    runs = {arm.name: find_runs(records, arm.name, factor) for arm in ARMS}
+    return {arm: {run["keys"]["seed"]: run for run in seeds} for arm, seeds in runs.items() if seeds}
 
 
 def make_table(records: dict[str, dict], factor: int, seconds: dict[str, list[float]] | None) -> list[dict]:

@@ -264,8 +264,15 @@ def read_records(path: Path) -> dict[str, dict]:
 
 
 def find_runs(records: dict[str, dict], arm: str, factor: int) -> list[dict]:
+    """One for each seed. A `ValueError` tells of two, of which one is left over from other settings."""
     keys = {"arm": arm, "factor": factor}
-    return [run for run in records.values() if keys.items() <= run["keys"].items()]
+    runs = [run for run in records.values() if keys.items() <= run["keys"].items()]
+    if len({run["keys"]["seed"] for run in runs}) < len(runs):
+        names = ", ".join(run["name"] for run in runs)
+        raise ValueError(
+            f"Several records of one seed: {names}. Remove those of settings that are no more from runs.json."
+        )
+    return runs
 
 
 def last_scores(run: dict) -> dict[str, float]:

@@ -64,10 +64,11 @@ def describe_machine() -> str:
 
 
 def describe_commit() -> str | None:
-    """That of the code, where it is a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    return finished.stdout.strip() or None
+    """That of the code, where it is a git checkout, and whether the code has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
+    return f"{commit}{'-dirty' if changed else ''}" if commit else None
 
 
 def write_json(path: Path, content: dict | list) -> None:

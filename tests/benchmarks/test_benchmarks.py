@@ -24,10 +24,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cascade, few_high_res, grow_vs_scratch, loader, queue_of_runs, sampling, scale_core, step_time
-from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, growth_job, run_queue
+from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, find_runs, growth_job, run_queue
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
+from diffusers_greedy_grow.flow import enlarge
 from diffusers_greedy_grow.training.shapes import write_shapes
 
 from ..testing_utils import make_grown, make_pipeline
@@ -172,6 +173,13 @@ def test_results_of_other_data_or_of_a_trial_do_not_mix(tmp_path):
     assert len(set(work_dirs)) == len(set(results)) == 3 and results[0] == queue_of_runs.RESULTS
 
 
+def test_two_records_of_one_seed_are_told_apart_by_the_user():
+    records = {name: {"name": name, "keys": {"arm": "scratch", "factor": 8, "seed": 0}} for name in ("old", "new")}
+    assert [run["name"] for run in find_runs({"new": records["new"]}, "scratch", 8)] == ["new"]
+    with pytest.raises(ValueError, match="old, new"):
+        find_runs(records, "scratch", 8)
+
+
 def test_a_name_means_the_same_run_in_all_benchmarks():
     definitions = {}
     data = Path("shapes-128px-20000")
@@ -195,6 +203,14 @@ def test_the_cascade_is_as_large_as_the_grown_model(factor):
     with torch.device("meta"):
         unet = cascade.build_unet(setting.resolution, grow_vs_scratch.CASCADE_CHANNELS[factor], 128)
     assert costs["core"].parameters + unet.num_parameters() == pytest.approx(costs["joint"].parameters, rel=0.05)
+
+
+@torch.no_grad()
+def test_the_cascade_begins_with_the_enlarged_picture():
+    unet, text = cascade.build_unet(16, (8, 16), 32), torch.randn(2, 4, 32)
+    low, x, sigma = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.9])
+    drawn = cascade.predict(unet, x, sigma, low, 4, encoder_hidden_states=text)
+    torch.testing.assert_close(drawn, enlarge(low, 4))
 
 
 def test_a_run_takes_as_long_as_its_pictures():
