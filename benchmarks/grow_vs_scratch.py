@@ -72,6 +72,8 @@ SETTINGS = {
 CASCADE_CHANNELS = {2: (24, 40), 4: (24, 32, 48), 8: (16, 24, 40, 56)}
 # About as many pictures from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
+# Of noise, where most of the held-out loss lies.
+LEVELS = ("0.6_0.8", "0.8_0.9", "0.9_1.0")
 LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "loss at noise .02-.3": "low_noise_loss"}
 
 
@@ -314,6 +316,10 @@ def make_table(records: dict[str, dict], factor: int, seconds: dict[str, list[fl
         for label, name in LOSSES.items():
             ends = [curve[-1][1][f"val_{name}"] for curve in curves.values()]
             row[label] = mean_and_deviation(ends, 4) if ends else ""
+        ends = [curve[-1][1] for curve in curves.values()]
+        row["at .6-.8 / .8-.9 / .9-1"] = " / ".join(
+            f"{statistics.mean(end[f'val_loss_sigma_{levels}'] for end in ends):.4f}" for levels in LEVELS if ends
+        )
         pairs = [(curve, scratch[seed]) for seed, curve in curves.items() if seed in scratch]
         ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
         row["of scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
