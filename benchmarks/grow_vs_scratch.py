@@ -313,10 +313,9 @@ def make_table(records: dict[str, dict], factor: int, seconds: dict[str, list[fl
             "seeds": len(runs),
             "high-resolution pictures": sum(next(iter(runs.values()))["pictures"].values()),
         }
-        for label, name in LOSSES.items():
-            ends = [curve[-1][1][f"val_{name}"] for curve in curves.values()]
-            row[label] = mean_and_deviation(ends, 4) if ends else ""
         ends = [curve[-1][1] for curve in curves.values()]
+        for label, name in LOSSES.items():
+            row[label] = mean_and_deviation([end[f"val_{name}"] for end in ends], 4) if ends else ""
         row["at .6-.8 / .8-.9 / .9-1"] = " / ".join(
             f"{statistics.mean(end[f'val_loss_sigma_{levels}'] for end in ends):.4f}" for levels in LEVELS if ends
         )
@@ -356,7 +355,7 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     lines = {}
     for row, factor in zip(axes, factors):
         for i, arm in enumerate(shown):
-            curves = [total_curve(run, records) for run in collect(records, factor).get(arm, {}).values()]
+            curves = [total_curve(run, records) for run in find_runs(records, arm, factor)]
             for curve in curves:
                 for axis, name in zip(row, LOSSES.values()):
                     x, y = zip(*[(flops / 1e12, line[f"val_{name}"]) for flops, line in curve])
