@@ -73,7 +73,7 @@ CASCADE_CHANNELS = {2: (24, 40), 4: (24, 32, 48), 8: (16, 24, 40, 56)}
 # About as many pictures from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
 # Of noise, where most of the held-out loss lies.
-LEVELS = ("0.6_0.8", "0.8_0.9", "0.9_1.0")
+LEVELS = ("val_loss_sigma_0.6_0.8", "val_loss_sigma_0.8_0.9", "val_loss_sigma_0.9_1.0")
 LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "loss at noise .02-.3": "low_noise_loss"}
 
 
@@ -295,6 +295,10 @@ def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, dict]]
     return {arm: {run["keys"]["seed"]: run for run in seeds} for arm, seeds in runs.items() if seeds}
 
 
+def level_label(name: str) -> str:
+    return name.removeprefix("val_loss_sigma_").replace("_", "-")
+
+
 def make_table(records: dict[str, dict], factor: int, seconds: dict[str, list[float]] | None) -> list[dict]:
     """
     One row for each arm, with its time if `seconds` of [`time_steps`] are there. A cascade has no losses: given the true low
@@ -316,8 +320,8 @@ def make_table(records: dict[str, dict], factor: int, seconds: dict[str, list[fl
         ends = [curve[-1][1] for curve in curves.values()]
         for label, name in LOSSES.items():
             row[label] = mean_and_deviation([end[f"val_{name}"] for end in ends], 4) if ends else ""
-        row["at .6-.8 / .8-.9 / .9-1"] = " / ".join(
-            f"{statistics.mean(end[f'val_loss_sigma_{levels}'] for end in ends):.4f}" for levels in LEVELS if ends
+        row["at " + " / ".join(map(level_label, LEVELS))] = " / ".join(
+            f"{statistics.mean(end[level] for end in ends):.4f}" for level in LEVELS if ends
         )
         pairs = [(curve, scratch[seed]) for seed, curve in curves.items() if seed in scratch]
         ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
@@ -361,10 +365,9 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
                     x, y = zip(*[(flops / 1e12, line[f"val_{name}"]) for flops, line in curve])
                     (lines[arm],) = axis.plot(x, y, color=f"C{i}", alpha=0.8)
             ends = [curve[-1][1] for curve in curves]
-            bins = [name for name in (ends[0] if ends else ()) if name.startswith("val_loss_sigma")]
-            means = [statistics.mean(line[name] for line in ends if name in line) for name in bins]
-            labels = [name.removeprefix("val_loss_sigma_").replace("_", "-") for name in bins]
-            row[4].plot(labels, means, "o-", color=f"C{i}")
+            levels = [name for name in (ends[0] if ends else ()) if name.startswith("val_loss_sigma")]
+            means = [statistics.mean(line[name] for line in ends if name in line) for name in levels]
+            row[4].plot([level_label(name) for name in levels], means, "o-", color=f"C{i}")
         for axis, label in zip(row, [*LOSSES, "loss at the end, by noise level"]):
             axis.set_title(f"16 -> {SETTINGS[factor].resolution} px: {label}")
             axis.set_yscale("log")

@@ -16,14 +16,27 @@
 """The benchmarks' own arithmetic, and their queue of runs with real, small runs."""
 
 import argparse
+import importlib.util
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cascade, few_high_res, grow_vs_scratch, loader, queue_of_runs, sampling, scale_core, step_time
+from benchmarks import (
+    cascade,
+    few_high_res,
+    grow_vs_scratch,
+    loader,
+    queue_of_runs,
+    sampling,
+    scale_core,
+    step_time,
+    tables,
+)
 from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, find_runs, growth_job, run_queue
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
@@ -35,6 +48,27 @@ from ..testing_utils import make_grown, make_pipeline
 
 
 SETTING = grow_vs_scratch.SETTINGS[8]
+
+
+def test_records_name_the_commit_and_whether_the_code_was_changed(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    module = tmp_path / "benchmarks" / "tables.py"
+    module.parent.mkdir()
+    shutil.copy(tables.__file__, module)
+    (tmp_path / "notes.md").write_text("before")
+    spec = importlib.util.spec_from_file_location("copied_tables", module)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+
+    assert copied.describe_commit() is None
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert copied.describe_commit() == commit.strip()
+    (tmp_path / "notes.md").write_text("after")
+    assert copied.describe_commit() == commit.strip()
+    module.write_text(module.read_text() + "# changed\n")
+    assert copied.describe_commit() == f"{commit.strip()}-dirty"
 
 
 def test_sliced_wasserstein_sees_a_difference_at_its_level():
