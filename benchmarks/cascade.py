@@ -35,13 +35,14 @@ from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw, held_out, make_noise,
 from benchmarks.queue_of_runs import NARROW, WIDE
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import SIGMA_MIN, add_noise, enlarge, expand, pool, sample_sigma, velocity_from_clean
+from diffusers_greedy_grow.flow import add_noise, enlarge, expand, pool, sample_sigma, velocity_from_clean
 from diffusers_greedy_grow.training import (
     CaptionedPictures,
     EpochOrder,
     load_captioned_data,
     normalize,
 )
+from diffusers_greedy_grow.training.losses import SIGMA_MIN_OF_LOSS
 
 
 # Noise on the averages while training, uniform up to this; none while sampling.
@@ -165,7 +166,7 @@ def main() -> None:
             with torch.no_grad():
                 text = encode(pipeline, captions)
             clean = predict(unet, x, sigma, low, factor, **text)
-        scale = 1.0 if weighting == "clean" else expand(sigma, x0).clamp(min=SIGMA_MIN)
+        scale = 1.0 if weighting == "clean" else expand(sigma, x0).clamp(min=SIGMA_MIN_OF_LOSS)
         loss = ((clean - x0) / scale).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

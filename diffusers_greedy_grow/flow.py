@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 
 
-# The noise level below which the division by sigma in the velocity stops growing.
-SIGMA_MIN = 0.05
+# The lowest noise level that diffusers' schedulers ask for. Some of them round it down to 0, where there is no velocity.
+SIGMA_MIN = 1e-3
 
 
 def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -203,8 +203,9 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> tor
     return (1 - sigma) * x0 + sigma * noise
 
 
-def velocity_from_clean(
-    x: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor, sigma_min: float = SIGMA_MIN
-) -> torch.Tensor:
-    """`u = (x - x0) / max(sigma, sigma_min)`: the velocity at the state `x` that points away from the picture `x0`."""
-    return (x - x0) / expand(sigma, x).clamp(min=sigma_min)
+def velocity_from_clean(x: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """
+    `u = (x - x0) / sigma`: the velocity at the state `x` that points away from the picture `x0`. It has no larger bound on
+    sigma, as a loss on it needs one: with that, a sampler's last step would stop short of `x0` and leave noise behind.
+    """
+    return (x - x0) / expand(sigma, x).clamp(min=SIGMA_MIN)

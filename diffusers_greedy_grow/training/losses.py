@@ -20,10 +20,12 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-from ..flow import SIGMA_MIN, add_noise, expand, pool, sample_sigma
+from ..flow import add_noise, expand, pool, sample_sigma
 from .data import sample_seeds
 
 
+# Below this noise level the weight of the velocity's error, `1 / sigma ** 2`, stops growing.
+SIGMA_MIN_OF_LOSS = 0.05
 # Edges of the noise-level bins that the loss is reported in. The first holds the levels at which grain would show.
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
@@ -97,7 +99,7 @@ def flow_loss(
 ) -> FlowLoss:
     r"""
     Mean squared error of the predicted flow velocity, which is that of the clean picture over
-    `max(sigma, SIGMA_MIN) ** 2` (Li & He, JiT, 2025, section 4), weighted by noise level.
+    `max(sigma, SIGMA_MIN_OF_LOSS) ** 2` (Li & He, JiT, 2025, section 4), weighted by noise level.
 
     The error of the `"clean"` picture gives low noise less weight. There the detail is in the stage's input: by the velocity's
     error, learning to copy it drowns out learning what the text and the core say of it.
@@ -119,7 +121,7 @@ def flow_loss(
     """
     stages = {} if num_stages is None else {"num_stages": num_stages}
     output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions, **stages)
-    scale = sigma.clamp(min=SIGMA_MIN)
+    scale = sigma.clamp(min=SIGMA_MIN_OF_LOSS)
     error = (output.pred_original_sample - x0).float() / expand(scale, x0)
     total = error.square().mean(dim=(1, 2, 3))
     # Nearest-neighbour upsampling keeps the mean square, and the two bands are orthogonal.

@@ -44,7 +44,8 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import ascend, descend, high_band, pool, unshift_sigma
+from diffusers_greedy_grow.flow import ascend, descend, expand, high_band, pool, unshift_sigma
+from diffusers_greedy_grow.models.blocks import GreedyGrowOutput
 
 from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline, randomize
 
@@ -212,22 +213,42 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
 @pytest.mark.parametrize(
     "scheduler",
     [
+        FlowMatchEulerDiscreteScheduler(shift=2.0),
         FlowMatchHeunDiscreteScheduler(shift=2.0),
         *MULTISTEP,
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_schedulers_agree(scheduler):
-    """All of them solve the same equation, so with many steps they arrive at the same picture."""
-    euler = make_pipeline(make_grown(), shift=2.0)
-    latents = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    kwargs = {"prompt": PROMPTS[0], "latents": latents, "guidance_scale": 1.0}
-    fine = draw(euler, num_inference_steps=400, **kwargs)
+def test_schedulers_arrive_at_the_exact_picture(monkeypatch, scheduler):
+    """With the best denoiser of normally distributed pixels, it is known where the equation leads from each noise."""
+    mean, deviation = 0.4, 0.3
+
+    def denoise(sample, timestep, **kwargs):
+        sigma = expand(timestep / 1000, sample)
+        slope = (1 - sigma) * deviation**2 / ((1 - sigma) ** 2 * deviation**2 + sigma**2)
+        return GreedyGrowOutput(pred_original_sample=mean + slope * (sample - (1 - sigma) * mean))
+
+    euler = make_pipeline(make_core(), shift=2.0)
+    monkeypatch.setattr(euler.unet, "forward", denoise)
     other = GreedyGrowPipeline(euler.unet, scheduler, euler.text_encoder, euler.tokenizer)
     other.set_progress_bar_config(disable=True)
-    other = draw(other, num_inference_steps=200, **kwargs)
-    coarse = draw(euler, num_inference_steps=5, **kwargs)
-    assert (other - fine).abs().mean() < 0.3 * (coarse - fine).abs().mean()
+    latents = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    kwargs = {"prompt": PROMPTS[0], "latents": latents, "guidance_scale": 1.0}
+    exact = mean + deviation * latents
+    error = (draw(other, num_inference_steps=200, **kwargs) - exact).abs().mean()
+    coarse = (draw(euler, num_inference_steps=5, **kwargs) - exact).abs().mean()
+    assert error < 0.3 * coarse and 127.5 * error < 1  # gray level
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_noise_is_left_in_a_picture(order):
+    """A core that answers every state with gray ends at gray, at the lowest noise levels of a shifted scheduler, too."""
+    core = make_core()
+    core.silence()
+    pipeline = make_pipeline(core)
+    kind = FlowMatchEulerDiscreteScheduler if order == 1 else FlowMatchHeunDiscreteScheduler
+    pipeline.scheduler = kind(shift=4.0)
+    assert draw(pipeline, num_inference_steps=28).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(

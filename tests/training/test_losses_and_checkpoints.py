@@ -27,7 +27,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.flow import SIGMA_MIN, descend, high_band, pool
+from diffusers_greedy_grow.flow import descend, high_band, pool
 from diffusers_greedy_grow.training import (
     GradientGuard,
     Interrupt,
@@ -48,7 +48,7 @@ from diffusers_greedy_grow.training import (
     save_pipeline,
     take_step,
 )
-from diffusers_greedy_grow.training.losses import WEIGHTINGS
+from diffusers_greedy_grow.training.losses import SIGMA_MIN_OF_LOSS, WEIGHTINGS
 
 from ..testing_utils import make_grown, make_inputs, make_pipeline
 
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_the_velocity(grown):
     # Above the clamp it is the error of the velocity itself; below, the division by sigma stops growing.
     torch.testing.assert_close((losses.low + losses.high)[1], (output.sample - (noise - x0))[1].square().mean())
     error = (output.pred_original_sample - x0)[0]
-    torch.testing.assert_close((losses.low + losses.high)[0], error.square().mean() / SIGMA_MIN**2)
+    torch.testing.assert_close((losses.low + losses.high)[0], error.square().mean() / SIGMA_MIN_OF_LOSS**2)
     torch.testing.assert_close(losses.loss, (losses.low + losses.high).mean())
     assert losses.loss.requires_grad and not losses.low.requires_grad
 
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_the_velocity(grown):
     torch.testing.assert_close(clean.loss, (output.pred_original_sample - x0).square().mean())
     torch.testing.assert_close((clean.low, clean.high), (losses.low, losses.high))
 
-    error = (output.pred_original_sample - x0) / sigma.clamp(min=SIGMA_MIN)[:, None, None, None]
+    error = (output.pred_original_sample - x0) / sigma.clamp(min=SIGMA_MIN_OF_LOSS)[:, None, None, None]
     torch.testing.assert_close(losses.low, pool(error, 2).square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(losses.high, high_band(error, 2).square().mean(dim=(1, 2, 3)), atol=1e-6, rtol=1e-4)
 
