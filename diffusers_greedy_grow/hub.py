@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import logging
 from huggingface_hub import (
@@ -289,8 +290,13 @@ class HubMixin:
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """What diffusers calls with a configuration before it builds anything; entries that are not known are refused."""
+        """
+        What diffusers calls with a configuration before it builds anything; entries that are not known are refused, and so
+        are a model's arguments for loading (diffusers ignores them, but for a line in the log of a pipeline).
+        """
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
+        if issubclass(cls, ModelMixin) and (unknown := sorted(unused.keys() & kwargs.keys())):
+            raise TypeError(f"A {cls.__name__} is not loaded with {unknown}: are they misspelled?")
         if unknown := sorted(name for name in unused if name in config_dict and name not in kwargs):
             raise ValueError(
                 f"The configuration has {unknown}, which a {cls.__name__} does not know. It was made by a newer version of "
@@ -566,7 +572,7 @@ def prepare_repository(
         `ValueError`: if it is no name of a repository, `token` has blanks in it, or `create_pr` comes with a `revision`.
         `HfHubHTTPError`: if the token is missing or wrong, or may not write there.
     """
-    if token is not None and re.search(r"\s", token):
+    if isinstance(token, str) and re.search(r"\s", token):
         raise ValueError("`token` has blanks or line ends in it: pass it without, as by `.strip()`.")
     if create_pr and revision is not None:
         raise ValueError(

@@ -26,6 +26,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import EvalResult, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig
 from safetensors import SafetensorError
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
@@ -340,6 +341,9 @@ def test_a_download_that_breaks_off(hub, fault, tmp_path):
 
 @pytest.mark.parametrize("token,status", [("hf_nobody", 401), (STRANGER, 403)])
 def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, monkeypatch):
+    adapted = make_pipeline()
+    adapted.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+
     def never(*args, **kwargs):
         raise AssertionError("growing had begun")
 
@@ -369,6 +373,9 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
         GrowableUNet2DConditionModel.from_core(make_core(), 20, push_to_hub=True, repo_id="owner/blanks")
     with pytest.raises(ValueError, match="`sample_size=20`"):
         GreedyGrowPipeline.from_core(make_pipeline(), 20, push_to_hub=True, repo_id="owner/blanks")
+    for core, what in ((adapted, "adapters"), (make_pipeline(make_grown()), "needs those of the stages inside")):
+        with pytest.raises(ValueError, match=what):
+            GreedyGrowPipeline.from_core(core, 64, detail_variance=0.1, push_to_hub=True, repo_id="owner/blanks")
     assert not HfApi().repo_exists("owner/blanks")
     with pytest.raises(ValueError, match="no/name/at-all"):
         GrowableUNet2DConditionModel.from_core(make_core(), 32, push_to_hub=True, repo_id="no/name/at-all")

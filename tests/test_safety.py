@@ -90,6 +90,8 @@ def test_sizes_that_could_be_but_are_not_those_of_the_weights(folder):
     [
         ({"unet": ["antigravity", "Model"]}, "`unet` in model_index.json is a Model of antigravity, which has not been imported"),
         ({"tokenizer": ["../../evil", "Model"]}, "`tokenizer` in model_index.json is a Model of ../../evil"),
+        ({"max_sequence_length": None}, "`max_sequence_length=None` has to be a whole number from 1 to"),
+        ({"max_sequence_length": 0}, "`max_sequence_length=0` has to be"),
         ({"text_encoder": "antigravity"}, "`text_encoder` in model_index.json has to be a library and a class"),
         ({"../../evil": ["diffusers", "UNet2DModel"]}, r"The configuration has \['../../evil'\]"),
         ({"scheduler": ["diffusers", "../../Evil"]}, "no class `../../Evil`"),

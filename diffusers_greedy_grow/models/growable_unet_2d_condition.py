@@ -333,24 +333,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 "`core` has to be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
                 f"but is a {type(core).__name__}."
             )
-        if getattr(core, "peft_config", None):
-            raise ValueError(
-                f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "
-                "`core.unload_lora()`, and load them into the grown model."
-            )
-        if getattr(core, "hf_quantizer", None) is not None:
-            raise ValueError(
-                "`core` was loaded with a `quantization_config`, and a grown model could neither be trained nor saved with such "
-                "weights: grow it as it was trained, and pass the `quantization_config` when loading the result."
-            )
-
-        if any(parameter.dtype.itemsize == 1 or parameter.is_meta for parameter in core.parameters()) and not (
-            all(parameter.is_meta for parameter in core.parameters())  # to count what it would cost
-        ):
-            raise ValueError(
-                "`core` has weights in eight bits or on the disk, by layerwise casting or offloading: grow it as it was loaded, "
-                "and enable these on the grown model."
-            )
+        check_growable(core)
 
         # 1. The configuration of the grown model: the core's, with one more stage. No memory yet, nor random numbers.
         grown = cls.build_on_meta(core.config, sample_size, block_out_channels, layers_per_block, init)
@@ -534,7 +517,9 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         grad_enabled = torch.is_grad_enabled()
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
-        inner_grad_enabled = grad_enabled and not (self.core_frozen and self.stages[-1].preserves)
+        # But adapters, wherever they are, are there to be trained.
+        nothing_trains_inside = self.core_frozen and self.stages[-1].preserves and not self._hf_peft_config_loaded
+        inner_grad_enabled = grad_enabled and not nothing_trains_inside
 
         def run(level: int, state: torch.Tensor, state_sigma: torch.Tensor, features: torch.Tensor | None = None):
             """The core, which is level 0, or a stage with all that is inside it."""
@@ -649,6 +634,27 @@ def get_stage_patch_size(
             f"a cell of the inner grid covers {cell} pixels per side, and each entry halves it once."
         )
     return cell // 2 ** len(block_out_channels)
+
+
+def check_growable(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> None:
+    """Raises a `ValueError` if a model is not as it was trained: with adapters, quantised, or with weights elsewhere."""
+    if getattr(core, "peft_config", None):
+        raise ValueError(
+            f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "
+            "`core.unload_lora()`, and load them into the grown model."
+        )
+    if getattr(core, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "`core` was loaded with a `quantization_config`, and a grown model could neither be trained nor saved with such "
+            "weights: grow it as it was trained, and pass the `quantization_config` when loading the result."
+        )
+    if any(parameter.dtype.itemsize == 1 or parameter.is_meta for parameter in core.parameters()) and not (
+        all(parameter.is_meta for parameter in core.parameters())  # to count what it would cost
+    ):
+        raise ValueError(
+            "`core` has weights in eight bits or on the disk, by layerwise casting or offloading: grow it as it was loaded, "
+            "and enable these on the grown model."
+        )
 
 
 def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[Any, dict, str | None, str | None]:

@@ -38,8 +38,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
 from ..hub import HubMixin, check_push, prepare_push, push_or_keep
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from ..models.blocks import TextCache
-from ..models.growable_unet_2d_condition import find_core
+from ..models.blocks import TextCache, check_sizes
+from ..models.growable_unet_2d_condition import check_growable, find_core
 from .lora import GreedyGrowLoraLoaderMixin
 
 
@@ -113,6 +113,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         detail_variances: list[float] | None = None,
     ):
         super().__init__()
+        check_sizes(max_sequence_length=max_sequence_length)
         if scheduler is not None:  # as diffusers makes it to encode prompts only
             shift_name(scheduler)
         if text_encoder is not None and unet is not None:
@@ -190,7 +191,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         Raises:
             `ValueError`: if `core` is no pipeline, if `sample_size`, `block_out_channels` or `init` do not fit it, if
             its scheduler does not, or if `detail_variance` is not positive or `core` lacks those of the stages inside.
-            `TypeError`: if there are `kwargs` with a loaded pipeline as `core`, or arguments of a push without one.
+            `TypeError`: if there are `kwargs` with a loaded pipeline as `core` or that loading does not know, or arguments of
+                a push without one.
             `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
         """
@@ -206,6 +208,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         )
         stage = {"block_out_channels": block_out_channels, "layers_per_block": layers_per_block, "init": init}
         if isinstance(core, (str, Path)):
+            if inherited := sorted({"unet", "detail_variances"} & kwargs.keys()):
+                raise TypeError(f"{inherited} are those of `core`; the new stage's variance is `detail_variance`.")
             kwargs |= {"token": token, "revision": revision}
             config = find_core(core, subfolder="unet", **kwargs)[1]
         elif not isinstance(core, GreedyGrowPipeline):
@@ -218,44 +222,43 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         else:
             config = core.unet.config
             shift_name(core.scheduler)  # it may have been exchanged
+            check_growable(core.unet)
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
         if detail_variance is not None and not is_variance(detail_variance):
             raise ValueError(
                 f"`detail_variance={detail_variance}` has to be positive: a variance of pictures in [-1, 1]."
             )
-        if push_to_hub:
-            push = prepare_push(push)
-
-        if isinstance(core, (str, Path)):
-            # Of dtypes for each component, the model takes its own.
-            dtypes = {
-                name: kwargs[name].get("unet", kwargs[name].get("default", torch.float32))
-                for name in ("dtype", "torch_dtype")
-                if isinstance(kwargs.get(name), dict)
-            }
-            unet = GrowableUNet2DConditionModel.from_core(
-                core, sample_size, subfolder="unet", **stage, **{**kwargs, **dtypes}
-            )
-            pipeline = cls.from_pretrained(core, unet=None, **kwargs)
-        else:
-            unet = GrowableUNet2DConditionModel.from_core(core.unet, sample_size, **stage)
-            pipeline = core
-        *inner_sample_sizes, _ = unet.sample_sizes
-        name = shift_name(pipeline.scheduler)
-        shift = pipeline.scheduler.config[name] * sample_size / inner_sample_sizes[-1]
-        # A scheduler made from the config of another kind has the entry of that one, too.
-        shifts = {entry: shift for entry in ("shift", "flow_shift") if entry in pipeline.scheduler.config}
-        scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **shifts}, **{name: shift})
-        variances = None
-        if detail_variance is not None and len(inner_sample_sizes) > 1:
+        pipeline = cls.from_pretrained(core, unet=None, **kwargs) if isinstance(core, (str, Path)) else core
+        variances = None if detail_variance is None else [detail_variance]
+        if detail_variance is not None and config.get("inner_sample_sizes"):
             if pipeline.config.detail_variances is None:
                 raise ValueError(
                     f"`detail_variance={detail_variance}` needs those of the stages inside, which `core` lacks: leave it out, or "
                     "set `core.register_to_config(detail_variances=[...])`, one for each of its stages, first."
                 )
             variances = [*pipeline.config.detail_variances, detail_variance]
-        elif detail_variance is not None:
-            variances = [detail_variance]
+        if push_to_hub:
+            push = prepare_push(push)
+
+        if isinstance(core, (str, Path)):
+            # What is the pipeline's own is not for the model, and of dtypes for each component it takes its own.
+            own = inspect.signature(cls.__init__).parameters
+            arguments = {name: value for name, value in kwargs.items() if name not in own}
+            dtypes = {
+                name: kwargs[name].get("unet", kwargs[name].get("default", torch.float32))
+                for name in ("dtype", "torch_dtype")
+                if isinstance(kwargs.get(name), dict)
+            }
+            unet = GrowableUNet2DConditionModel.from_core(
+                core, sample_size, subfolder="unet", **stage, **{**arguments, **dtypes}
+            )
+        else:
+            unet = GrowableUNet2DConditionModel.from_core(core.unet, sample_size, **stage)
+        name = shift_name(pipeline.scheduler)
+        shift = pipeline.scheduler.config[name] * sample_size / config["sample_size"]
+        # A scheduler made from the config of another kind has the entry of that one, too.
+        shifts = {entry: shift for entry in ("shift", "flow_shift") if entry in pipeline.scheduler.config}
+        scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **shifts}, **{name: shift})
         grown = cls(
             unet=unet,
             scheduler=scheduler,
@@ -517,7 +520,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 handover_sigma(variance, size // inner_size, CORE_FIRST_BOUND)
                 for variance, inner_size, size in zip(variances or (), sizes, sizes[1:])
             ]
-        elif isinstance(core_first, NUMBER) and 0 < core_first <= 1:
+        elif isinstance(core_first, NUMBER) and core_first is not True and 0 < core_first <= 1:
             levels = [float(core_first)] * (len(sizes) - 1)
         else:
             raise ValueError(f'`core_first={core_first!r}` has to be "auto", a noise level in (0, 1], or None.')

@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
 
-from ..testing_utils import make_core, make_inputs
+from ..testing_utils import make_core, make_grown, make_inputs
 
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -198,6 +198,16 @@ def test_an_adapter_of_a_core_in_what_was_grown_from_it(tmp_path):
         loaded = get_peft_model_state_dict(grown, adapter_name=name)
         assert all(torch.equal(loaded[f"core.{layer}"], value) for layer, value in layers.items())
     assert [config.lora_alpha for config in grown.peft_config.values()] == [7, 4, 7]
+
+
+def test_an_adapter_of_a_frozen_core_trains():
+    grown, inputs = make_grown(), make_inputs(height=32, width=32)
+    grown.freeze_core()
+    grown.add_adapter(make_config())
+    grown(**inputs).sample.square().mean().backward()
+    gradients = {name: p.grad for name, p in grown.named_parameters() if "lora_" in name}
+    assert any(name.startswith("core.") for name in gradients)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -441,6 +441,14 @@ def test_growing_with_a_dtype_for_each_component(pipeline, name, tmp_path):
         assert (grown.unet.dtype, grown.text_encoder.dtype) == expected
 
 
+def test_growing_with_what_is_the_pipelines_own(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    kwargs = {"text_encoder": None, "tokenizer": None, "max_sequence_length": 7, "torch_dtype": torch.bfloat16}
+    grown = GreedyGrowPipeline.from_core(tmp_path, 32, block_out_channels=(8,), **kwargs)
+    assert grown.text_encoder is None and grown.config.max_sequence_length == 7
+    assert grown.unet.dtype == torch.bfloat16
+
+
 def test_growing_says_what_does_not_fit(pipeline, tmp_path):
     with pytest.raises(ValueError, match="`core` has to be a GreedyGrowPipeline.*but is a ShallowUNet2DModel"):
         GreedyGrowPipeline.from_core(pipeline.unet, 32)
@@ -453,6 +461,14 @@ def test_growing_says_what_does_not_fit(pipeline, tmp_path):
         OSError, match="`low_cpu_mem_usage` cannot be False.* Unless that is about an argument of yours"
     ):
         GreedyGrowPipeline.from_core(tmp_path, 32, low_cpu_mem_usage=False)
+    with pytest.raises(
+        TypeError, match=r"ShallowUNet2DModel is not loaded with \['layer_per_block'\]: are they missp"
+    ):
+        GreedyGrowPipeline.from_core(tmp_path, 32, layer_per_block=3)
+    with pytest.raises(
+        TypeError, match=r"\['detail_variances'\] are those of `core`; the new .* is `detail_variance`"
+    ):
+        GreedyGrowPipeline.from_core(tmp_path, 32, detail_variances=[0.1])
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="weights are missing, damaged"):
         GreedyGrowPipeline.from_core(tmp_path, 32)
@@ -805,6 +821,7 @@ def test_variances_have_to_be_positive(pipeline, variances):
         ({"timesteps": [1200, 500]}, r"`timesteps=\[1200, 500\]` have to fall"),
         ({"core_first": 1.5}, r"`core_first=1.5` has to be \"auto\", a noise level in \(0, 1\], or None"),
         ({"core_first": "full"}, "`core_first='full'` has to be"),
+        ({"core_first": True}, "`core_first=True` has to be"),
     ],
 )
 def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
