@@ -341,7 +341,7 @@ def test_a_download_that_breaks_off(hub, fault, tmp_path):
 
 @pytest.mark.parametrize("token,status", [("hf_nobody", 401), (STRANGER, 403)])
 def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, monkeypatch):
-    adapted = make_pipeline()
+    adapted, grown = make_pipeline(), make_pipeline(make_grown())
     adapted.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
 
     def never(*args, **kwargs):
@@ -373,7 +373,7 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
         GrowableUNet2DConditionModel.from_core(make_core(), 20, push_to_hub=True, repo_id="owner/blanks")
     with pytest.raises(ValueError, match="`sample_size=20`"):
         GreedyGrowPipeline.from_core(make_pipeline(), 20, push_to_hub=True, repo_id="owner/blanks")
-    for core, what in ((adapted, "adapters"), (make_pipeline(make_grown()), "needs those of the stages inside")):
+    for core, what in ((adapted, "adapters"), (grown, "needs those of the stages inside")):
         with pytest.raises(ValueError, match=what):
             GreedyGrowPipeline.from_core(core, 64, detail_variance=0.1, push_to_hub=True, repo_id="owner/blanks")
     assert not HfApi().repo_exists("owner/blanks")
