@@ -23,6 +23,7 @@ then, for each further resolution, a stage is grown around it, trained alone (`d
 is inside it (`joint`). After each phase `output_dir` holds one more complete pipeline.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -194,10 +195,15 @@ def is_of(phase: Phase, progress: dict) -> bool:
 # Pipelines
 
 
-def build_core_pipeline(model_args: ModelArguments, captions: Iterable[str]) -> GreedyGrowPipeline:
-    """A pipeline around a new core, with a pretrained text encoder or a small new one."""
+def build_core_pipeline(
+    model_args: ModelArguments, captions: Iterable[str], checkpoint: Path | None = None
+) -> GreedyGrowPipeline:
+    """A pipeline around a new core, with a pretrained text encoder or a small new one, whose tokenizer may be a checkpoint's."""
     if model_args.text_encoder == "small":
-        tokenizer = train_small_tokenizer(captions)
+        if checkpoint is not None:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+        else:
+            tokenizer = train_small_tokenizer(captions)
         text_encoder = build_small_text_encoder(
             tokenizer, get_text_hidden_size(model_args), model_args.text_num_layers
         )
@@ -423,6 +429,7 @@ class Run:
     interrupt: Interrupt
     plans: dict[str, PhasePlan]  # of each phase, in order
     captions: list[str]  # of the sample grid
+    fingerprint: str | None = None  # of all captions, if they are not streamed
     publisher: "Publisher | None" = None  # on the main process, if the run is to be published
     embeddings: TextEmbeddings | None = None  # of all captions, if they are kept
 
@@ -451,6 +458,7 @@ class Run:
             **config,
             "mixed_precision": self.accelerator.mixed_precision,
             "pictures per step": pictures_per_step,
+            "captions": self.fingerprint,
             "FSDP": self.accelerator.is_fsdp2,
         }
 
@@ -560,7 +568,14 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             "metrics_size": run.metrics_path.stat().st_size if run.metrics_path.exists() else 0,
         }
         return save_checkpoint(
-            accelerator, run.checkpoints, progress, ema, named_parameters, losses, args.checkpoints_total_limit
+            accelerator,
+            run.checkpoints,
+            progress,
+            ema,
+            named_parameters,
+            losses,
+            args.checkpoints_total_limit,
+            pipeline.tokenizer if train_text else None,
         )
 
     started, step_at_start = time.perf_counter(), step
@@ -894,7 +909,7 @@ def score_shapes(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> dict[s
     images = [
         image.resize((size, size), Image.Resampling.BICUBIC) for image in sample_captions(run, pipeline, captions)
     ]
-    return score_images(images, captions, texture_cells=run.model_args.resolutions[0])
+    return score_images(images, captions, texture_cells=pipeline.unet.sample_sizes[0])
 
 
 def format_scores(scores: dict[str, dict[str, float]]) -> str:
@@ -970,8 +985,9 @@ def write_phase_card(
     run: Run, phase: Phase, pipeline: GreedyGrowPipeline, scores: dict[str, float], samples: Path
 ) -> None:
     """Adds the card to the folder of a finished phase: what it is, its held-out loss and scores, and its pictures."""
-    args, dataset_name, on_shapes = run.args, run.data_args.dataset_name, run.data_args.on_shapes
-    folder = run.output_dir / phase.name
+    args, data_args, folder = run.args, run.data_args, run.output_dir / phase.name
+    datasets = [name for name in (data_args.dataset_name, data_args.high_res_dataset_name) if name is not None]
+    held_out = data_args.high_res_dataset_name if data_args.has_high_res_data else data_args.dataset_name
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     losses = [line for line in lines if line["phase"] == phase.name and "val_loss" in line]
     names = {"loss": "held-out loss", "loss_low": "held-out loss, low band", "loss_high": "held-out loss, high band"}
@@ -983,12 +999,12 @@ def write_phase_card(
         run.publisher.repo_id if run.publisher is not None else args.hub_model_id or str(folder),
         samples,
         license=args.hub_license,
-        datasets=[dataset_name] if dataset_name else None,
+        datasets=datasets or None,
         eval_results=[
             EvalResult(
                 task_type="text-to-image",
-                dataset_type=dataset_name or ("captioned-shapes" if on_shapes else "pictures"),
-                dataset_name=dataset_name or ("Captioned shapes" if on_shapes else "Pictures, held out"),
+                dataset_type=held_out or ("captioned-shapes" if data_args.on_shapes else "pictures"),
+                dataset_name=held_out or ("Captioned shapes" if data_args.on_shapes else "Pictures, held out"),
                 metric_type=kind,
                 metric_name=name,
                 metric_value=round(value, 4),
@@ -1026,7 +1042,7 @@ def load_data(
             stream, held_out, first = load_captioned_stream(dataset_name, data_dir, *columns, num_held_out, broken)
             buffer_size = data_args.shuffle_buffer_size
             return StreamedPictures(stream, first, resolution, buckets, broken, buffer_size), held_out
-        rows, held_out = load_captioned_data(dataset_name, data_dir, *columns)
+        rows, held_out = load_captioned_data(dataset_name, data_dir, *columns, hold_out=num_held_out > 0)
         return CaptionedPictures(rows, resolution, buckets, broken), held_out
 
     if data_args.has_high_res_data:
@@ -1039,6 +1055,16 @@ def load_data(
             chosen = np.random.default_rng(args.seed).permutation(len(train_data))
             high_res_data = train_data.select(chosen[: data_args.num_high_res_pictures])
     return train_data, high_res_data, CaptionedPictures(held_out, final_resolution, broken=broken)
+
+
+def take_fingerprint(*sets: CaptionedPictures) -> str:
+    """Of their captions in order: a run goes on with the same data only if it finds the same ones."""
+    digest = hashlib.sha256()
+    for pictures in sets:
+        for caption in pictures.captions:
+            digest.update(f"{caption}\0".encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
 
 
 def keep_embeddings(run: Run, pipeline: GreedyGrowPipeline) -> TextEmbeddings:
@@ -1076,6 +1102,9 @@ def write_shapes_once(
     """The embedded default: draws the captioned shapes that the arguments describe, unless they are there."""
     size, objects, pictures = model_args.resolutions[-1], data_args.shapes_objects, data_args.shapes_pictures
     cells, held_out = model_args.resolutions[0], max(256, data_args.num_scored_pictures)
+    if model_args.core is not None:  # textures as it has learned them
+        config = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)[1]
+        cells = (*config.get("inner_sample_sizes", ()), config["sample_size"])[0]
     folder = output_dir / f"shapes-{size}px-{cells}-cells-{objects}-objects-{pictures}+{held_out}-seed-{args.seed}"
     if not (folder / "validation.parquet").exists():
         logger.info(f"Drawing {pictures} captioned shapes into {folder}.")
@@ -1184,6 +1213,7 @@ def main(argv: list[str] | None = None) -> None:
         interrupt=Interrupt(),
         plans={plan.name: plan for plan in plans},
         captions=captions,
+        fingerprint=None if data_args.streaming else take_fingerprint(train_data, high_res_data, validation_data),
         publisher=publisher,
     )
 
@@ -1208,7 +1238,8 @@ def main(argv: list[str] | None = None) -> None:
     if start is not None:
         pipeline = load_pipeline(start, model_args.core_revision if start == model_args.core else None)
     else:
-        pipeline = build_core_pipeline(model_args, itertools.islice(train_data.captions, TOKENIZER_CAPTIONS))
+        first_captions = itertools.islice(train_data.captions, TOKENIZER_CAPTIONS)
+        pipeline = build_core_pipeline(model_args, first_captions, checkpoint)
     set_attention_backend(pipeline.unet, args.attention_backend)  # which fails if it is not installed
 
     # 5. From here on the folder holds this run
@@ -1220,8 +1251,8 @@ def main(argv: list[str] | None = None) -> None:
                 shutil.rmtree((output_dir / name).resolve(), ignore_errors=True)
             (output_dir / "metrics.jsonl").unlink(missing_ok=True)
         else:
+            keep_metrics(run.metrics_path, progress["metrics_size"], args.resume_with_changes)
             forget_newer(run.checkpoints, checkpoint)
-            keep_metrics(run.metrics_path, progress["metrics_size"])
         write_text(output_dir / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
     if publisher is not None and checkpoint is not None:
         publisher.push_missing(phases[:first], output_dir)

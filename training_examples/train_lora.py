@@ -235,15 +235,15 @@ def main(argv: list[str] | None = None) -> None:
     if resolution % unet.config.sample_size:
         raise ValueError(f"`resolution={resolution}` has to be a multiple of the model's {unet.config.sample_size}.")
     train_rows, validation_rows = load_captioned_data(
-        args.dataset_name, args.train_data_dir, args.image_column, args.caption_column
+        args.dataset_name, args.train_data_dir, args.image_column, args.caption_column, hold_out=False
     )
     broken = BrokenRows(output_dir / "broken_rows.jsonl", args.max_broken_share)
     if checkpoint is None and accelerator.is_main_process:
         broken.path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     train_data = CaptionedPictures(train_rows, resolution, broken=broken).at(unet.config.sample_size)
-    held_out = CaptionedPictures(validation_rows, resolution, broken=broken)
-    prompts = args.validation_prompts or list(dict.fromkeys(held_out.captions))[:8]
+    shown = CaptionedPictures(validation_rows, resolution, broken=broken) if len(validation_rows) else train_data
+    prompts = args.validation_prompts or list(dict.fromkeys(shown.captions))[:8]
     first, total = (step * pictures_per_step for step in (progress["step"], args.max_train_steps))
     order = EpochOrder(len(train_data), start=first, num_samples=total - first, seed=(args.seed, 0))
     loader = torch.utils.data.DataLoader(
@@ -263,8 +263,8 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             metrics_path.unlink(missing_ok=True)
         else:
+            keep_metrics(metrics_path, progress["metrics_size"], args.resume_with_changes)
             forget_newer(output_dir / "checkpoints", checkpoint)
-            keep_metrics(metrics_path, progress["metrics_size"])
         write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         rows = {"base": draw(pipeline, prompts, args, accelerator)}  # a new adapter changes nothing
     accelerator.init_trackers("train_lora")

@@ -169,7 +169,10 @@ class GrowthArguments:
     learning_rate: list[float] = field(
         default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
     )
-    core_lr_scale: float = field(default=0.3, metadata={"help": "Joint phase: the inner model's rate, relative."})
+    core_lr_scale: float | None = field(
+        default=None,
+        metadata={"help": "Joint phase: the inner model's rate, relative; by default .3, from scratch 1."},
+    )
     offload_ema: bool = field(default=False, metadata={"help": "Keep that average in the CPU's memory."})
     logit_mean: list[float] = field(
         default_factory=lambda: [1.0, -0.7],
@@ -436,6 +439,8 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     for name in ("validation_steps", "train_batch_size"):
         if np.min(getattr(training, name)) < 1:
             parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
+    if training.core_lr_scale is None:
+        training.core_lr_scale = 0.3 if model.core is not None or training.core_steps else 1.0
     for name in ("core_steps", "detail_steps", "joint_steps", "learning_rate", "core_lr_scale", "logit_std"):
         if np.min(getattr(training, name), initial=0) < 0:
             parser.error(f"--{name} {getattr(training, name)}: cannot be negative.")

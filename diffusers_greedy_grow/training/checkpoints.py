@@ -26,6 +26,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from .sharding import gather, scatter_as
 
@@ -64,17 +65,20 @@ def save_checkpoint(
     named_parameters: list[tuple[str, torch.nn.Parameter]],
     losses: torch.Tensor,
     total_limit: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """
     Saves all that a phase needs to go on: what accelerate has prepared, the moving average by name, the `losses` that no
-    line of metrics tells of yet, and `progress`, which names the `phase`, its `phase_index` and the `step`. Keeps the newest
-    `total_limit` checkpoints in `folder`. Called on all processes.
+    line of metrics tells of yet, and `progress`, which names the `phase`, its `phase_index` and the `step`; and in a phase that trains its text encoder the
+    `tokenizer`, by whose numbers that knows the words. Keeps the newest `total_limit` checkpoints in `folder`. Called on all
+    processes.
     """
     checkpoint = folder / f"{progress['phase']}-{progress['step']}"
     temporary = folder / f".{checkpoint.name}.tmp"
     if accelerator.is_main_process:
         for left_over in folder.glob(".*"):  # of a process that was killed while it saved or removed
-            shutil.rmtree(left_over)
+            if left_over.is_dir():  # and no file that a file manager leaves
+                shutil.rmtree(left_over)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()  # until the files of all processes are there
@@ -86,6 +90,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         save_file(shadows, temporary / "ema.safetensors")
         save_file({"losses": losses}, temporary / "losses.safetensors")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary / "tokenizer")
         files = [path for path in temporary.rglob("*") if path.is_file()]
         sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
         progress = {**progress, "ema_optimization_step": ema.optimization_step, "sizes": sizes}

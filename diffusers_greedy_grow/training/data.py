@@ -83,6 +83,9 @@ def load_splits(
         check_data_dir(data_dir)
         if Path(data_dir).is_file():
             splits = load_dataset(FILE_TYPES[Path(data_dir).suffix], data_files=data_dir, streaming=streaming)
+        elif any((Path(data_dir) / f"metadata.{kind}").exists() for kind in ("jsonl", "csv")):
+            # One set, whatever its pictures are called: `crash_test_1.png` is no split of its own.
+            splits = load_dataset("imagefolder", data_dir=data_dir, data_files={"train": "**"}, streaming=streaming)
         else:
             splits = load_dataset(data_dir, streaming=streaming)
     else:
@@ -114,22 +117,24 @@ def load_splits(
 
 
 def load_captioned_data(
-    dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str
+    dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str, hold_out: bool = True
 ) -> tuple[Dataset, Dataset]:
     """
-    Loads pictures with captions by [`load_splits`] and splits off what is not trained on: data with no `validation` or `test`
-    of its own has 5 % held out, 256 at most, and always the same ones.
+    Loads pictures with captions by [`load_splits`] and splits off what is not trained on: with `hold_out`, data with no
+    `validation` or `test` of its own has 5 % held out, 256 at most, and always the same ones.
 
     Returns:
         The training and the validation rows, with the columns `image` (undecoded) and `text`.
 
     Raises:
-        `ValueError`: as [`load_splits`] does, and if there are fewer than two rows.
+        `ValueError`: as [`load_splits`] does, and if there are fewer than two rows to hold one out.
     """
     splits = load_splits(dataset_name, train_data_dir, image_column, caption_column)
     for name in ("validation", "test"):
         if name in splits:
             return splits["train"], splits[name]
+    if not hold_out:
+        return splits["train"], splits["train"].select([])
     if len(splits["train"]) < 2:
         raise ValueError("The data has fewer than two rows: there is nothing to train on and to hold out.")
     held_out = min(256, max(1, len(splits["train"]) // 20))
@@ -344,11 +349,11 @@ class CaptionedPictures(torch.utils.data.Dataset):
         for i, image in enumerate(self.rows["image"]):
             try:
                 picture = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+                width, height = picture.size
+                if picture.getexif().get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # lies on its side
+                    width, height = height, width
             except Exception:  # it will be counted and named where it is read
                 continue
-            width, height = picture.size
-            if picture.getexif().get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # lies on its side
-                width, height = height, width
             shapes[i] = find_nearest_bucket(height, width, self.buckets)
         return shapes
 

@@ -52,11 +52,17 @@ def draw_samples(rows: dict[str, list[Image.Image]], captions: list[str], path: 
     _write(grid, path)
 
 
-def keep_metrics(path: Path, size: int) -> None:
-    """Drops what was written after a checkpoint was saved: it will be written again."""
+def keep_metrics(path: Path, size: int, resume_with_changes: bool) -> None:
+    """
+    Drops what was written after a checkpoint was saved: it will be written again. Raises a `ValueError` if lines are missing
+    from before, unless that is meant.
+    """
     found = path.stat().st_size if path.exists() else 0
-    if found < size:
-        raise ValueError(f"{path} lacks lines that were there when the checkpoint was saved: put it back.")
+    if found < size and not resume_with_changes:
+        raise ValueError(
+            f"{path} lacks lines that were there when the checkpoint was saved: put it back, or say by "
+            "`--resume_with_changes` that curves and card may do without them."
+        )
     if found > size:
         os.truncate(path, size)
 

@@ -25,6 +25,10 @@ def test_values_for_each_resolution_or_stage(tmp_path):
     _, model, training = parse_arguments(["--resolutions", "16", "32", "64", "--detail_steps", "7", "5"], "")
     assert training.train_batch_size == [32, 16, 16] and training.detail_steps == [7, 5]
     assert len(training.learning_rate) == 3 and len(model.block_out_channels) == len(training.joint_steps) == 2
+    assert training.core_lr_scale == 0.3
+    from_scratch = ["--core_steps", "0", "--detail_steps", "0"]
+    assert parse_arguments(from_scratch, "")[2].core_lr_scale == 1.0
+    assert parse_arguments([*from_scratch, "--core_lr_scale", "0.5"], "")[2].core_lr_scale == 0.5
     _, _, training = parse_arguments(["--resolutions", "16"], "")
     assert training.train_batch_size == [32] and training.detail_steps == []
 

@@ -40,7 +40,7 @@ from diffusers_greedy_grow.training import (
     sample_generators,
     train_small_tokenizer,
 )
-from diffusers_greedy_grow.training.data import open_image, to_pixel_values
+from diffusers_greedy_grow.training.data import load_splits, open_image, to_pixel_values
 
 from ..testing_utils import CAPTIONS, make_pipeline
 
@@ -128,6 +128,25 @@ def test_image_folder(tmp_path):
     check(validation, 1)
     again, _ = load_captioned_data(None, str(folder), "image", "text")
     assert again["text"] == train["text"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_with_the_names_of_splits_are_one_set(tmp_path, streaming):
+    folder = write_image_folder(tmp_path / "pictures")
+    metadata = folder / "metadata.jsonl"
+    (folder / "val").mkdir()
+    for name, other in (("003.png", "crash_test_3.png"), ("004.png", "train.png"), ("005.png", "val/005.png")):
+        (folder / name).rename(folder / other)
+        metadata.write_text(metadata.read_text().replace(name, other))
+    splits = load_splits(None, str(folder), "image", "text", streaming=streaming)
+    assert list(splits) == ["train"]
+    assert sorted(row["text"] for row in splits["train"]) == sorted(f"picture number {i}" for i in range(40))
+
+
+def test_nothing_is_held_out_that_is_not_asked_for(tmp_path):
+    write_parquet(tmp_path / "one.parquet", 1)
+    train, validation = load_captioned_data(None, str(tmp_path / "one.parquet"), "picture", "text", hold_out=False)
+    assert (len(train), len(validation)) == (1, 0)
 
 
 def test_one_parquet_file(tmp_path):
@@ -290,6 +309,11 @@ def test_pictures_of_several_shapes(tmp_path):
     train, _ = load_captioned_data(None, str(tmp_path / "lying.parquet"), "picture", "text")
     pictures = CaptionedPictures(train, 16, [(8, 16), (16, 8)])
     assert pictures.shapes[0] == 1 and pictures[0]["pixel_values"].shape == (3, 16, 8)
+    lying.save(buffer := io.BytesIO(), format="PNG", exif=b"garbage")
+    write_rows(tmp_path / "damaged.parquet", [(buffer.getvalue(), "damaged"), (lying, "wide"), (lying, "wide")])
+    rows, _ = load_captioned_data(None, str(tmp_path / "damaged.parquet"), "picture", "text", hold_out=False)
+    pictures = CaptionedPictures(rows, 16, [(8, 16), (16, 8)])
+    assert pictures[0]["caption"] == "wide" and pictures.broken.broken == 1
 
 
 def test_steps_have_one_shape_and_epochs_every_row():

@@ -248,12 +248,14 @@ def test_what_no_run_has_made_is_not_replaced(tmp_path):
 
 def test_metrics_after_a_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    keep_metrics(path, 0)  # killed before the first line
+    keep_metrics(path, 0, False)  # killed before the first line
     path.write_text("one\ntwo\nthr")
-    keep_metrics(path, 4)
+    keep_metrics(path, 4, False)
     assert path.read_text() == "one\n"
     with pytest.raises(ValueError, match="lacks lines that were there when the checkpoint was saved"):
-        keep_metrics(path, 8)
+        keep_metrics(path, 8, False)
+    keep_metrics(path, 8, resume_with_changes=True)
+    assert path.read_text() == "one\n"
 
 
 @pytest.mark.parametrize("damage", ["cut off", "missing", "progress", "progress missing"])

@@ -273,6 +273,32 @@ def test_a_finished_run_goes_on_to_its_end_at_once(finished, data, tmp_path):
     )
 
 
+def test_other_captions_are_named_and_change_no_words(here, tmp_path):
+    """The small tokenizer is trained on captions: with others, words would have other numbers than the encoder has learned."""
+    folder = write_image_folder(tmp_path / "pictures", count=60)
+    arguments = {"train_data_dir": folder, "detail_steps": 0, "joint_steps": 0}
+    launch(tmp_path / "output", core_steps=4, **arguments)
+    tokenizer = (tmp_path / "output" / "core" / "tokenizer" / "tokenizer.json").read_text()
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(line.replace("picture", "painting") for line in lines[10:]))
+    (tmp_path / "output" / "checkpoints" / ".DS_Store").write_text("")  # which does not stop it either
+    arguments |= {"core_steps": 8, "resume_from_checkpoint": tmp_path / "output" / "checkpoints" / "core-4"}
+    with pytest.raises(ValueError, match=r"core-4 was saved with other arguments: .*captions \(\w+ -> \w+\)"):
+        here(tmp_path / "output", **arguments)
+    launch(tmp_path / "output", resume_with_changes=True, **arguments)
+    assert read_metrics(tmp_path / "output")[-1]["step"] == 8
+    assert (tmp_path / "output" / "core" / "tokenizer" / "tokenizer.json").read_text() == tokenizer
+
+
+def test_a_refused_run_keeps_its_checkpoints(finished, data, here, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "output")
+    checkpoints = sorted((tmp_path / "output" / "checkpoints").iterdir())
+    (tmp_path / "output" / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="lacks lines that were there when the checkpoint was saved: put it back"):
+        here(tmp_path / "output", train_data_dir=data, resume_from_checkpoint=checkpoints[0])
+    assert len(checkpoints) > 1 and sorted((tmp_path / "output" / "checkpoints").iterdir()) == checkpoints
+
+
 def test_a_run_does_not_replace_the_core_it_grows(finished, data, here, tmp_path):
     shutil.copytree(finished[0] / "core", tmp_path / "grown-16")
     with pytest.raises(
@@ -373,7 +399,7 @@ def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_pa
 
 def test_training_from_scratch(data, tmp_path):
     """The baseline that growing has to beat: everything, the text encoder too, at the high resolution from the start."""
-    arguments = {"train_data_dir": data, "core_steps": 0, "detail_steps": 0, "joint_steps": 2, "core_lr_scale": 1.0}
+    arguments = {"train_data_dir": data, "core_steps": 0, "detail_steps": 0, "joint_steps": 2}
     launch(tmp_path / "short", **arguments)
     launch(tmp_path / "long", **{**arguments, "joint_steps": 12})
     assert {line["phase"] for line in read_metrics(tmp_path / "long")} == {"grown-16"}
