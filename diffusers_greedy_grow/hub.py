@@ -291,8 +291,8 @@ class HubMixin:
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """
-        What diffusers calls with a configuration before it builds anything; entries that are not known are refused, and so
-        are a model's arguments for loading (diffusers ignores them, but for a line in the log of a pipeline).
+        What diffusers calls with a configuration before it builds anything. Entries that are not known are refused, and so
+        are unknown arguments of a model's `from_pretrained`, which diffusers ignores.
         """
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
         if issubclass(cls, ModelMixin) and (unknown := sorted(unused.keys() & kwargs.keys())):

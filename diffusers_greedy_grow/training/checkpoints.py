@@ -69,9 +69,9 @@ def save_checkpoint(
 ) -> Path:
     """
     Saves all that a phase needs to go on: what accelerate has prepared, the moving average by name, the `losses` that no
-    line of metrics tells of yet, and `progress`, which names the `phase`, its `phase_index` and the `step`; and in a phase that trains its text encoder the
-    `tokenizer`, by whose numbers that knows the words. Keeps the newest `total_limit` checkpoints in `folder`. Called on all
-    processes.
+    line of metrics tells of yet, `progress`, which names the `phase`, its `phase_index` and the `step`, and the `tokenizer`
+    of a text encoder that trains, by whose numbers that knows the words. Keeps the newest `total_limit` checkpoints in
+    `folder`. Called on all processes.
     """
     checkpoint = folder / f"{progress['phase']}-{progress['step']}"
     temporary = folder / f".{checkpoint.name}.tmp"
