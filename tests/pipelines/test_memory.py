@@ -63,9 +63,9 @@ def test_pipeline_with_accelerator_device_map(made, tmp_path):
 
 
 def test_layerwise_casting_inference(made):
-    expected = draw_one(made)
+    expected = draw_one(made, guidance_scale=1.0)  # guidance would multiply the rounding
     made.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    assert (draw_one(made) - expected).abs().mean() < 0.05
+    assert (draw_one(made, guidance_scale=1.0) - expected).abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
