@@ -24,9 +24,10 @@ steps in float32.
 """
 
 import argparse
-import contextlib
+import functools
 import json
 import statistics
+import tempfile
 import time
 
 import torch
@@ -41,6 +42,7 @@ from diffusers_greedy_grow.training import build_small_text_encoder, train_small
 
 logging.set_verbosity_error()
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_STEPS, GUIDANCE_SCALE = 30, 3.0
 # The core's size, patch, hidden size, layers and heads; the stage's size and channels; the batch.
 MODELS = {
@@ -51,12 +53,13 @@ MODELS = {
 }
 # What grow.py measures on captioned shapes between 16 and 32 px.
 DETAIL_VARIANCE = 0.0275
-# What each step adds: settings of `sample`.
-STEPS = {
+# What each step adds: settings of `load`, which are `compile_mode` and `dtype`, and of `sample`.
+STEPS: dict[str, dict] = {
     "text projected once": {"own_loop": False},
     "core first": {"core_first": "auto"},
-    "bfloat16": {"bfloat16": True},
-    "compiled blocks": {"compiled": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "compiled blocks": {"compile_mode": "default"},
+    **({"blocks as CUDA graphs": {"compile_mode": "reduce-overhead"}} if torch.cuda.is_available() else {}),
     "half of the steps": {"num_steps": NUM_STEPS // 2},
     "guidance in the first 80 % of steps": {"stop": 0.8},  # the pipeline's default
     "guidance at the core": {"guidance_resolution": "core"},
@@ -89,6 +92,24 @@ def build_pipeline(
     return pipeline, (prompts * batch)[:batch]
 
 
+@functools.cache
+def load(folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | None = None) -> GreedyGrowPipeline:
+    """A saved pipeline as an arm runs it, for low precision without a GPU with the attention that is fastest there."""
+    pipeline = GreedyGrowPipeline.from_pretrained(folder, torch_dtype=dtype).to(DEVICE)
+    pipeline.set_progress_bar_config(disable=True)
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        pipeline.unet.set_attention_backend("_native_math")
+    if compile_mode:
+        pipeline.unet.compile_repeated_blocks(mode=compile_mode)
+    return pipeline
+
+
+def load_arm(folder: str, settings: dict) -> tuple[GreedyGrowPipeline, dict]:
+    """Its pipeline, and what is left of its settings for [`sample`]."""
+    of_load = {name: settings[name] for name in ("dtype", "compile_mode") if name in settings}
+    return load(folder, **of_load), {name: value for name, value in settings.items() if name not in of_load}
+
+
 @torch.no_grad()
 def plain_loop(pipeline: GreedyGrowPipeline, prompts: list[str], latents: torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance as any pipeline does it: everything, twice, in each step. Pictures in [0, 1]."""
@@ -110,27 +131,21 @@ def sample(
     prompts: list[str],
     latents: torch.Tensor,
     own_loop: bool = True,
-    bfloat16: bool = False,
-    compiled: bool = False,
     stop: float = 1.0,
     num_steps: int = NUM_STEPS,
     **kwargs,
 ) -> torch.Tensor:
-    context = contextlib.nullcontext()
-    if bfloat16:
-        context = torch.autocast(latents.device.type, torch.bfloat16)
-    with context:
-        if own_loop and not kwargs and stop == 1.0 and num_steps == NUM_STEPS:
-            return plain_loop(pipeline, prompts, latents)
-        images = pipeline(
-            prompts,
-            latents=latents,
-            num_inference_steps=num_steps,
-            guidance_scale=GUIDANCE_SCALE,
-            guidance_stop=stop,
-            output_type="pt",
-            **kwargs,
-        ).images
+    if own_loop and not kwargs and stop == 1.0 and num_steps == NUM_STEPS:
+        return plain_loop(pipeline, prompts, latents)
+    images = pipeline(
+        prompts,
+        latents=latents,
+        num_inference_steps=num_steps,
+        guidance_scale=GUIDANCE_SCALE,
+        guidance_stop=stop,
+        output_type="pt",
+        **kwargs,
+    ).images
     return images.float()
 
 
@@ -147,39 +162,27 @@ def list_arms(alone: bool = True) -> dict[str, dict]:
     return arms
 
 
-def set_up(pipeline: GreedyGrowPipeline, settings: dict) -> None:
-    """Compiled blocks and, for low precision without a GPU, the attention that is fastest there."""
-    plain_attention = "_native_math" if settings.get("bfloat16") and not torch.cuda.is_available() else "native"
-    pipeline.unet.set_attention_backend(plain_attention)
-    for module in pipeline.unet.modules():
-        module._compiled_call_impl = None
-    if settings.get("compiled"):
-        pipeline.unet.compile_repeated_blocks()
-
-
-def measure_time(args: argparse.Namespace, device: torch.device) -> list[dict]:
+def measure_time(args: argparse.Namespace) -> list[dict]:
     rows = []
+    torch._dynamo.config.recompile_limit = 64  # all arms' pipelines have the same blocks
     for name in args.models:
         torch.compiler.reset()  # else the first model's graphs count against the second's limit
+        load.cache_clear()
         pipeline, prompts = build_pipeline(*MODELS[name])
-        pipeline.to(device).set_progress_bar_config(disable=True)
-        size = pipeline.unet.config.sample_size
-        latents = make_noise(len(prompts), size).to(device)
+        latents = make_noise(len(prompts), pipeline.unet.config.sample_size).to(DEVICE)
         arms = list_arms(not args.together)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-        for repeat in range(args.repeats + 1):  # the first one warms up and compiles
-            for arm, settings in arms.items():
-                set_up(pipeline, settings)
-                if settings.get("compiled"):
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline.save_pretrained(folder)
+            for repeat in range(args.repeats + 1):  # the first one warms up and compiles
+                for arm, settings in arms.items():
+                    pipeline, settings = load_arm(folder, settings)
+                    synchronize()
+                    started = time.perf_counter()
                     sample(pipeline, prompts, latents, **settings)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                sample(pipeline, prompts, latents, **settings)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if repeat:
-                    seconds[arm].append(time.perf_counter() - started)
+                    synchronize()
+                    if repeat:
+                        seconds[arm].append(time.perf_counter() - started)
         for arm in arms:
             ratios = [plain / own for plain, own in zip(seconds["plain loop"], seconds[arm])]
             rows.append(
@@ -194,25 +197,23 @@ def measure_time(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def measure_pictures(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    pipeline = GreedyGrowPipeline.from_pretrained(args.pipeline).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    size = pipeline.unet.config.sample_size
+def measure_pictures(args: argparse.Namespace) -> list[dict]:
+    size = load(args.pipeline).unet.config.sample_size
     captions, real = held_out(args.data, size, args.num_pictures)
     scores: dict[str, list[dict]] = {}
     arms: dict[str, dict] = {}
     for arm, settings in list_arms().items():
-        settings = {name: value for name, value in settings.items() if name != "compiled"}
+        settings = {name: value for name, value in settings.items() if name != "compile_mode"}
         if settings:  # whose loop it is changes no picture either
             settings["own_loop"] = False
-        if args.bfloat16:  # the same comparison, in the precision that a CPU with AMX is fast in
-            settings["bfloat16"] = True
+        if args.bfloat16:  # the same comparison, in the precision that many a CPU is fast in
+            settings["dtype"] = torch.bfloat16
         if settings not in arms.values():  # compiling changes no picture
             arms[arm] = settings
     for seed in args.seeds:
-        latents = make_noise(len(captions), size, seed).to(device)
+        latents = make_noise(len(captions), size, seed).to(DEVICE)
         for arm, settings in arms.items():
-            set_up(pipeline, settings)
+            pipeline, settings = load_arm(args.pipeline, settings)
             images = [
                 sample(pipeline, captions[i : i + 8], latents[i : i + 8], **settings).cpu()
                 for i in range(0, len(captions), 8)
@@ -223,6 +224,11 @@ def measure_pictures(args: argparse.Namespace, device: torch.device) -> list[dic
         {"arm": arm, **{name: mean_and_deviation([run[name] for run in runs], 2) for name in runs[0]}}
         for arm, runs in scores.items()
     ]
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -239,12 +245,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.models, args.repeats, args.num_pictures, args.seeds = args.models[:1], 1, 8, args.seeds[:2]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     if args.pipeline:
-        rows, name = measure_pictures(args, device), "sampling_pictures"
+        rows, name = measure_pictures(args), "sampling_pictures"
     else:
-        rows, name = measure_time(args, device), "sampling"
+        rows, name = measure_time(args), "sampling"
         path = RESULTS / "sampling.json"
         measured = json.loads(path.read_text())["rows"] if path.exists() and not args.quick else []
         rows = [row for row in measured if row["pixels"] not in args.models] + rows

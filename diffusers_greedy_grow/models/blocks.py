@@ -94,6 +94,10 @@ class TextCache:
     def __init__(self):
         self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
+    def copy_out(self) -> None:
+        """Into memory of its own: what compiled blocks leave in that of their CUDA graphs, the next step overwrites."""
+        self.key_values = {i: (key.clone(), value.clone()) for i, (key, value) in self.key_values.items()}
+
 
 class GreedyGrowAttnProcessor:
     _attention_backend = None

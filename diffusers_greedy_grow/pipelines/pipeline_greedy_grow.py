@@ -32,7 +32,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging, replace_example_docstring
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
@@ -708,6 +708,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         num_stages = [num_stages[i - i % self.scheduler.order] for i in range(len(timesteps))]
         at_core = guidance_resolution == "core" and bool(handover_sigmas)
         text_caches = {True: TextCache(), False: TextCache()}  # what the text alone decides, with and without guidance
+        compiled = is_compiled_module(self.unet) or any(one._compiled_call_impl for one in self.unet.modules())
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:  # of schedulers that may add noise
             step_kwargs["generator"] = generator
@@ -739,15 +740,21 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     if prompt_attention_mask is not None:
                         encoder_attention_mask = torch.cat([prompt_attention_mask, negative_prompt_attention_mask])
 
+                text_cache = text_caches[guided]
+                text_is_new = not text_cache.key_values
+                if compiled:  # with `mode="reduce-overhead"` all blocks of a step are one series of CUDA graphs
+                    torch.compiler.cudagraph_mark_step_begin()
                 pred_original_sample = self.unet(
                     latent_model_input,
                     1000 * sigma.expand(latent_model_input.shape[0]),
                     encoder_hidden_states=encoder_hidden_states,
                     encoder_attention_mask=encoder_attention_mask,
                     cross_attention_kwargs=cross_attention_kwargs,
-                    text_cache=text_caches[guided],
+                    text_cache=text_cache,
                     **kwargs,
                 ).pred_original_sample
+                if compiled and text_is_new:
+                    text_cache.copy_out()
                 if guided and not at_core:
                     pred_original_sample = self.guide(*pred_original_sample.chunk(2))
                 if i and num_stages[i] > num_stages[i - 1]:
