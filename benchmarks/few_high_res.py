@@ -26,9 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import grow_vs_scratch
-from benchmarks.grow_vs_scratch import SETTINGS
+from benchmarks.grow_vs_scratch import chosen_size
 from benchmarks.queue_of_runs import (
     Job,
+    Setting,
     add_queue_arguments,
     count_pictures,
     find_data,
@@ -49,12 +50,10 @@ def arm_name(arm: str, share: float) -> str:
     return arm if share == 1.0 else f"{arm}, {share:.0%} of the pictures"
 
 
-def make_jobs(seed: int, share: float, data: Path, num_pictures: int, scale: float) -> list[Job]:
+def make_jobs(setting: Setting, seed: int, share: float, data: Path, num_pictures: int, scale: float) -> list[Job]:
     more = {} if share == 1.0 else {"num_high_res_pictures": round(share * num_pictures)}
     arms = [replace(arm, name=arm_name(name, share)) for name, arm in ARMS.items()]
-    return [
-        job for arm in arms for job in grow_vs_scratch.make_jobs(SETTINGS[8], arm, seed, data, data, scale, **more)
-    ]
+    return [job for arm in arms for job in grow_vs_scratch.make_jobs(setting, arm, seed, data, data, scale, **more)]
 
 
 def make_table(records: dict[str, dict]) -> list[dict]:
@@ -113,11 +112,17 @@ def main() -> None:
     add_queue_arguments(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, choices=SHARES)
     args = parser.parse_args()
-    seeds, shares, scale = (args.seeds[:1], [0.1], 0.01) if args.quick else (args.seeds, args.shares, 1.0)
+    settings, seeds, scale = chosen_size(args)
+    shares = [0.1] if args.quick else args.shares
 
     data = find_data(args, 128)
     num_pictures = 0 if args.report else count_pictures(data)
-    jobs = [job for seed in seeds for share in shares for job in make_jobs(seed, share, data, num_pictures, scale)]
+    jobs = [
+        job
+        for seed in seeds
+        for share in shares
+        for job in make_jobs(settings[8], seed, share, data, num_pictures, scale)
+    ]
     records = run_queue(list({job.name: job for job in jobs}.values()), args)
     rows, (_, results) = make_table(records), places(args)
     print(markdown(rows))

@@ -18,6 +18,7 @@ Does growing pay? Growing against training from scratch and against a cascade, a
 
     python -m benchmarks.grow_vs_scratch                # all factors and seeds; stops and goes on where it was
     python -m benchmarks.grow_vs_scratch --factors 8    # 16 -> 128 px only
+    python -m benchmarks.grow_vs_scratch --large --workers 9    # larger models, for a GPU
     python -m benchmarks.grow_vs_scratch --quick        # minutes, to see that it works
     python -m benchmarks.grow_vs_scratch --report       # the table and plot again, from results/
     python -m benchmarks.grow_vs_scratch --time         # what a picture of each phase takes, for the table's column of time
@@ -39,7 +40,6 @@ from diffusers.image_processor import VaeImageProcessor
 from benchmarks import cascade
 from benchmarks.evaluate import draw, held_out
 from benchmarks.queue_of_runs import (
-    CORE_BATCH_SIZE,
     ENVIRONMENT,
     GROW,
     MAX_SEQUENCE_LENGTH,
@@ -64,14 +64,14 @@ from diffusers_greedy_grow.training import draw_samples, plan_phase
 
 # All at 16 px inside; each stage ends at single pixels.
 SETTINGS = {
-    2: Setting(resolution=32, block_out_channels="32,64", batch_size=16),
-    4: Setting(resolution=64, block_out_channels="24,48,96", batch_size=16),
-    8: Setting(resolution=128, block_out_channels="24,32,64,96", batch_size=8),
+    2: Setting(resolution=32, block_out_channels="32,64", cascade_channels=(24, 40), batch_size=16),
+    4: Setting(resolution=64, block_out_channels="24,48,96", cascade_channels=(24, 32, 48), batch_size=16),
+    8: Setting(resolution=128, block_out_channels="24,32,64,96", cascade_channels=(16, 24, 40, 56), batch_size=8),
 }
-# The super-resolution UNets of the cascades: as many parameters as the stages.
-CASCADE_CHANNELS = {2: (24, 40), 4: (24, 32, 48), 8: (16, 24, 40, 56)}
 # About as many pictures from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
+# By what `--large` multiplies them.
+LARGE_SCALE = 32.0
 # Of noise, where most of the held-out loss lies.
 LEVELS = ("val_loss_sigma_0.6_0.8", "val_loss_sigma_0.8_0.9", "val_loss_sigma_0.9_1.0")
 LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "loss at noise .02-.3": "low_noise_loss"}
@@ -145,6 +145,14 @@ ARMS = (
 )
 
 
+def chosen_size(args: argparse.Namespace) -> tuple[dict[int, Setting], list[int], float]:
+    """Settings by factor, seeds, and by what the operations are multiplied."""
+    settings = {factor: setting.enlarge() for factor, setting in SETTINGS.items()} if args.large else SETTINGS
+    if args.quick:
+        return settings, args.seeds[:1], 0.01
+    return settings, args.seeds, LARGE_SCALE if args.large else 1.0
+
+
 def make_jobs(
     setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float = 1.0, **more
 ) -> list[Job]:
@@ -193,13 +201,13 @@ def in_two_stages(setting: Setting, flops: float) -> dict:
         "block_out_channels": [",".join(map(str, one)) for one in channels],
         "detail_steps": steps,
         "joint_steps": [0, 0],
-        "train_batch_size": [CORE_BATCH_SIZE, setting.batch_size, setting.batch_size],
+        "train_batch_size": [setting.core_batch_size, setting.batch_size, setting.batch_size],
         **{name: [*values, values[-1]] for name, values in WIDE.items()},
     }
 
 
 def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path, core: Job) -> Job:
-    channels = CASCADE_CHANNELS[setting.factor]
+    channels = setting.cascade_channels
     cost = cascade.count_flops(setting.resolution, channels, TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH)
     steps = round(flops / cost / setting.batch_size)
     return Job(
@@ -233,10 +241,9 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
         models[f"{init} detail"] = detail = setting.grow(setting.build_core(), init)
         models[f"{init} joint"] = setting.grow(setting.build_core(), init)
         detail.freeze_core()
-    channels = CASCADE_CHANNELS[setting.factor]
-    models["cascade"] = cascade.build_unet(setting.resolution, channels, TEXT_HIDDEN_SIZE)
+    models["cascade"] = cascade.build_unet(setting.resolution, setting.cascade_channels, TEXT_HIDDEN_SIZE)
     steps = {
-        "core": Steps(setting.build_core(), setting.core_resolution, CORE_BATCH_SIZE, device, dtype),
+        "core": Steps(setting.build_core(), setting.core_resolution, setting.core_batch_size, device, dtype),
         **{
             name: Steps(model, setting.resolution, setting.batch_size, device, dtype) for name, model in models.items()
         },
@@ -299,14 +306,13 @@ def level_label(name: str) -> str:
     return name.removeprefix("val_loss_sigma_").replace("_", "-")
 
 
-def make_table(records: dict[str, dict], factor: int, seconds: dict[str, list[float]] | None) -> list[dict]:
+def make_table(records: dict[str, dict], setting: Setting, seconds: dict[str, list[float]] | None) -> list[dict]:
     """
     One row for each arm, with its time if `seconds` of [`time_steps`] are there. A cascade has no losses: given the true low
     resolution, they would compare with nobody's.
     """
-    setting, rows = SETTINGS[factor], []
-    costs = setting.plans()
-    by_arm = collect(records, factor)
+    rows, costs = [], setting.plans()
+    by_arm = collect(records, setting.factor)
     scratch = {seed: total_curve(run, records)[-1] for seed, run in by_arm.get("scratch", {}).items()}
     for arm, runs in by_arm.items():
         curves = {seed: curve for seed, run in runs.items() if (curve := total_curve(run, records))}
@@ -410,7 +416,7 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="Only time steps, with nothing else running.")
     parser.add_argument("--pictures", action="store_true", help="Only draw a grid of the first seed's pictures.")
     args = parser.parse_args()
-    seeds, scale = (args.seeds[:1], 0.01) if args.quick else (args.seeds, 1.0)
+    settings, seeds, scale = chosen_size(args)
 
     _, results = places(args)
     times = results / "grow_vs_scratch_time.json"
@@ -419,10 +425,10 @@ def main() -> None:
         if not ENVIRONMENT.items() <= os.environ.items():
             command = [sys.executable, "-m", "benchmarks.grow_vs_scratch", *sys.argv[1:]]
             os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
-        seconds = {factor: time_steps(SETTINGS[factor], args) for factor in args.factors}
+        seconds = {factor: time_steps(settings[factor], args) for factor in args.factors}
         rows = [
             {
-                "growth": f"16 -> {SETTINGS[factor].resolution}",
+                "growth": f"16 -> {settings[factor].resolution}",
                 "phase": name,
                 "ms per picture": spread([1000 * one for one in taken]),
             }
@@ -437,11 +443,11 @@ def main() -> None:
     jobs: dict[str, Job] = {}
     core_data = find_data(args, 128)
     for factor in args.factors:
-        data = find_data(args, SETTINGS[factor].resolution)
+        data = find_data(args, settings[factor].resolution)
         for seed in seeds:
             for arm in ARMS:
                 if arm.name in args.arms:
-                    jobs |= {job.name: job for job in make_jobs(SETTINGS[factor], arm, seed, data, core_data, scale)}
+                    jobs |= {job.name: job for job in make_jobs(settings[factor], arm, seed, data, core_data, scale)}
     if args.pictures:
         for factor in args.factors:
             growths = [
@@ -452,8 +458,8 @@ def main() -> None:
     records = run_queue(list(jobs.values()), args)
     seconds = json.loads(times.read_text())["seconds"] if times.exists() else {}
     tables = {
-        factor: make_table(records, factor, seconds.get(str(factor)))
-        for factor in SETTINGS
+        factor: make_table(records, setting, seconds.get(str(factor)))
+        for factor, setting in settings.items()
         if collect(records, factor)
     }
     print("\n\n".join(markdown(rows) for rows in tables.values()) or markdown([]))

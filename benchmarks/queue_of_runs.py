@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 
@@ -79,20 +79,27 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train_data_dir", help="Pictures to train on, in place of captioned shapes.")
     parser.add_argument("--quick", action="store_true", help="A small version that takes minutes; no evidence.")
+    parser.add_argument(
+        "--large",
+        action="store_true",
+        help="For a GPU: models twice as wide, 32 times the operations; apart from the others.",
+    )
     parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
     precision = "bf16" if torch.cuda.is_available() or multiplies_bfloat16() else "no"
     parser.add_argument("--mixed_precision", default=precision, choices=["no", "bf16"])
 
 
 def places(args: argparse.Namespace) -> tuple[Path, Path]:
-    """The folders of runs and of results. Those of other data than shapes, or of `--quick`, mix with no others."""
-    work_dir = Path(args.work_dir)
+    """The folders of runs and of results. Those of other data than shapes, of `--quick` or `--large`, mix with no others."""
+    work_dir, results = Path(args.work_dir), RESULTS
+    if args.large:
+        work_dir, results = work_dir / "large", results / "large"
     if args.quick:
         return work_dir / "quick", work_dir / "quick"
     if args.train_data_dir:
         name = Path(args.train_data_dir).stem
-        return work_dir / name, RESULTS / name
-    return work_dir, RESULTS
+        return work_dir / name, results / name
+    return work_dir, results
 
 
 def find_data(args: argparse.Namespace, image_size: int) -> Path:
@@ -122,12 +129,26 @@ class Setting:
 
     resolution: int
     block_out_channels: str
+    cascade_channels: tuple[int, ...]  # of the cascade's super-resolution UNet, with as many parameters as the stage
     batch_size: int
+    core_batch_size: int = 16
     core_resolution: int = 16
     hidden_size: int = 128
     num_layers: int = 6
     num_attention_heads: int = 2
     patch_size: int = 2
+
+    def enlarge(self) -> "Setting":
+        """Twice as wide, in batches of four times the size: so with 32 times the operations, twice as many steps."""
+        return replace(
+            self,
+            block_out_channels=",".join(str(2 * channels) for channels in self.channels),
+            cascade_channels=tuple(2 * channels for channels in self.cascade_channels),
+            batch_size=4 * self.batch_size,
+            core_batch_size=4 * self.core_batch_size,
+            hidden_size=2 * self.hidden_size,
+            num_attention_heads=2 * self.num_attention_heads,
+        )
 
     @property
     def factor(self) -> int:
@@ -181,7 +202,6 @@ def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
 # Runs of grow.py
 
 COMMON = {"num_validation_pictures": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
-CORE_BATCH_SIZE = 16
 NARROW = {"logit_mean": [1.0], "logit_std": [1.0], "loss_weighting": ["velocity"]}
 WIDE = {"logit_mean": [1.0, -0.7], "logit_std": [1.0, 1.3], "loss_weighting": ["velocity", "clean"]}
 
@@ -189,7 +209,7 @@ WIDE = {"logit_mean": [1.0, -0.7], "logit_std": [1.0, 1.3], "loss_weighting": ["
 def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
     """A core trained for about `flops` operations, which growths of any factor share."""
     cost = setting.plans()["core"].train_flops
-    steps = round(flops / cost / CORE_BATCH_SIZE)
+    steps = round(flops / cost / setting.core_batch_size)
     return Job(
         name=f"core-h{setting.hidden_size}-l{setting.num_layers}-{steps}-seed-{seed}",
         arguments={
@@ -203,10 +223,10 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
             "core_steps": steps,
             "detail_steps": [0],
             "joint_steps": [0],
-            "train_batch_size": [CORE_BATCH_SIZE],
+            "train_batch_size": [setting.core_batch_size],
             "validation_steps": max(steps // 4, 1),
         },
-        keys={"arm": "core", "seed": seed, "flops": steps * CORE_BATCH_SIZE * cost},
+        keys={"arm": "core", "seed": seed, "flops": steps * setting.core_batch_size * cost},
         data=data,
     )
 
@@ -244,7 +264,7 @@ def growth_job(
             **(WIDE if wide else NARROW),
             "detail_steps": [frozen_steps],
             "joint_steps": [joint_steps],
-            "train_batch_size": [CORE_BATCH_SIZE, setting.batch_size],
+            "train_batch_size": [setting.core_batch_size, setting.batch_size],
             "validation_steps": max((frozen_steps + joint_steps) // 12, 1),
             **({"core_steps": 0, "core_lr_scale": 1.0} if core is None else {}),
             **more,
@@ -362,6 +382,8 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str
         arguments["core"] = str(folders[job.core] / "core")
     if job.script == GROW:
         arguments["num_scored_pictures"] = 0
+        if torch.cuda.is_available():
+            arguments["dataloader_num_workers"] = 1
         if precision == "bf16" and not torch.cuda.is_available():
             arguments["attention_backend"] = "_native_math"
         if sorted_checkpoints(folder / "checkpoints"):

@@ -26,7 +26,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.grow_vs_scratch import ARMS, SETTINGS, TOTAL_FLOPS
+from benchmarks.grow_vs_scratch import ARMS, SETTINGS, TOTAL_FLOPS, chosen_size
 from benchmarks.queue_of_runs import (
     Job,
     Setting,
@@ -52,14 +52,10 @@ def arm_name(num_layers: int) -> str:
     return ARM.name if num_layers == SETTINGS[8].num_layers else f"{ARM.name}, {num_layers} layers"
 
 
-def make_setting(num_layers: int) -> Setting:
-    return replace(SETTINGS[8], num_layers=num_layers)
-
-
-def make_jobs(num_layers: int, seed: int, data: Path, scale: float) -> list[Job]:
-    setting = make_setting(num_layers)
+def make_jobs(usual: Setting, num_layers: int, seed: int, data: Path, scale: float) -> list[Job]:
+    setting = replace(usual, num_layers=num_layers)
     core_flops, growth_flops = (
-        scale * TOTAL_FLOPS[8] * share * setting.plans()[phase].train_flops / SETTINGS[8].plans()[phase].train_flops
+        scale * TOTAL_FLOPS[8] * share * setting.plans()[phase].train_flops / usual.plans()[phase].train_flops
         for phase, share in (("core", ARM.core_share), ("detail", 1 - ARM.core_share))
     )
     core = core_job(setting, seed, core_flops, data)
@@ -67,13 +63,13 @@ def make_jobs(num_layers: int, seed: int, data: Path, scale: float) -> list[Job]
     return [core, growth]
 
 
-def make_table(records: dict[str, dict]) -> list[dict]:
+def make_table(records: dict[str, dict], usual: Setting) -> list[dict]:
     rows = []
     for num_layers in LAYERS:
         runs = find_runs(records, arm_name(num_layers), 8)
         if not runs:
             continue
-        parts = make_setting(num_layers).plans()
+        parts = replace(usual, num_layers=num_layers).plans()
         ends = [run["curve"][-1] for run in runs]
         scores = [last_scores(run) for run in runs]
         rows.append(
@@ -126,10 +122,10 @@ def main() -> None:
     add_queue_arguments(parser)
     args = parser.parse_args()
     data, (_, results) = find_data(args, 128), places(args)
-    seeds, scale = (args.seeds[:1], 0.01) if args.quick else (args.seeds, 1.0)
-    jobs = [job for seed in seeds for n in LAYERS for job in make_jobs(n, seed, data, scale)]
+    settings, seeds, scale = chosen_size(args)
+    jobs = [job for seed in seeds for n in LAYERS for job in make_jobs(settings[8], n, seed, data, scale)]
     records = run_queue(jobs, args)
-    rows = make_table(records)
+    rows = make_table(records, settings[8])
     print(markdown(rows))
     write_json(results / "scale_core.json", {"rows": rows})
     draw_plot(records, results / "scale_core.png")

@@ -119,10 +119,10 @@ def count_two_stages(setting: Setting, arguments: dict) -> int:
     return flops
 
 
-def test_the_arms_of_a_comparison_cost_the_same():
-    setting = SETTING
+@pytest.mark.parametrize("setting, scale", [(SETTING, 1.0), (SETTING.enlarge(), 32.0)], ids=["usual", "large"])
+def test_the_arms_of_a_comparison_cost_the_same(setting, scale):
     for arm in grow_vs_scratch.ARMS:
-        jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None)
+        jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None, scale)
         costs, flops = setting.plans("preserve" if arm.init == "cascade" else arm.init), 0
         for job in jobs:
             arguments = job.arguments
@@ -138,7 +138,7 @@ def test_the_arms_of_a_comparison_cost_the_same():
                 batch = arguments["train_batch_size"][1]
                 flops += arguments["detail_steps"][0] * batch * costs["detail"].train_flops
                 flops += arguments["joint_steps"][0] * batch * costs["joint"].train_flops
-        assert flops == pytest.approx(arm.scale * grow_vs_scratch.TOTAL_FLOPS[8], rel=0.002), arm.name
+        assert flops == pytest.approx(scale * arm.scale * grow_vs_scratch.TOTAL_FLOPS[8], rel=0.002), arm.name
 
 
 def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):
@@ -202,9 +202,10 @@ def test_a_failed_core_stops_what_grows_from_it(tmp_path, monkeypatch):
 def test_results_of_other_data_or_of_a_trial_do_not_mix(tmp_path):
     parser = argparse.ArgumentParser()
     add_queue_arguments(parser)
-    given = [[], ["--quick"], ["--train_data_dir", "data/emoji.parquet"]]
+    own_data = ["--train_data_dir", "data/emoji.parquet"]
+    given = [[], ["--quick"], ["--large"], own_data, [*own_data, "--large"]]
     work_dirs, results = zip(*(queue_of_runs.places(parser.parse_args(flags)) for flags in given))
-    assert len(set(work_dirs)) == len(set(results)) == 3 and results[0] == queue_of_runs.RESULTS
+    assert len(set(work_dirs)) == len(set(results)) == 5 and results[0] == queue_of_runs.RESULTS
 
 
 def test_two_records_of_one_seed_are_told_apart_by_the_user():
@@ -222,20 +223,24 @@ def test_a_name_means_the_same_run_in_all_benchmarks():
         own = Path(f"shapes-{setting.resolution}px-20000")
         jobs += [job for arm in grow_vs_scratch.ARMS for job in grow_vs_scratch.make_jobs(setting, arm, 0, own, data)]
     for share in few_high_res.SHARES:
-        jobs += few_high_res.make_jobs(0, share, data, 20000, 1.0)
-    jobs += [job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(num_layers, 0, data, 1.0)]
+        jobs += few_high_res.make_jobs(SETTING, 0, share, data, 20000, 1.0)
+    jobs += [
+        job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(SETTING, num_layers, 0, data, 1.0)
+    ]
     for job in jobs:
         definition = queue_of_runs.define(job)
         assert definitions.setdefault(job.name, definition) == definition
     assert len(definitions) < len(jobs)
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("factor", grow_vs_scratch.SETTINGS)
-def test_the_cascade_is_as_large_as_the_grown_model(factor):
+def test_the_cascade_is_as_large_as_the_grown_model(factor, large):
     setting = grow_vs_scratch.SETTINGS[factor]
+    setting = setting.enlarge() if large else setting
     costs = setting.plans()
     with torch.device("meta"):
-        unet = cascade.build_unet(setting.resolution, grow_vs_scratch.CASCADE_CHANNELS[factor], 128)
+        unet = cascade.build_unet(setting.resolution, setting.cascade_channels, 128)
     assert costs["core"].parameters + unet.num_parameters() == pytest.approx(costs["joint"].parameters, rel=0.05)
 
 
@@ -251,7 +256,7 @@ def test_a_run_takes_as_long_as_its_pictures():
     """Every phase of every arm is timed, but for those that the table leaves out."""
     parser = argparse.ArgumentParser()
     add_queue_arguments(parser)
-    setting = Setting(32, "8", 2, hidden_size=16, num_layers=1)
+    setting = Setting(32, "8", (8,), 2, hidden_size=16, num_layers=1)
     seconds = grow_vs_scratch.time_steps(setting, parser.parse_args(["--mixed_precision", "no"]), repeats=2)
     assert set(map(len, seconds.values())) == {2} and min(map(min, seconds.values())) > 0
 
