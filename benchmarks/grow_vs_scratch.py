@@ -148,9 +148,8 @@ ARMS = (
 def chosen_size(args: argparse.Namespace) -> tuple[dict[int, Setting], list[int], float]:
     """Settings by factor, seeds, and by what the operations are multiplied."""
     settings = {factor: setting.enlarge() for factor, setting in SETTINGS.items()} if args.large else SETTINGS
-    if args.quick:
-        return settings, args.seeds[:1], 0.01
-    return settings, args.seeds, LARGE_SCALE if args.large else 1.0
+    scale = LARGE_SCALE if args.large else 1.0
+    return (settings, args.seeds[:1], 0.01 * scale) if args.quick else (settings, args.seeds, scale)
 
 
 def make_jobs(
