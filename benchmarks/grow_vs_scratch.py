@@ -71,7 +71,7 @@ SETTINGS = {
 # About as many pictures from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
 # By what `--large` multiplies them.
-LARGE_SCALE = 32.0
+LARGE_SCALE = 12.0
 # Of noise, where most of the held-out loss lies.
 LEVELS = ("val_loss_sigma_0.6_0.8", "val_loss_sigma_0.8_0.9", "val_loss_sigma_0.9_1.0")
 LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "loss at noise .02-.3": "low_noise_loss"}
