@@ -119,7 +119,9 @@ def count_two_stages(setting: Setting, arguments: dict) -> int:
     return flops
 
 
-@pytest.mark.parametrize("setting, scale", [(SETTING, 1.0), (SETTING.enlarge(), 32.0)], ids=["usual", "large"])
+@pytest.mark.parametrize(
+    "setting, scale", [(SETTING, 1.0), (SETTING.enlarge(), grow_vs_scratch.LARGE_SCALE)], ids=["usual", "large"]
+)
 def test_the_arms_of_a_comparison_cost_the_same(setting, scale):
     for arm in grow_vs_scratch.ARMS:
         jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None, scale)
