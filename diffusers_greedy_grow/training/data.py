@@ -16,6 +16,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -243,7 +244,7 @@ def open_image(image: dict | None) -> PILImage.Image:
 def to_pixel_values(image: PILImage.Image, height: int, width: int | None = None) -> torch.Tensor:
     """
     A picture as a tensor `(3, height, width)`, uint8: upright, transparent parts white, the centre cropped to shape (square
-    without `width`), scaled with antialiasing.
+    without `width`), scaled with antialiasing. Warns of the first that has to be enlarged.
     """
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
@@ -251,9 +252,20 @@ def to_pixel_values(image: PILImage.Image, height: int, width: int | None = None
         image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     size = (width or height, height)
+    if image.width < size[0] or image.height < size[1]:
+        warn_of_small_pictures(*size)
     if image.size != size:
         image = ImageOps.fit(image, size, method=PILImage.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+@functools.cache  # once: opening a picture resets Python's own memory of what it has warned of
+def warn_of_small_pictures(width: int, height: int) -> None:
+    warnings.warn(
+        f"There are pictures of less than {width} x {height} pixels. They are enlarged, and a model learns to draw their blur: "
+        "leave them out, or train at lower `resolutions`.",
+        stacklevel=3,  # of who reads the picture
+    )
 
 
 def normalize(pixel_values: torch.Tensor, factor: int = 1) -> torch.Tensor:

@@ -40,7 +40,7 @@ from diffusers_greedy_grow.training import (
     sample_generators,
     train_small_tokenizer,
 )
-from diffusers_greedy_grow.training.data import load_splits, open_image, to_pixel_values
+from diffusers_greedy_grow.training.data import load_splits, open_image, to_pixel_values, warn_of_small_pictures
 
 from ..testing_utils import CAPTIONS, make_pipeline
 
@@ -194,6 +194,15 @@ def test_bad_sources(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
+
+
+def test_enlarged_pictures_are_told_of_once(recwarn):
+    warn_of_small_pictures.cache_clear()
+    file = io.BytesIO()
+    Image.new("RGB", (90, 60)).save(file, format="PNG")
+    for size in (32, 60, 64, 64):
+        to_pixel_values(open_image({"bytes": file.getvalue(), "path": None}), size)
+    assert ["less than 64 x 64 pixels" in str(warning.message) for warning in recwarn.list] == [True]
 
 
 def test_pictures_are_cropped_scaled_and_upright():
