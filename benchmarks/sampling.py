@@ -181,8 +181,10 @@ def measure_time(args: argparse.Namespace) -> list[dict]:
                     started = time.perf_counter()
                     sample(pipeline, prompts, latents, **settings)
                     synchronize()
+                    taken = time.perf_counter() - started
+                    print(f"{name}, {arm}: {taken:.2f} s{'' if repeat else ', with compiling'}", flush=True)
                     if repeat:
-                        seconds[arm].append(time.perf_counter() - started)
+                        seconds[arm].append(taken)
         for arm in arms:
             ratios = [plain / own for plain, own in zip(seconds["plain loop"], seconds[arm])]
             rows.append(
@@ -193,7 +195,6 @@ def measure_time(args: argparse.Namespace) -> list[dict]:
                     "speed": f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
