@@ -119,6 +119,7 @@ def plain_loop(pipeline: GreedyGrowPipeline, prompts: list[str], latents: torch.
     pipeline.scheduler.set_timesteps(NUM_STEPS, device=device)
     for t in pipeline.scheduler.timesteps:
         states = torch.cat([latents, latents])
+        torch.compiler.cudagraph_mark_step_begin()  # as the pipeline does, for blocks that are CUDA graphs
         velocity = pipeline.unet(states, t.expand(len(states)), text, mask, return_dict=False)[0].float()
         velocity, negative_velocity = velocity.chunk(2)
         velocity = negative_velocity + GUIDANCE_SCALE * (velocity - negative_velocity)

@@ -91,11 +91,12 @@ class TextCache:
     """
 
     def __init__(self):
-        self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # `None` without text
 
     def copy_out(self) -> None:
         """Into memory of its own: what compiled blocks leave in that of their CUDA graphs, the next step overwrites."""
-        self.key_values = {i: (key.clone(), value.clone()) for i, (key, value) in self.key_values.items()}
+        for i, key_value in self.key_values.items():
+            self.key_values[i] = key_value and (key_value[0].clone(), key_value[1].clone())
 
 
 class GreedyGrowAttnProcessor:

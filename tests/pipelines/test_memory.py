@@ -16,7 +16,7 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 
@@ -103,6 +103,13 @@ def test_compile_repeated_blocks(made):
     torch.compiler.reset()
     made.unet.compile_repeated_blocks(fullgraph=True)
     torch.testing.assert_close(draw_one(made), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_compile_repeated_blocks_without_text():
+    made = GreedyGrowPipeline(make_core(cross_attention_dim=None), FlowMatchEulerDiscreteScheduler())
+    torch.compiler.reset()
+    made.unet.compile_repeated_blocks()
+    assert made(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU.")
