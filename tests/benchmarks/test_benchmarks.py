@@ -148,6 +148,7 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     setting = Setting(
         resolution=32,
         block_out_channels="8",
+        cascade_channels=(8,),
         batch_size=4,
         hidden_size=16,
         num_layers=1,
