@@ -26,7 +26,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import grow_vs_scratch
-from benchmarks.grow_vs_scratch import chosen_size
 from benchmarks.queue_of_runs import (
     Job,
     Setting,
@@ -112,7 +111,7 @@ def main() -> None:
     add_queue_arguments(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, choices=SHARES)
     args = parser.parse_args()
-    settings, seeds, scale = chosen_size(args)
+    settings, seeds, scale = grow_vs_scratch.chosen_size(args)
     shares = [0.1] if args.quick else args.shares
 
     data = find_data(args, 128)
