@@ -70,7 +70,7 @@ SETTINGS = {
 }
 # About as many pictures from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
-# By what `--large` multiplies them.
+# By what `--large` multiplies them; with larger models and batches, that is three quarters of the steps.
 LARGE_SCALE = 12.0
 # Of noise, where most of the held-out loss lies.
 LEVELS = ("val_loss_sigma_0.6_0.8", "val_loss_sigma_0.8_0.9", "val_loss_sigma_0.9_1.0")
@@ -116,6 +116,18 @@ ARMS = (
         options={"logit_mean": [1.0, 0.0], "logit_std": [1.0, 1.6]},
     ),
     Arm("scratch, twice the rate inside", "preserve", 0.0, 0.0, True, num_seeds=1, options={"core_lr_scale": 2.0}),
+    *(
+        Arm(
+            f"scratch, {name} the rate",
+            "preserve",
+            0.0,
+            0.0,
+            True,
+            num_seeds=1,
+            options={"learning_rate": [rate, rate]},
+        )
+        for name, rate in (("twice", 3e-3), ("half of", 7.5e-4))  # by default 1.5e-3
+    ),
     Arm("paper's growth, full rate inside", "random", 5 / 12, 0.25, True, num_seeds=1, options={"core_lr_scale": 1.0}),
     Arm("ours, detail phase only, the core's noise levels", "preserve", 5 / 12, 1.0, False, num_seeds=1),
     Arm("ours, detail phase only, a third on the core", "preserve", 1 / 3, 1.0, True, num_seeds=1),

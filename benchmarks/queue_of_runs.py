@@ -82,7 +82,7 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--large",
         action="store_true",
-        help="For a GPU: models twice as wide, 12 times the operations; apart from the others.",
+        help="For a GPU: models twice as wide and more operations; apart from the others.",
     )
     parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
     precision = "bf16" if torch.cuda.is_available() or multiplies_bfloat16() else "no"
@@ -139,7 +139,7 @@ class Setting:
     patch_size: int = 2
 
     def enlarge(self) -> "Setting":
-        """Twice as wide, in batches of four times the size: 12 times the operations are three quarters of the steps."""
+        """Twice as wide, in batches of four times the size."""
         return replace(
             self,
             block_out_channels=",".join(str(2 * channels) for channels in self.channels),
