@@ -14,8 +14,10 @@
 
 
 """
-What growing and loading cost, for large models: time and peak memory of `from_core` and `from_pretrained`, against copying
-the same weights once. Every measurement is a process of its own; arms alternate.
+What growing and loading cost, for large models: time and peak memory of `from_core` and `from_pretrained`, against reading
+the grown weights from their file into memory (`load`) and against copying them once there (`copy`). Every measurement is
+a process of its own; arms alternate. Memory is what is added to what was there before: the weights of a core in memory,
+say.
 
     python -m benchmarks.grow_cost                       # 0.1, 0.5 and 1 billion parameters
     python -m benchmarks.grow_cost --sizes 8B            # needs 3 x 16 GB on disk and 20 GB of memory, in bfloat16
@@ -33,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables import RESULTS, describe_machine, markdown, spread, write_json
+from benchmarks.tables import RESULTS, describe_machine, draw_bars, markdown, spread, write_json
 
 
 # The core's hidden size, layers and heads; the stage's channels.
@@ -43,7 +45,7 @@ SIZES = {
     "1B": (2048, 13, 32, (192, 384)),
     "8B": (4096, 28, 64, (256, 512)),
 }
-ARMS = ("copy", "from_pretrained core", "from_core(folder)", "from_core(model)", "from_pretrained grown")
+ARMS = ("load", "copy", "from_pretrained core", "from_core(folder)", "from_core(model)", "from_pretrained grown")
 
 # Resident memory is sampled by a thread, since the peak that the kernel keeps would include importing. Weights that are
 # mapped from their file, as `from_pretrained` does, count once they have been used, and all of them are.
@@ -81,6 +83,10 @@ channels = tuple(int(c) for c in open(folder + "/channels").read().split(","))
 started = time.perf_counter()
 if arm == "copy":
     parameters = [tensor.clone() for tensor in weights.values()]
+elif arm == "load":
+    parameters = []
+    for path in sorted(Path(folder, "grown").glob("*.safetensors")):
+        parameters += [tensor.clone() for tensor in load_file(path).values()]
 else:
     if arm == "from_pretrained core":
         result = ShallowUNet2DModel.from_pretrained(folder + "/core", torch_dtype=dtype)
@@ -150,7 +156,7 @@ def main() -> None:
                     measured[arm].append([float(number) for number in output.split()[-3:]])
         finally:
             shutil.rmtree(folder)
-        copied = [seconds for seconds, _, _ in measured["copy"]]
+        loaded, copied = ([seconds for seconds, _, _ in measured[arm]] for arm in ("load", "copy"))
         for arm in ARMS:
             seconds = [run[0] for run in measured[arm]]
             memory = statistics.median(run[1] for run in measured[arm])
@@ -159,6 +165,7 @@ def main() -> None:
                     "parameters": f"{parameters / 1e6:.0f} M {dtype}",
                     "arm": arm,
                     "seconds": spread(seconds),
+                    "time / load": round(statistics.median(a / b for a, b in zip(seconds, loaded)), 2),
                     "time / copy": round(statistics.median(a / b for a, b in zip(seconds, copied)), 2),
                     "memory / weights": round(memory / measured[arm][0][2], 2),
                 }
@@ -167,6 +174,7 @@ def main() -> None:
     print(markdown(rows))
     if not args.quick:
         write_json(RESULTS / "grow_cost.json", {"machine": describe_machine(), "rows": rows})
+        draw_bars(rows, "parameters", "arm", "time / load", RESULTS / "grow_cost.png")
 
 
 if __name__ == "__main__":

@@ -73,8 +73,15 @@ TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
 # By what `--large` multiplies them; with larger models and batches, that is three quarters of the steps.
 LARGE_SCALE = 12.0
 # Of noise, where most of the held-out loss lies.
-LEVELS = ("val_loss_sigma_0.6_0.8", "val_loss_sigma_0.8_0.9", "val_loss_sigma_0.9_1.0")
-LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high", "loss at noise .02-.3": "low_noise_loss"}
+LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high"}
+# Of noise. The first is a measurement of its own, below where most of the held-out loss lies.
+LEVELS = {
+    ".02-.3": "val_low_noise_loss",
+    ".3-.6": "val_loss_sigma_0.3_0.6",
+    ".6-.8": "val_loss_sigma_0.6_0.8",
+    ".8-.9": "val_loss_sigma_0.8_0.9",
+    ".9-1": "val_loss_sigma_0.9_1.0",
+}
 
 
 @dataclass
@@ -298,12 +305,13 @@ def total_curve(run: dict, records: dict[str, dict]) -> list[tuple[float, dict]]
 
 def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None:
     """Where a curve first comes down to `loss`, between its points in a straight line."""
-    for (flops, line), (next_flops, next_line) in zip(curve, curve[1:]):
-        here, there = line["val_loss"], next_line["val_loss"]
+    for i, (flops, line) in enumerate(curve):
+        here = line["val_loss"]
         if here <= loss:
-            return flops
-        if there <= loss:
-            return flops + (here - loss) / (here - there) * (next_flops - flops)
+            if i == 0:
+                return flops
+            flops_before, before = curve[i - 1][0], curve[i - 1][1]["val_loss"]
+            return flops_before + (before - loss) / (before - here) * (flops - flops_before)
     return None
 
 
@@ -313,52 +321,57 @@ def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, dict]]
     return {arm: {run["keys"]["seed"]: run for run in seeds} for arm, seeds in runs.items() if seeds}
 
 
-def level_label(name: str) -> str:
-    return name.removeprefix("val_loss_sigma_").replace("_", "-")
-
-
-def make_table(records: dict[str, dict], setting: Setting, seconds: dict[str, list[float]] | None) -> list[dict]:
+def make_tables(
+    records: dict[str, dict], setting: Setting, seconds: dict[str, list[float]] | None
+) -> dict[str, list[dict]]:
     """
-    One row for each arm, with its time if `seconds` of [`time_steps`] are there. A cascade has no losses: given the true low
-    resolution, they would compare with nobody's.
+    Two tables with one row for each arm: what it spent, and the loss that it came to; its losses by noise level, scores and
+    distances. Time is there with the `seconds` of [`time_steps`]. A cascade has no losses: given the true low resolution,
+    they would compare with nobody's.
     """
-    rows, costs = [], setting.plans()
-    by_arm = collect(records, setting.factor)
+    tables: dict[str, list[dict]] = {"compute and loss": [], "noise levels and pictures": []}
+    costs, by_arm = setting.plans(), collect(records, setting.factor)
+    cost_ratio = costs["joint"].train_flops / costs["core"].train_flops
     scratch = {seed: total_curve(run, records)[-1] for seed, run in by_arm.get("scratch", {}).items()}
     for arm, runs in by_arm.items():
         curves = {seed: curve for seed, run in runs.items() if (curve := total_curve(run, records))}
+        ends = [curve[-1] for curve in curves.values()]
+        first = next(iter(runs.values()))
+        core = records.get(first["keys"].get("core"))
+        head = {"growth": f"16 -> {setting.resolution}", "arm": arm, "seeds": len(runs)}
         row = {
-            "growth": f"16 -> {setting.resolution}",
-            "cost ratio": f"{costs['joint'].train_flops / costs['core'].train_flops:.1f}",
-            "arm": arm,
-            "seeds": len(runs),
-            "high-resolution pictures": sum(next(iter(runs.values()))["pictures"].values()),
+            **head,
+            "cost ratio": f"{cost_ratio:.1f}",
+            "TFLOP": f"{ends[0][0] / 1e12:.0f}" if ends else "",
+            "pictures at 16 px": sum(core["pictures"].values()) if core else 0,
+            f"at {setting.resolution} px": sum(first["pictures"].values()),
         }
-        ends = [curve[-1][1] for curve in curves.values()]
         for label, name in LOSSES.items():
-            row[label] = mean_and_deviation([end[f"val_{name}"] for end in ends], 4) if ends else ""
-        row["at " + " / ".join(map(level_label, LEVELS))] = " / ".join(
-            f"{statistics.mean(end[level] for end in ends):.4f}" for level in LEVELS if ends
-        )
+            row[label] = mean_and_deviation([line[f"val_{name}"] for _, line in ends], 4) if ends else ""
         pairs = [(curve, scratch[seed]) for seed, curve in curves.items() if seed in scratch]
         ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
         row["of scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
         reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
         row["reaches it at"] = ", ".join("never" if at is None else f"{at / flops:.0%}" for at, flops in reached)
         if seconds and scratch:
-            both = next(iter(runs.values())), next(iter(by_arm["scratch"].values()))
-            taken, of_scratch = (training_seconds(run, records, seconds) for run in both)
+            taken, of_scratch = (
+                training_seconds(run, records, seconds) for run in (first, next(iter(by_arm["scratch"].values())))
+            )
             row["time"] = "" if taken is None or of_scratch is None else f"{taken / of_scratch:.2f}"
+        tables["compute and loss"].append(row)
+
+        row = dict(head)
+        for label, name in LEVELS.items():
+            values = [line[name] for _, line in ends if name in line]
+            row[f"loss at noise {label}"] = mean_and_deviation(values, 3) if values else ""
         scores = [last_scores(run) for run in runs.values()]
-        for name in ("color", "shape", "texture"):
-            if name in scores[0]:
+        for name in scores[0]:
+            if name in ("color", "shape", "texture"):
                 row[name] = mean_and_deviation([one[name] for one in scores], 2)
-        levels = [name for name in scores[0] if name.startswith("swd_")]
-        row["SWD " + " / ".join(name.removeprefix("swd_") for name in levels)] = " / ".join(
-            f"{statistics.mean(one[name] for one in scores):.0f}" for name in levels
-        )
-        rows.append(row)
-    return rows
+            elif name.startswith("swd_"):
+                row[name.replace("swd_", "SWD ")] = mean_and_deviation([one[name] for one in scores], 0)
+        tables["noise levels and pictures"].append(row)
+    return tables
 
 
 def draw_plot(records: dict[str, dict], path: Path) -> None:
@@ -375,17 +388,21 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(len(factors), 5, figsize=size, squeeze=False, layout="constrained")
     lines = {}
     for row, factor in zip(axes, factors):
+        panels = {**LOSSES, "loss at noise .02-.3": "low_noise_loss"}
         for i, arm in enumerate(shown):
             curves = [total_curve(run, records) for run in find_runs(records, arm, factor)]
             for curve in curves:
-                for axis, name in zip(row, LOSSES.values()):
+                for axis, name in zip(row, panels.values()):
                     x, y = zip(*[(flops / 1e12, line[f"val_{name}"]) for flops, line in curve])
                     (lines[arm],) = axis.plot(x, y, color=f"C{i}", alpha=0.8)
             ends = [curve[-1][1] for curve in curves]
-            levels = [name for name in (ends[0] if ends else ()) if name.startswith("val_loss_sigma")]
-            means = [statistics.mean(line[name] for line in ends if name in line) for name in levels]
-            row[4].plot([level_label(name) for name in levels], means, "o-", color=f"C{i}")
-        for axis, label in zip(row, [*LOSSES, "loss at the end, by noise level"]):
+            means = {
+                label: statistics.mean(line[name] for line in ends)
+                for label, name in list(LEVELS.items())[1:]
+                if ends and all(name in line for line in ends)
+            }
+            row[4].plot(list(means), list(means.values()), "o-", color=f"C{i}")
+        for axis, label in zip(row, [*panels, "loss at the end, by noise level"]):
             axis.set_title(f"16 -> {SETTINGS[factor].resolution} px: {label}")
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(ScalarFormatter())
@@ -453,14 +470,15 @@ def main() -> None:
 
     jobs: dict[str, Job] = {}
     core_data = find_data(args, 128)
-    for factor in args.factors:
+    factors = [min(args.factors)] if args.quick else args.factors
+    for factor in factors:
         data = find_data(args, settings[factor].resolution)
         for seed in seeds:
             for arm in ARMS:
                 if arm.name in args.arms:
                     jobs |= {job.name: job for job in make_jobs(settings[factor], arm, seed, data, core_data, scale)}
     if args.pictures:
-        for factor in args.factors:
+        for factor in factors:
             growths = [
                 job for job in jobs.values() if job.keys.get("factor") == factor and job.keys["seed"] == seeds[0]
             ]
@@ -469,11 +487,11 @@ def main() -> None:
     records = run_queue(list(jobs.values()), args)
     seconds = json.loads(times.read_text())["seconds"] if times.exists() else {}
     tables = {
-        factor: make_table(records, setting, seconds.get(str(factor)))
+        factor: make_tables(records, setting, seconds.get(str(factor)))
         for factor, setting in settings.items()
         if collect(records, factor)
     }
-    print("\n\n".join(markdown(rows) for rows in tables.values()) or markdown([]))
+    print("\n\n".join(markdown(rows) for pair in tables.values() for rows in pair.values()) or markdown([]))
     write_json(results / "grow_vs_scratch.json", {"tables": tables})
     if tables:
         draw_plot(records, results / "grow_vs_scratch.png")

@@ -21,12 +21,14 @@ goes on from its last checkpoint.
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +99,8 @@ def places(args: argparse.Namespace) -> tuple[Path, Path]:
     if args.quick:
         return work_dir / "quick", work_dir / "quick"
     if args.train_data_dir:
-        name = Path(args.train_data_dir).stem
+        data = Path(args.train_data_dir).resolve()
+        name = f"{data.stem}-{zlib.crc32(str(data).encode()):08x}"  # many a folder is called "train"
         return work_dir / name, results / name
     return work_dir, results
 
@@ -305,7 +308,8 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
     Runs those `jobs` that have not been run yet, or none with `--report`.
 
     Returns:
-        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `mixed_precision`, `commit`, `pictures` by phase, `curve`
+        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `mixed_precision`, `commit`, `core_weights` (a
+        digest: a core that was lost and trained again on another machine is another core), `pictures` by phase, `curve`
         (the lines of metrics with a held-out loss), `seconds` of training and `scores` of each pipeline that the run left.
 
     Raises:
@@ -408,5 +412,15 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str
             finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             if finished.returncode:
                 raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to go on.")
+    core = folders[job.core or job.name] / "core"
+    if core.exists():
+        made_by["core_weights"] = digest_weights(core / "unet")
     result = json.loads((folder / "result.json").read_text())
     return {"name": job.name, "keys": job.keys, "arguments": definition, **made_by, **result}
+
+
+def digest_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

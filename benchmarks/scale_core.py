@@ -102,6 +102,7 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
                 (num_layers, last_scores(run)[name])
                 for num_layers in LAYERS
                 for run in find_runs(records, arm_name(num_layers), 8)
+                if name in last_scores(run)  # captions of anything but shapes have no such scores
             ]
             if points:
                 axis.plot(*zip(*points), "o", label=name, alpha=0.7)
@@ -111,7 +112,8 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
         axis.set_xlabel("layers of the core")
         axis.set_ylabel("share of 96 captions drawn right")
         axis.set_title(title)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

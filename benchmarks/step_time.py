@@ -39,7 +39,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.tables import RESULTS, describe_machine, markdown, spread, write_json
+from benchmarks.tables import RESULTS, describe_machine, draw_bars, markdown, spread, write_json
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 
 
@@ -315,9 +315,9 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
                     "parameters": f"{steps[name].model.num_parameters() / 1e6:.2f} M",
                     "GFLOP per picture": f"{flops[name] / 1e9:.2f}",
                     "training pictures/s": f"{args.batch_size / middle:.1f}",
-                    "ours is": f"{spread(ratios)} x",
-                    "sampling pictures/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
-                    "ours samples": f"{spread(sampling_ratios)} x",
+                    "its step / ours": spread(ratios),
+                    "sampling step, pictures/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
+                    "its sampling step / ours": spread(sampling_ratios),
                     "share of peak": f"{flops[name] * args.batch_size / middle / peak:.1%}",
                     "memory MB": f"{memory[name]:.0f}",
                 }
@@ -410,6 +410,8 @@ def main() -> None:
     print(markdown(rows))
     if not args.quick:
         write_json(RESULTS / f"{name}.json", {"machine": describe_machine(), "rows": rows})
+        columns = ("dtype", "hidden size", "share of peak") if args.core else ("px", "model", "training pictures/s")
+        draw_bars(rows, *columns, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

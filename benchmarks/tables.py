@@ -18,6 +18,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -51,6 +52,36 @@ def markdown(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     lines += ["| " + " | ".join(str(row.get(name, "")) for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def draw_bars(rows: list[dict], panel: str, label: str, value: str, path: Path) -> None:
+    """
+    A panel for each value of the column `panel`, a bar for each row: the first number in its `value`, and where there are
+    more, as [`spread`] writes them, a line from the smallest to the largest.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row[panel] for row in rows))
+    height = max(sum(row[panel] == name for row in rows) for name in names)
+    size = (6 * len(names), 0.8 + 0.3 * height)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names):
+        own = [row for row in rows if row[panel] == name]
+        for i, row in enumerate(own):
+            middle, *ends = (float(number) for number in re.findall(r"[\d.]+", str(row[value])))
+            axis.barh(i, middle, color="C0" if i else "C7")
+            axis.plot(ends, [i] * len(ends), color="black", linewidth=1)
+            axis.annotate(f"{middle:g}", (max([middle, *ends]), i), (4, 0), textcoords="offset points", va="center")
+        axis.set_yticks(range(len(own)), [row[label] for row in own])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.15 * axis.get_xlim()[1])  # room for the numbers
+        axis.set_xlabel(value)
+        axis.set_title(f"{name} px" if panel == "px" else name)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def describe_machine() -> str:

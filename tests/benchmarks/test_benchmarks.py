@@ -22,6 +22,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,12 +94,34 @@ def test_tables():
     assert markdown([{"a": 1, "b": 2}, {"a": 3}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
 
 
+def test_bars_show_the_numbers_of_a_table(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plt, "close", shown.append)  # keeps the figure
+    rows = [
+        {"px": 64, "model": "ours", "speed": spread([1.0, 2.0, 4.0])},
+        {"px": 64, "model": "other", "speed": "12.5%"},
+        {"px": 128, "model": "ours", "speed": "3.96x (3.41 to 4.17)"},
+    ]
+    tables.draw_bars(rows, "px", "model", "speed", tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+    panels = {axis.get_title(): axis for axis in shown[0].axes}
+    assert {name: [bar.get_width() for bar in axis.patches] for name, axis in panels.items()} == {
+        "64 px": [2.0, 12.5],
+        "128 px": [3.96],
+    }
+    assert panels["64 px"].lines[0].get_xdata().tolist() == [1.0, 4.0] and not len(
+        panels["64 px"].lines[1].get_xdata()
+    )
+    assert [label.get_text() for label in panels["64 px"].get_yticklabels()] == ["ours", "other"]
+
+
 def test_flops_to_reach():
     curve = [(flops, {"val_loss": loss}) for flops, loss in ((10.0, 0.4), (20.0, 0.2), (30.0, 0.3), (40.0, 0.1))]
     assert grow_vs_scratch.flops_to_reach(curve, 0.5) == 10.0
     assert grow_vs_scratch.flops_to_reach(curve, 0.3) == pytest.approx(15.0)
     assert grow_vs_scratch.flops_to_reach(curve, 0.15) == pytest.approx(37.5)
     assert grow_vs_scratch.flops_to_reach(curve, 0.05) is None
+    assert grow_vs_scratch.flops_to_reach(curve[:1], 0.4) == 10.0 and grow_vs_scratch.flops_to_reach([], 0.4) is None
 
 
 def count_two_stages(setting: Setting, arguments: dict) -> int:
@@ -176,6 +199,7 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")}
     assert len(before) == 2
     again = run_queue([core, growth], args)
+    assert len(record["core_weights"]) == 12 and record["core_weights"] == records[core.name]["core_weights"]
     assert json.dumps(again, sort_keys=True) == json.dumps(records, sort_keys=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
 
@@ -206,9 +230,10 @@ def test_results_of_other_data_or_of_a_trial_do_not_mix(tmp_path):
     parser = argparse.ArgumentParser()
     add_queue_arguments(parser)
     own_data = ["--train_data_dir", "data/emoji.parquet"]
-    given = [[], ["--quick"], ["--large"], own_data, [*own_data, "--large"]]
+    other_data = ["--train_data_dir", "other_data/emoji.parquet"]
+    given = [[], ["--quick"], ["--large"], own_data, [*own_data, "--large"], other_data]
     work_dirs, results = zip(*(queue_of_runs.places(parser.parse_args(flags)) for flags in given))
-    assert len(set(work_dirs)) == len(set(results)) == 5 and results[0] == queue_of_runs.RESULTS
+    assert len(set(work_dirs)) == len(set(results)) == 6 and results[0] == queue_of_runs.RESULTS
 
 
 def test_two_records_of_one_seed_are_told_apart_by_the_user():
