@@ -96,11 +96,9 @@ def build_pipeline(
 
 @functools.cache
 def load(folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | None = None) -> GreedyGrowPipeline:
-    """A saved pipeline as an arm runs it, for low precision without a GPU with the attention that is fastest there."""
+    """A saved pipeline as an arm runs it."""
     pipeline = GreedyGrowPipeline.from_pretrained(folder, torch_dtype=dtype).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
-    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
-        pipeline.unet.set_attention_backend("_native_math")
     if compile_mode:
         pipeline.unet.compile_repeated_blocks(mode=compile_mode)
     return pipeline

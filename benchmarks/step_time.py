@@ -202,8 +202,6 @@ class Steps:
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-        if device.type == "cpu" and hasattr(model, "set_attention_backend"):
-            model.set_attention_backend("_native_math")  # the fastest on a CPU; diffusers' UNets have one way only
 
     def train(self) -> None:
         self.model.train()
@@ -348,8 +346,6 @@ def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
             with torch.device("meta"):
                 flops = count_flops(build_core(hidden_size), 64) * args.batch_size
             model = build_core(hidden_size).to(device)
-            if device.type == "cpu":
-                model.set_attention_backend("_native_math")
             if args.compiled:
                 torch.compiler.reset()  # else graphs of the sizes before count against dynamo's limit
                 model.compile_repeated_blocks()

@@ -132,6 +132,7 @@ from diffusers_greedy_grow.training import (
     take_step,
     tokenize_captions,
     train_small_tokenizer,
+    warn_of_cut_captions,
     write_text,
 )
 from diffusers_greedy_grow.training.shapes import write_shapes
@@ -1240,6 +1241,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         first_captions = itertools.islice(train_data.captions, TOKENIZER_CAPTIONS)
         pipeline = build_core_pipeline(model_args, first_captions, checkpoint)
+    warn_of_cut_captions(pipeline, validation_data.captions[:1000])
     set_attention_backend(pipeline.unet, args.attention_backend)  # which fails if it is not installed
 
     # 5. From here on the folder holds this run

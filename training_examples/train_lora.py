@@ -88,6 +88,7 @@ from diffusers_greedy_grow.training import (
     set_attention_backend,
     set_up,
     take_step,
+    warn_of_cut_captions,
     write_text,
 )
 
@@ -244,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     train_data = CaptionedPictures(train_rows, resolution, broken=broken).at(unet.config.sample_size)
     shown = CaptionedPictures(validation_rows, resolution, broken=broken) if len(validation_rows) else train_data
     prompts = args.validation_prompts or list(dict.fromkeys(shown.captions))[:8]
+    warn_of_cut_captions(pipeline, train_data.captions[:1000])
     first, total = (step * pictures_per_step for step in (progress["step"], args.max_train_steps))
     order = EpochOrder(len(train_data), start=first, num_samples=total - first, seed=(args.seed, 0))
     loader = torch.utils.data.DataLoader(

@@ -76,8 +76,15 @@ def in_precision_of(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Nothing on the meta device, where there is none to begin with. (Asking torch whether there is breaks graphs up to 2.11.)"""
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    """
+    Nothing where there is no autocast to begin with, as on the meta device: entering it for each norm takes longer than a small
+    norm. Compiled code does not ask, which breaks graphs up to torch 2.11.
+    """
+    if device_type == "meta":
+        return nullcontext()
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

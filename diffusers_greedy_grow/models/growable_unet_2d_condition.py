@@ -489,8 +489,8 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             `ValueError`: if text, sides or `num_stages` do not fit, or if a stage or a core is asked for an answer that it
             cannot give by itself, since with `init="random"` the first stage and the core are one.
         """
-        check_text(self.config.cross_attention_dim, encoder_hidden_states, encoder_attention_mask)
         batch_size, _, height, width = sample.shape
+        check_text(self.config.cross_attention_dim, batch_size, encoder_hidden_states, encoder_attention_mask)
         cell = self.config.patch_size * self.config.sample_size // self.config.inner_sample_sizes[0]
         if height % cell or width % cell:
             raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {cell}.")
@@ -508,13 +508,17 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             )
         if guide is not None:
             check_text(
-                self.config.cross_attention_dim, negative_encoder_hidden_states, negative_encoder_attention_mask
+                self.config.cross_attention_dim,
+                batch_size,
+                negative_encoder_hidden_states,
+                negative_encoder_attention_mask,
             )
             if (encoder_attention_mask is None) != (negative_encoder_attention_mask is None):
                 raise ValueError(
                     "`encoder_attention_mask` and `negative_encoder_attention_mask` need each other: pass both or neither."
                 )
 
+        dtype = self.dtype  # asked once: it looks through all modules
         grad_enabled = torch.is_grad_enabled()
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
         # But adapters, wherever they are, are there to be trained.
@@ -534,7 +538,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                     encoder_attention_mask,
                     cross_attention_kwargs,
                     inner=partial(run, level - 1),
-                    dtype=self.dtype,
+                    dtype=dtype,
                 )
 
         def run_core(state: torch.Tensor, state_sigma: torch.Tensor, features: torch.Tensor | None):

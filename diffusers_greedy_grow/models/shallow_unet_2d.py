@@ -198,29 +198,30 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         """
         if torch.is_grad_enabled():
             text_cache = None
-        check_text(self.config.cross_attention_dim, encoder_hidden_states, encoder_attention_mask)
-        patch_size = self.config.patch_size
         batch_size, _, height, width = sample.shape
+        check_text(self.config.cross_attention_dim, batch_size, encoder_hidden_states, encoder_attention_mask)
+        patch_size = self.config.patch_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {patch_size}.")
         grid_height, grid_width = height // patch_size, width // patch_size
+        dtype = self.dtype  # asked once: it looks through all modules
 
         # 1. Timestep
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
         temb = self.time_embedding(self.time_proj(timestep).to(get_parameter_dtype(self.time_embedding)))
         modulation = self.time_modulation(F.silu(temb)).unflatten(-1, (6, -1))
-        temb = temb.to(self.dtype)
+        temb = temb.to(dtype)
 
         # 2. Entry: to the grid at once. Inside a model grown with `init="random"` the encoder has already done it.
         if self.conv_in is not None:
-            hidden_states = self.resnet_in(self.conv_in(sample.to(self.dtype)), temb)
+            hidden_states = self.resnet_in(self.conv_in(sample.to(dtype)), temb)
         else:
             hidden_states = features
 
         # 3. Transformer, on tokens (B, N, hidden_size)
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()
         if encoder_hidden_states is not None and not (text_cache and text_cache.key_values):
-            encoder_hidden_states = self.norm_encoder(encoder_hidden_states.to(self.dtype))
+            encoder_hidden_states = self.norm_encoder(encoder_hidden_states.to(dtype))
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
@@ -274,22 +275,34 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
 
 def check_text(
     cross_attention_dim: int | None,
+    batch_size: int,
     encoder_hidden_states: torch.Tensor | None,
     encoder_attention_mask: torch.Tensor | None = None,
 ) -> None:
-    """Raises a `ValueError` if a conditional model gets no text, or text of another width, or the other way round."""
+    """
+    Raises a `ValueError` if a conditional model gets no text, or text of another width or for another number of pictures, or if
+    an unconditional one gets text; and if the mask does not fit the text, or is one that is added to scores.
+    """
     if cross_attention_dim is None:
         if encoder_hidden_states is not None:
             raise ValueError(
                 "`encoder_hidden_states` was given to an unconditional model (`cross_attention_dim=None`): leave it out."
             )
-    elif encoder_hidden_states is None or encoder_hidden_states.shape[-1] != cross_attention_dim:
-        given = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape)
+        return
+    given = () if encoder_hidden_states is None else tuple(encoder_hidden_states.shape)
+    if encoder_hidden_states is None or (given[0], given[-1]) != (batch_size, cross_attention_dim):
         raise ValueError(
-            f"`encoder_hidden_states` has to be of shape (batch, tokens, {cross_attention_dim}) but is {given}."
+            f"`encoder_hidden_states` has to be of shape ({batch_size}, tokens, {cross_attention_dim}) but is {given or None}."
         )
-    elif encoder_attention_mask is not None and encoder_attention_mask.shape != encoder_hidden_states.shape[:2]:
+    if encoder_attention_mask is None:
+        return
+    if encoder_attention_mask.shape != encoder_hidden_states.shape[:2]:
         raise ValueError(
-            f"`encoder_attention_mask` has to be of shape {tuple(encoder_hidden_states.shape[:2])}, as `encoder_hidden_states` "
-            f"is, but is {tuple(encoder_attention_mask.shape)}."
+            f"`encoder_attention_mask` has to be of shape {given[:2]}, as `encoder_hidden_states` is, but is "
+            f"{tuple(encoder_attention_mask.shape)}."
+        )
+    if encoder_attention_mask.is_floating_point():
+        raise ValueError(
+            f"`encoder_attention_mask` is of {encoder_attention_mask.dtype}, but has to be bool, True for the tokens to attend "
+            "to: pass `encoder_attention_mask > 0`, or of one that is added to attention scores `encoder_attention_mask == 0`."
         )

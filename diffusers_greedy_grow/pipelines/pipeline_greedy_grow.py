@@ -339,6 +339,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
                 prompts = prompts + list(negatives)
             tokens = tokenize(self.tokenizer, prompts, self.config.max_sequence_length)
+            if cut := find_cut(self.tokenizer, prompts, self.config.max_sequence_length):
+                length = tokens["input_ids"].shape[1]
+                logger.warning(f"Only the first {length} tokens of these prompts are read: {cut}")
             attention_mask = tokens["attention_mask"].to(device)
             embeds = self.text_encoder(tokens["input_ids"].to(device), attention_mask=attention_mask).last_hidden_state
             prompt_embeds, negative_prompt_embeds = embeds[:batch_size], embeds[batch_size:]
@@ -483,6 +486,11 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     raise ValueError(
                         f"`{name}` has to be of shape {tuple(shape)} to go with `prompt_embeds` but is of shape "
                         f"{tuple(tensor.shape)}."
+                    )
+                if tensor is not None and name.endswith("mask") and tensor.is_floating_point():
+                    raise ValueError(
+                        f"`{name}` is of {tensor.dtype}, but has to be bool, True for the tokens to attend to: pass "
+                        f"`{name} > 0`, or of one that is added to attention scores `{name} == 0`."
                     )
             masks = (prompt_attention_mask, negative_prompt_attention_mask)
             if self.do_classifier_free_guidance and (masks[0] is None) != (masks[1] is None):
@@ -704,11 +712,12 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         # 5. Denoising loop
         handover_sigmas = self.get_handover_sigmas(core_first)
         num_stages = [sum(t / 1000 <= level for level in handover_sigmas) for t in self.scheduler.timesteps.tolist()]
+        self.scheduler.set_begin_index(0)  # else the first step looks for it, which waits for the GPU
         # A step of several evaluations (Heun's) has the same stages in all of them.
         num_stages = [num_stages[i - i % self.scheduler.order] for i in range(len(timesteps))]
         at_core = guidance_resolution == "core" and bool(handover_sigmas)
         text_caches = {True: TextCache(), False: TextCache()}  # what the text alone decides, with and without guidance
-        compiled = is_compiled_module(self.unet) or any(one._compiled_call_impl for one in self.unet.modules())
+        compiled = any(is_compiled_module(one) or one._compiled_call_impl for one in self.unet.modules())
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:  # of schedulers that may add noise
             step_kwargs["generator"] = generator
@@ -837,14 +846,20 @@ def is_variance(value) -> bool:
     return isinstance(value, NUMBER) and bool(0 < value < math.inf)
 
 
+def max_tokens(tokenizer: PreTrainedTokenizerBase, max_sequence_length: int) -> int:
+    return min(max_sequence_length, tokenizer.model_max_length)  # an encoder, such as CLIP's, may have no more
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> BatchEncoding:
-    """`input_ids` and `attention_mask`, both `(B, L)`, padded to the longest; warns about what it cuts off."""
-    max_length = min(max_sequence_length, tokenizer.model_max_length)  # an encoder, such as CLIP's, may have no more
+    """`input_ids` and `attention_mask`, both `(B, L)`, padded to the longest; too long ones are cut, see [`find_cut`]."""
+    max_length = max_tokens(tokenizer, max_sequence_length)
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     if tokens["input_ids"].shape[1] == 0:  # of nothing but empty prompts, by a tokenizer that ends none with a token
         tokens = tokenizer(prompts, padding="max_length", max_length=1, return_tensors="pt")
-    if tokens["input_ids"].shape[1] == max_length:
-        cut = [text for text in prompts if len(tokenizer(text)["input_ids"]) > max_length]
-        if cut:
-            logger.warning(f"Only the first {max_length} tokens of these prompts are read: {cut}")
     return tokens
+
+
+def find_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> list[str]:
+    """Those of which [`tokenize`] leaves something out."""
+    max_length = max_tokens(tokenizer, max_sequence_length)
+    return [text for text in prompts if len(tokenizer(text)["input_ids"]) > max_length]

@@ -71,4 +71,5 @@ from .text import (
     name_encoder,
     tokenize_captions,
     train_small_tokenizer,
+    warn_of_cut_captions,
 )

@@ -21,6 +21,7 @@ import hashlib
 import json
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..pipelines import GreedyGrowPipeline
-from ..pipelines.pipeline_greedy_grow import tokenize
+from ..pipelines.pipeline_greedy_grow import find_cut, tokenize
 
 
 def train_small_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -85,6 +86,17 @@ def tokenize_captions(
     """`input_ids` and `encoder_attention_mask` of `captions`, each `(B, L)`, as the pipeline makes them for prompts."""
     tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device)
     return {"input_ids": tokens["input_ids"], "encoder_attention_mask": tokens["attention_mask"].bool()}
+
+
+def warn_of_cut_captions(pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
+    """Once, before training, where each step's captions are cut without a word."""
+    length = pipeline.config.max_sequence_length
+    if cut := find_cut(pipeline.tokenizer, captions, length):
+        warnings.warn(
+            f"{len(cut)} of {len(captions)} captions are longer than the `max_sequence_length={length}` tokens that are "
+            f"read, such as {cut[0][:200]!r}.",
+            stacklevel=2,
+        )
 
 
 def encode_captions(

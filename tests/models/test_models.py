@@ -242,8 +242,12 @@ def test_masked_tokens_do_not_count(grown):
 
 def test_text_has_to_fit(core):
     inputs = make_inputs()
-    with pytest.raises(ValueError, match=r"`encoder_hidden_states` has to be of shape \(batch, tokens, 32\)"):
+    with pytest.raises(ValueError, match=r"`encoder_hidden_states` has to be of shape \(2, tokens, 32\) but is None"):
         core(inputs["sample"], 500)
+    with pytest.raises(ValueError, match=r"has to be of shape \(2, tokens, 32\) but is \(1, 6, 32\)"):
+        core(inputs["sample"], 500, torch.randn(1, 6, 32))
+    with pytest.raises(ValueError, match="`encoder_attention_mask` is of torch.float32, but has to be bool"):
+        core(inputs["sample"], 500, torch.randn(2, 6, 32), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="`encoder_hidden_states`"):
         core(inputs["sample"], 500, torch.randn(2, 6, 16))
     with pytest.raises(ValueError, match="unconditional"):

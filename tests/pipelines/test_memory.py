@@ -133,6 +133,18 @@ def test_blocks_as_cuda_graphs(made):
             torch.testing.assert_close(draw(prompt), images, atol=5e-3, rtol=0)
 
 
+def test_steps_are_marked_wherever_something_is_compiled(made, monkeypatch):
+    """Also a part that `torch.compile` has wrapped, as accelerate's `compile_regions` wraps each block."""
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    expected = draw_one(made)
+    assert not marks
+    blocks = getattr(made.unet, "core", made.unet).transformer_blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    assert torch.equal(draw_one(made), expected)
+    assert len(marks) == made.num_timesteps
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_bar(made, quiet, capfd):
     made.set_progress_bar_config(disable=quiet)

@@ -43,8 +43,8 @@ from PIL import Image
 from tokenizers import processors
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import ascend, descend, expand, high_band, pool, unshift_sigma
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
+from diffusers_greedy_grow.flow import ascend, descend, expand, high_band, pool, shift_sigma, unshift_sigma
 from diffusers_greedy_grow.models.blocks import GreedyGrowOutput
 
 from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline, randomize
@@ -527,6 +527,7 @@ def count_pictures(pipeline: GreedyGrowPipeline) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -537,20 +538,26 @@ def count_pictures(pipeline: GreedyGrowPipeline) -> dict[str, int]:
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_core_first_leaves_stages_out_with_any_scheduler(scheduler):
-    parts = make_pipeline(make_grown())
+def test_core_first_leaves_stages_out_with_any_scheduler(scheduler, num_stages):
+    unet = make_grown()
+    if num_stages == 2:
+        unet = GrowableUNet2DConditionModel.from_core(unet, 64, block_out_channels=(8,))
+        randomize(unet.stages)
+    parts = make_pipeline(unet)
     pipeline = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     counts = count_pictures(pipeline)
     pictures = draw(pipeline, PROMPTS[0], num_inference_steps=8, guidance_scale=1.0, core_first=0.6)
     assert pictures.isfinite().all()
     assert counts["core"] == len(scheduler.timesteps)
-    assert 0 < counts["stage 0"] < counts["core"]
     # Of a step of two evaluations, both have the stage.
     first_evaluations = scheduler.timesteps.tolist()[:: scheduler.order]
-    stage_steps = sum(t <= 600 for t in first_evaluations)
     last_is_single = len(scheduler.timesteps) % scheduler.order
-    assert counts["stage 0"] == scheduler.order * stage_steps - last_is_single
+    for i in range(num_stages):
+        level = shift_sigma(torch.tensor(0.6), 2.0 ** (num_stages - 1 - i))  # of the outermost stage's own states
+        stage_steps = sum(t <= 1000 * level for t in first_evaluations)
+        assert counts[f"stage {i}"] == scheduler.order * stage_steps - last_is_single
+    assert 0 < counts[f"stage {num_stages - 1}"] < counts["core"]
 
 
 @pytest.mark.parametrize(
@@ -806,9 +813,19 @@ def test_variances_have_to_be_positive(pipeline, variances):
                 "prompt": None,
                 "prompt_embeds": EMBEDS,
                 "negative_prompt_embeds": EMBEDS,
-                "prompt_attention_mask": torch.ones(2, 6),
+                "prompt_attention_mask": torch.ones(2, 6, dtype=torch.bool),
             },
             "both or neither",
+        ),
+        (
+            {
+                "prompt": None,
+                "prompt_embeds": EMBEDS,
+                "negative_prompt_embeds": EMBEDS,
+                "prompt_attention_mask": torch.zeros(2, 6),
+                "negative_prompt_attention_mask": torch.zeros(2, 6),
+            },
+            "`prompt_attention_mask` is of torch.float32, but has to be bool",
         ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*noise"),
         ({"guidance_resolution": "half"}, "`guidance_resolution='half'` is unknown"),

@@ -39,6 +39,7 @@ from diffusers_greedy_grow.training import (
     normalize,
     sample_generators,
     train_small_tokenizer,
+    warn_of_cut_captions,
 )
 from diffusers_greedy_grow.training.data import load_splits, open_image, to_pixel_values, warn_of_small_pictures
 
@@ -412,6 +413,19 @@ def test_words_outweigh_what_is_around_them():
     between = (words - words.mean(dim=1, keepdim=True)).square().sum(dim=-1).mean()
     within = (textured - words).square().sum(dim=-1).mean()
     assert within < 0.1 * between
+
+
+def test_cut_captions_are_told_of_before_training_and_not_in_each_step(recwarn):
+    pipeline, long = make_pipeline(), "a red circle " * 50
+    encoded = encode_captions(pipeline, pipeline.text_encoder, [long, CAPTIONS[0]], torch.device("cpu"))
+    assert encoded["encoder_hidden_states"].shape[1] == pipeline.config.max_sequence_length
+    warn_of_cut_captions(pipeline, CAPTIONS)
+    assert not recwarn.list
+    warn_of_cut_captions(pipeline, [*CAPTIONS, long])
+    (warning,) = recwarn.list
+    assert f"1 of {len(CAPTIONS) + 1} captions are longer than the `max_sequence_length=24` tokens" in str(
+        warning.message
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
