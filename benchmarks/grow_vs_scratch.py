@@ -306,6 +306,16 @@ def total_curve(run: dict, records: dict[str, dict]) -> list[tuple[float, dict]]
     return [(core_flops + line["flops"], line) for line in run["curve"] if line["phase"].startswith(last)]
 
 
+def scores_by_flops(run: dict, records: dict[str, dict]) -> list[tuple[float, dict]]:
+    """The scores and distances of each pipeline that a run left, by the operations spent until then, on its core too."""
+    curve, core = total_curve(run, records), records.get(run["keys"]["core"])
+    if not curve:  # a cascade
+        (arm,) = (arm for arm in ARMS if arm.name == run["keys"]["arm"])
+        return [(core["keys"]["flops"] / arm.core_share, scores) for scores in run["scores"].values()] if core else []
+    ends = {line["phase"]: flops for flops, line in curve}
+    return [(ends[phase], scores) for phase, scores in run["scores"].items() if phase in ends]
+
+
 def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None:
     """Where a curve first comes down to `loss`, between its points in a straight line."""
     for i, (flops, line) in enumerate(curve):
@@ -419,6 +429,42 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_scores(records: dict[str, dict], path: Path) -> None:
+    """Of the arms that have several seeds: scores and distances against compute, a point for each pipeline that a run left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    factors = [factor for factor in SETTINGS if collect(records, factor)]
+    size = (18, 4 * len(factors) + 0.5)
+    figure, axes = plt.subplots(len(factors), 4, figsize=size, squeeze=False, layout="constrained")
+    lines = {}
+    for row, factor in zip(axes, factors):
+        size = SETTINGS[factor].resolution
+        names = {"shape": "shapes right", "texture": "textures right", f"swd_{size}": f"SWD {size}"}
+        names[f"swd_{size // 2}"] = f"SWD {size // 2}"
+        for i, arm in enumerate(arm.name for arm in ARMS if arm.num_seeds > 1):
+            for run in find_runs(records, arm, factor):
+                for axis, name in zip(row, names):
+                    points = [
+                        (flops / 1e12, scores[name])
+                        for flops, scores in scores_by_flops(run, records)
+                        if name in scores
+                    ]
+                    if points:
+                        (lines[arm],) = axis.plot(*zip(*points), "o-", color=f"C{i}", alpha=0.7)
+        for axis, label in zip(row, names.values()):
+            axis.set_title(f"16 -> {size} px: {label}")
+            axis.set_xlabel("TFLOP")
+            axis.set_xlim(left=0)
+            axis.set_ylim(bottom=0)
+            axis.set_visible(bool(axis.lines))  # no textures at 32 px
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def draw_grid(jobs: list[Job], args: argparse.Namespace, path: Path, num_captions: int = 6) -> None:
     """One row for each of the `jobs` that has been run: its last pipeline's pictures, for the same captions and noise."""
     rows, (work_dir, _) = {}, places(args)
@@ -498,6 +544,7 @@ def main() -> None:
     write_json(results / "grow_vs_scratch.json", {"tables": tables})
     if tables:
         draw_plot(records, results / "grow_vs_scratch.png")
+        draw_scores(records, results / "grow_vs_scratch_scores.png")
 
 
 if __name__ == "__main__":
