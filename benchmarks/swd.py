@@ -26,7 +26,7 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from benchmarks.tables import markdown
+from benchmarks.tables import RESULTS, describe_machine, markdown, write_json
 from diffusers_greedy_grow.flow import pool, upsample
 from diffusers_greedy_grow.training import CaptionedPictures, load_captioned_data
 
@@ -101,6 +101,7 @@ def main() -> None:
         distances = sliced_wasserstein(pictures, real)
         rows.append({"pictures": name, **{f"SWD {size}": f"{x:.0f}" for size, x in distances.items()}})
     print(markdown(rows))
+    write_json(RESULTS / "swd.json", {"machine": describe_machine(), "rows": rows})
 
 
 if __name__ == "__main__":
