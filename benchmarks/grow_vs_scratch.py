@@ -130,10 +130,19 @@ ARMS = (
             0.0,
             0.0,
             True,
-            num_seeds=1,
+            num_seeds=num_seeds,
             options={"learning_rate": [rate, rate]},
         )
-        for name, rate in (("twice", 3e-3), ("half of", 7.5e-4))  # by default 1.5e-3
+        for name, rate, num_seeds in (("twice", 3e-3, 1), ("half of", 7.5e-4, 3), ("a quarter of", 3.75e-4, 1))
+    ),
+    Arm(
+        "ours, detail phase only, half of the rate",
+        "preserve",
+        5 / 12,
+        1.0,
+        True,
+        num_seeds=1,
+        options={"learning_rate": [3e-3, 7.5e-4]},  # that of the core as it is by default
     ),
     Arm("paper's growth, full rate inside", "random", 5 / 12, 0.25, True, num_seeds=1, options={"core_lr_scale": 1.0}),
     Arm("ours, detail phase only, the core's noise levels", "preserve", 5 / 12, 1.0, False, num_seeds=1),
