@@ -343,6 +343,17 @@ def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, dict]]
     return {arm: {run["keys"]["seed"]: run for run in seeds} for arm, seeds in runs.items() if seeds}
 
 
+def best_scratch(by_arm: dict[str, dict[int, dict]]) -> dict[int, dict]:
+    """By seed the runs from scratch that all others are held against: of those in the most seeds, the arm of the lowest loss."""
+    arms = [runs for arm, runs in by_arm.items() if arm.startswith("scratch")]
+    most = max(map(len, arms), default=0)
+
+    def loss(runs: dict[int, dict]) -> float:
+        return statistics.mean(run["curve"][-1]["val_loss"] for run in runs.values())
+
+    return min((runs for runs in arms if len(runs) == most), key=loss, default={})
+
+
 def make_tables(
     records: dict[str, dict], setting: Setting, seconds: dict[str, list[float]] | None
 ) -> dict[str, list[dict]]:
@@ -354,7 +365,7 @@ def make_tables(
     tables: dict[str, list[dict]] = {"compute and loss": [], "noise levels and pictures": []}
     costs, by_arm = setting.plans(), collect(records, setting.factor)
     cost_ratio = costs["joint"].train_flops / costs["core"].train_flops
-    scratch = {seed: total_curve(run, records)[-1] for seed, run in by_arm.get("scratch", {}).items()}
+    scratch = {seed: total_curve(run, records)[-1] for seed, run in best_scratch(by_arm).items()}
     for arm, runs in by_arm.items():
         curves = {seed: curve for seed, run in runs.items() if (curve := total_curve(run, records))}
         ends = [curve[-1] for curve in curves.values()]
@@ -372,12 +383,12 @@ def make_tables(
             row[label] = mean_and_deviation([line[f"val_{name}"] for _, line in ends], 4) if ends else ""
         pairs = [(curve, scratch[seed]) for seed, curve in curves.items() if seed in scratch]
         ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
-        row["of scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
+        row["of the best scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
         reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
         row["reaches it at"] = ", ".join("never" if at is None else f"{at / flops:.0%}" for at, flops in reached)
         if seconds and scratch:
             taken, of_scratch = (
-                training_seconds(run, records, seconds) for run in (first, next(iter(by_arm["scratch"].values())))
+                training_seconds(run, records, seconds) for run in (first, next(iter(best_scratch(by_arm).values())))
             )
             row["time"] = "" if taken is None or of_scratch is None else f"{taken / of_scratch:.2f}"
         tables["compute and loss"].append(row)

@@ -124,6 +124,15 @@ def test_flops_to_reach():
     assert grow_vs_scratch.flops_to_reach(curve[:1], 0.4) == 10.0 and grow_vs_scratch.flops_to_reach([], 0.4) is None
 
 
+def test_arms_are_held_against_the_best_scratch_of_the_most_seeds():
+    def runs(*losses: float) -> dict[int, dict]:
+        return {seed: {"curve": [{"val_loss": 9.0}, {"val_loss": loss}]} for seed, loss in enumerate(losses)}
+
+    by_arm = {"scratch": runs(0.5, 0.4), "scratch, a": runs(0.3, 0.5), "scratch, b": runs(0.1), "ours": runs(0.1, 0.1)}
+    assert grow_vs_scratch.best_scratch(by_arm) is by_arm["scratch, a"]
+    assert grow_vs_scratch.best_scratch({"ours": runs(0.1)}) == {}
+
+
 def count_two_stages(setting: Setting, arguments: dict) -> int:
     """By torch's counter, on the models that `arguments` make grow.py build."""
     assert arguments["resolutions"] == [16, 32, 128] and arguments["joint_steps"] == [0, 0]
