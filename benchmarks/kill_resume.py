@@ -37,8 +37,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.tables import RESULTS, describe_machine, markdown, write_json
-
 
 ARGUMENTS = {
     "shapes_pictures": 40,
@@ -167,10 +165,9 @@ def main() -> None:
             at.update(places)
             identical += 0 if differences else len(places)
             print(f"killed {len(places)} times: {sorted(differences)[:5] or 'identical'}", flush=True)
-    rows = [{"killed while": place, "times": count} for place, count in at.most_common()]
-    print(f"{markdown(rows)}\n\n{identical}/{args.kills} identical")
-    result = {"machine": describe_machine(), "kills": args.kills, "identical": identical, "rows": rows}
-    write_json(RESULTS / "kill_resume.json", result)
+    for place, count in at.most_common():
+        print(f"{count:4d} x {place}")
+    print(f"{identical}/{args.kills} identical")
 
 
 if __name__ == "__main__":
