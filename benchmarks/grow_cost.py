@@ -66,10 +66,12 @@ if arm == "from_core(model)":
     core = ShallowUNet2DModel.from_pretrained(folder + "/core", torch_dtype=dtype)
     for parameter in core.parameters():  # in memory, so that reading it is no part of growing
         parameter.data = parameter.data.clone()
+def load():
+    paths = sorted(Path(folder, "grown").glob("*.safetensors"))
+    return [tensor.clone() for path in paths for tensor in load_file(path).values()]
+
 if arm == "copy":
-    weights = {}
-    for path in sorted(Path(folder, "grown").glob("*.safetensors")):
-        weights |= {name: tensor.clone() for name, tensor in load_file(path).items()}
+    weights = load()
 gc.collect()
 before, peak, done = resident(), 0, False
 def watch():
@@ -82,11 +84,9 @@ thread.start()
 channels = tuple(int(c) for c in open(folder + "/channels").read().split(","))
 started = time.perf_counter()
 if arm == "copy":
-    parameters = [tensor.clone() for tensor in weights.values()]
+    parameters = [tensor.clone() for tensor in weights]
 elif arm == "load":
-    parameters = []
-    for path in sorted(Path(folder, "grown").glob("*.safetensors")):
-        parameters += [tensor.clone() for tensor in load_file(path).values()]
+    parameters = load()
 else:
     if arm == "from_pretrained core":
         result = ShallowUNet2DModel.from_pretrained(folder + "/core", torch_dtype=dtype)

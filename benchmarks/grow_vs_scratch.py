@@ -72,8 +72,7 @@ SETTINGS = {
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
 # By what `--large` multiplies them; with larger models and batches, that is three quarters of the steps.
 LARGE_SCALE = 12.0
-# Of noise, where most of the held-out loss lies.
-LOSSES = {"loss": "loss", "low band": "loss_low", "high band": "loss_high"}
+LOSSES = {"loss": "val_loss", "low band": "val_loss_low", "high band": "val_loss_high"}
 # Of noise. The first is a measurement of its own, below where most of the held-out loss lies.
 LEVELS = {
     ".02-.3": "val_low_noise_loss",
@@ -365,7 +364,8 @@ def make_tables(
     tables: dict[str, list[dict]] = {"compute and loss": [], "noise levels and pictures": []}
     costs, by_arm = setting.plans(), collect(records, setting.factor)
     cost_ratio = costs["joint"].train_flops / costs["core"].train_flops
-    scratch = {seed: total_curve(run, records)[-1] for seed, run in best_scratch(by_arm).items()}
+    reference = best_scratch(by_arm)
+    scratch = {seed: total_curve(run, records)[-1] for seed, run in reference.items()}
     for arm, runs in by_arm.items():
         curves = {seed: curve for seed, run in runs.items() if (curve := total_curve(run, records))}
         ends = [curve[-1] for curve in curves.values()]
@@ -380,7 +380,7 @@ def make_tables(
             f"at {setting.resolution} px": sum(first["pictures"].values()),
         }
         for label, name in LOSSES.items():
-            row[label] = mean_and_deviation([line[f"val_{name}"] for _, line in ends], 4) if ends else ""
+            row[label] = mean_and_deviation([line[name] for _, line in ends], 4) if ends else ""
         pairs = [(curve, scratch[seed]) for seed, curve in curves.items() if seed in scratch]
         ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
         row["of the best scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
@@ -388,7 +388,7 @@ def make_tables(
         row["reaches it at"] = ", ".join("never" if at is None else f"{at / flops:.0%}" for at, flops in reached)
         if seconds and scratch:
             taken, of_scratch = (
-                training_seconds(run, records, seconds) for run in (first, next(iter(best_scratch(by_arm).values())))
+                training_seconds(run, records, seconds) for run in (first, next(iter(reference.values())))
             )
             row["time"] = "" if taken is None or of_scratch is None else f"{taken / of_scratch:.2f}"
         tables["compute and loss"].append(row)
@@ -420,18 +420,19 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     size = (22, 4.5 * len(factors) + 0.5)
     figure, axes = plt.subplots(len(factors), 5, figsize=size, squeeze=False, layout="constrained")
     lines = {}
+    (low_noise, low_noise_name), *levels = LEVELS.items()
+    panels = {**LOSSES, f"loss at noise {low_noise}": low_noise_name}
     for row, factor in zip(axes, factors):
-        panels = {**LOSSES, "loss at noise .02-.3": "low_noise_loss"}
         for i, arm in enumerate(shown):
             curves = [total_curve(run, records) for run in find_runs(records, arm, factor)]
             for curve in curves:
                 for axis, name in zip(row, panels.values()):
-                    x, y = zip(*[(flops / 1e12, line[f"val_{name}"]) for flops, line in curve])
+                    x, y = zip(*[(flops / 1e12, line[name]) for flops, line in curve])
                     (lines[arm],) = axis.plot(x, y, color=f"C{i}", alpha=0.8)
             ends = [curve[-1][1] for curve in curves]
             means = {
                 label: statistics.mean(line[name] for line in ends)
-                for label, name in list(LEVELS.items())[1:]
+                for label, name in levels
                 if ends and all(name in line for line in ends)
             }
             row[4].plot(list(means), list(means.values()), "o-", color=f"C{i}")

@@ -301,8 +301,13 @@ def check_text(
             f"`encoder_attention_mask` has to be of shape {given[:2]}, as `encoder_hidden_states` is, but is "
             f"{tuple(encoder_attention_mask.shape)}."
         )
-    if encoder_attention_mask.is_floating_point():
+    check_mask("encoder_attention_mask", encoder_attention_mask)
+
+
+def check_mask(name: str, mask: torch.Tensor) -> None:
+    """Raises a `ValueError` if a text mask is one of those that are added to attention scores, or looks like one."""
+    if mask.is_floating_point():
         raise ValueError(
-            f"`encoder_attention_mask` is of {encoder_attention_mask.dtype}, but has to be bool, True for the tokens to attend "
-            "to: pass `encoder_attention_mask > 0`, or of one that is added to attention scores `encoder_attention_mask == 0`."
+            f"`{name}` is of {mask.dtype}, but has to be bool, True for the tokens to attend to: pass `{name} > 0`, or of "
+            f"one that is added to attention scores `{name} == 0`."
         )

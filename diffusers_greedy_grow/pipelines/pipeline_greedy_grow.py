@@ -40,6 +40,7 @@ from ..hub import HubMixin, check_push, prepare_push, push_or_keep
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.blocks import TextCache, check_sizes
 from ..models.growable_unet_2d_condition import check_growable, find_core
+from ..models.shallow_unet_2d import check_mask
 from .lora import GreedyGrowLoraLoaderMixin
 
 
@@ -487,11 +488,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                         f"`{name}` has to be of shape {tuple(shape)} to go with `prompt_embeds` but is of shape "
                         f"{tuple(tensor.shape)}."
                     )
-                if tensor is not None and name.endswith("mask") and tensor.is_floating_point():
-                    raise ValueError(
-                        f"`{name}` is of {tensor.dtype}, but has to be bool, True for the tokens to attend to: pass "
-                        f"`{name} > 0`, or of one that is added to attention scores `{name} == 0`."
-                    )
+                if tensor is not None and name.endswith("mask"):
+                    check_mask(name, tensor)
             masks = (prompt_attention_mask, negative_prompt_attention_mask)
             if self.do_classifier_free_guidance and (masks[0] is None) != (masks[1] is None):
                 raise ValueError("Pass `prompt_attention_mask` and `negative_prompt_attention_mask` both or neither.")
@@ -862,4 +860,4 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequenc
 def find_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> list[str]:
     """Those of which [`tokenize`] leaves something out."""
     max_length = max_tokens(tokenizer, max_sequence_length)
-    return [text for text in prompts if len(tokenizer(text)["input_ids"]) > max_length]
+    return [text for text, ids in zip(prompts, tokenizer(prompts)["input_ids"]) if len(ids) > max_length]
