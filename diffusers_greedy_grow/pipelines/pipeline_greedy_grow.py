@@ -340,8 +340,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
                 prompts = prompts + list(negatives)
             tokens = tokenize(self.tokenizer, prompts, self.config.max_sequence_length)
-            if cut := find_cut(self.tokenizer, prompts, self.config.max_sequence_length):
-                length = tokens["input_ids"].shape[1]
+            length = tokens["input_ids"].shape[1]
+            may_be_cut = length == max_tokens(self.tokenizer, self.config.max_sequence_length)
+            if may_be_cut and (cut := find_cut(self.tokenizer, prompts, self.config.max_sequence_length)):
                 logger.warning(f"Only the first {length} tokens of these prompts are read: {cut}")
             attention_mask = tokens["attention_mask"].to(device)
             embeds = self.text_encoder(tokens["input_ids"].to(device), attention_mask=attention_mask).last_hidden_state
