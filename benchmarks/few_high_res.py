@@ -79,12 +79,10 @@ def make_table(records: dict[str, dict]) -> list[dict]:
 
 
 def draw_plot(records: dict[str, dict], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    figure = Figure(figsize=(14, 4))
+    axes = figure.subplots(1, 3)
     names = {"val_loss": "loss", "val_loss_low": "low band", "val_loss_high": "high band"}
     for axis, (name, label) in zip(axes, names.items()):
         for arm, marker in zip(ARMS, "os"):
@@ -103,7 +101,6 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main() -> None:

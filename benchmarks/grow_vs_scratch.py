@@ -409,16 +409,14 @@ def make_tables(
 
 def draw_plot(records: dict[str, dict], path: Path) -> None:
     """Of the arms that have several seeds: held-out losses against compute, each run's, and at the end by noise level."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
     factors = [factor for factor in SETTINGS if collect(records, factor)]
     shown = [arm.name for arm in ARMS if arm.num_seeds > 1 and arm.init != "cascade"]
     size = (22, 4.5 * len(factors) + 0.5)
-    figure, axes = plt.subplots(len(factors), 5, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(factors), 5, squeeze=False)
     lines = {}
     (low_noise, low_noise_name), *levels = LEVELS.items()
     panels = {**LOSSES, f"loss at noise {low_noise}": low_noise_name}
@@ -447,19 +445,16 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
         row[4].set_xlabel("noise level")
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def draw_scores(records: dict[str, dict], path: Path) -> None:
     """Of the arms that have several seeds: scores and distances against compute, a point for each pipeline that a run left."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     factors = [factor for factor in SETTINGS if collect(records, factor)]
     size = (18, 4 * len(factors) + 0.5)
-    figure, axes = plt.subplots(len(factors), 4, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(factors), 4, squeeze=False)
     lines = {}
     for row, factor in zip(axes, factors):
         size = SETTINGS[factor].resolution
@@ -483,7 +478,6 @@ def draw_scores(records: dict[str, dict], path: Path) -> None:
             axis.set_visible(bool(axis.lines))  # no textures at 32 px
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def draw_grid(jobs: list[Job], args: argparse.Namespace, path: Path, num_captions: int = 6) -> None:

@@ -89,12 +89,10 @@ def make_table(records: dict[str, dict], usual: Setting) -> list[dict]:
 
 
 def draw_plot(records: dict[str, dict], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
     panels = {"alignment": ("shape", "size"), "rendering": ("texture",)}  # colors and backgrounds are all right
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
@@ -116,7 +114,6 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -59,15 +59,13 @@ def draw_bars(rows: list[dict], panel: str, label: str, value: str, path: Path) 
     A panel for each value of the column `panel`, a bar for each row: the first number in its `value`, and where there are
     more, as [`spread`] writes them, a line from the smallest to the largest.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row[panel] for row in rows))
     height = max(sum(row[panel] == name for row in rows) for name in names)
     size = (6 * len(names), 0.8 + 0.3 * height)
-    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names):
         own = [row for row in rows if row[panel] == name]
         for i, row in enumerate(own):
@@ -79,9 +77,8 @@ def draw_bars(rows: list[dict], panel: str, label: str, value: str, path: Path) 
         axis.invert_yaxis()
         axis.set_xlim(0, 1.15 * axis.get_xlim()[1])  # room for the numbers
         axis.set_xlabel(value)
-        axis.set_title(f"{name} px" if panel == "px" else name)
+        axis.set_title(f"{panel}: {name}")
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def describe_machine() -> str:

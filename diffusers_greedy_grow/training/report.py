@@ -72,10 +72,7 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     Writes the loss curves in `metrics.jsonl`: for each phase by band and, below, by noise level, with held-out losses as dots.
     All are errors of the velocity, but the held-out ones are over the noise levels of the first phase, so that phases compare.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     phases: dict[str, list[dict]] = {}
     for line in Path(metrics_path).read_text().splitlines():
@@ -84,7 +81,8 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     if not phases:
         return
 
-    figure, axes = plt.subplots(2, len(phases), figsize=(5 * len(phases), 7), squeeze=False)
+    figure = Figure(figsize=(5 * len(phases), 7))
+    axes = figure.subplots(2, len(phases), squeeze=False)
     for above, below, (phase, records) in zip(*axes, phases.items()):
         for key, label in (("loss", "loss"), ("loss_low", "low band"), ("loss_high", "high band")):
             _draw_curve(above, records, key, label, f"val_{key}")
@@ -105,7 +103,6 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     figure.tight_layout()
     temporary = Path(path).with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
-    plt.close(figure)
     temporary.replace(path)
 
 

@@ -22,9 +22,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
@@ -95,8 +95,10 @@ def test_tables():
 
 
 def test_bars_show_the_numbers_of_a_table(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(plt, "close", shown.append)  # keeps the figure
+    shown, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kwargs: shown.append(figure) or savefig(figure, *args, **kwargs)
+    )
     rows = [
         {"px": 64, "model": "ours", "speed": spread([1.0, 2.0, 4.0])},
         {"px": 64, "model": "other", "speed": "12.5%"},
@@ -106,13 +108,13 @@ def test_bars_show_the_numbers_of_a_table(tmp_path, monkeypatch):
     assert (tmp_path / "bars.png").stat().st_size > 1000
     panels = {axis.get_title(): axis for axis in shown[0].axes}
     assert {name: [bar.get_width() for bar in axis.patches] for name, axis in panels.items()} == {
-        "64 px": [2.0, 12.5],
-        "128 px": [3.96],
+        "px: 64": [2.0, 12.5],
+        "px: 128": [3.96],
     }
-    assert panels["64 px"].lines[0].get_xdata().tolist() == [1.0, 4.0] and not len(
-        panels["64 px"].lines[1].get_xdata()
+    assert panels["px: 64"].lines[0].get_xdata().tolist() == [1.0, 4.0] and not len(
+        panels["px: 64"].lines[1].get_xdata()
     )
-    assert [label.get_text() for label in panels["64 px"].get_yticklabels()] == ["ours", "other"]
+    assert [label.get_text() for label in panels["px: 64"].get_yticklabels()] == ["ours", "other"]
 
 
 def test_flops_to_reach():
