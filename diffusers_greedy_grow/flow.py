@@ -100,11 +100,11 @@ def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 def enlarge(x: torch.Tensor, factor: int) -> torch.Tensor:
     """
-    `S`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)`, smoothly, and `P S = I` all the same: `U x`, and the high band
-    of bilinear interpolation. Pictures hold a fifth to a half less beyond `S P x0` than beyond `U P x0`.
+    `S`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)`, smoothly, and `P S = I` all the same: bilinear interpolation,
+    and what its low band lacks of `x`. Pictures hold a fifth to a half less beyond `S P x0` than beyond `U P x0`.
     """
     smooth = F.interpolate(x, scale_factor=float(factor), mode="bilinear")
-    return upsample(x, factor) + high_band(smooth, factor)
+    return smooth + upsample(x - pool(smooth, factor), factor)
 
 
 def high_band(x: torch.Tensor, factor: int) -> torch.Tensor:

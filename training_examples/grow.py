@@ -124,6 +124,7 @@ from diffusers_greedy_grow.training import (
     reshard,
     sample_generators,
     save_checkpoint,
+    save_interrupted,
     save_pipeline,
     set_attention_backend,
     set_up,
@@ -579,7 +580,9 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             pipeline.tokenizer if train_text else None,
         )
 
-    started, step_at_start = time.perf_counter(), step
+    # The first steps start the data's workers, and compile: they do not tell how fast the others are.
+    warmed_up = step + min(5, (phase.steps - step) // 2)
+    started = time.perf_counter()
     progress = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
     logged_step, logged_time = step, started
     for micro_step, batch in enumerate(loader):
@@ -634,8 +637,8 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         times = (10, args.logging_steps, args.validation_steps, args.checkpointing_steps)
         interrupted = run.interrupt.noted(accelerator, ask=last or any(step % steps == 0 for steps in times))
 
-        if step == step_at_start + min(20, phase.steps - step_at_start):
-            rate = (step - step_at_start) * pictures_per_step / (time.perf_counter() - started)
+        if step == min(warmed_up + 20, phase.steps):
+            rate = (step - warmed_up) * pictures_per_step / (time.perf_counter() - started)
             minutes = minutes_left(run, phase, step, rate)
             logger.info(f"{phase.name}: {rate:.1f} pictures/s; about {minutes:.0f} min of training left.")
         if step % args.logging_steps == 0 or last or interrupted:
@@ -651,35 +654,35 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
                 memory=f"{means['memory_gb']:.1f} GB",
                 all_left=f"{means['minutes_left']:.0f} min",
             )
+        if step == warmed_up:
+            logged_step, logged_time = step, time.perf_counter()
+            started = logged_time
+
+        paused = time.perf_counter()
         if step % args.validation_steps == 0 or last:
-            paused = time.perf_counter()
             with averaged(ema, parameters):
                 run.log(phase, step, **validate(run, phase, pipeline, module, band_factor))
-            logged_time += time.perf_counter() - paused
-        if args.sample_steps is not None and step % args.sample_steps == 0 and not last and not interrupted:
-            paused = time.perf_counter()
+        if interrupted:
+            logger.info(save_interrupted(save, phase.name, step, guard, run.checkpoints))
+            accelerator.end_training()
+            if run.publisher is not None:
+                run.publisher.leave()
+            sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
+        # Not while steps are left out: what made them bad may be in the weights.
+        if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last:
+            save(step)
+        if args.sample_steps is not None and step % args.sample_steps == 0 and not last:
             with averaged(ema, parameters):
                 consolidate(accelerator, module, pipeline)
                 if accelerator.is_main_process:
                     sample_step(run, phase, step, pipeline)
             accelerator.wait_for_everyone()
-            logged_time += time.perf_counter() - paused
-        if interrupted:
-            path = save(step)
-            logger.info(
-                f"Interrupted after step {step} of {phase.name}; saved {path}. Go on with the same arguments and "
-                "`--resume_from_checkpoint latest`."
-            )
-            accelerator.end_training()
-            sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
-        # Not while steps are left out: what made them bad may be in the weights.
-        if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last:
-            save(step)
         if args.hub_steps is not None and step % args.hub_steps == 0 and not last:
             with averaged(ema, parameters):
                 consolidate(accelerator, module, pipeline)
                 if run.publisher is not None:
                     run.publisher.push_step(run, phase, step, pipeline)
+        logged_time += time.perf_counter() - paused
     progress.close()
 
     # 4. The averaged weights are what the phase has made
@@ -981,6 +984,12 @@ class Publisher:
             logger.info(f"Waiting for the uploads to {self.repo_id}.")
         self.executor.shutdown()
 
+    def leave(self) -> None:
+        """Waits for the upload under way alone: [`push_missing`] sees to the others when the run goes on."""
+        if self.last is not None and not self.last.done():
+            logger.info(f"Waiting for the upload to {self.repo_id} that is under way.")
+        self.executor.shutdown(cancel_futures=True)
+
 
 def write_phase_card(
     run: Run, phase: Phase, pipeline: GreedyGrowPipeline, scores: dict[str, float], samples: Path
@@ -1055,7 +1064,14 @@ def load_data(
         if data_args.num_high_res_pictures is not None:
             chosen = np.random.default_rng(args.seed).permutation(len(train_data))
             high_res_data = train_data.select(chosen[: data_args.num_high_res_pictures])
-    return train_data, high_res_data, CaptionedPictures(held_out, final_resolution, broken=broken)
+    validation_data = CaptionedPictures(held_out, final_resolution, broken=broken)
+    if data_args.has_high_res_data and not data_args.streaming:
+        if known := set(validation_data.captions) & set(train_data.captions):
+            logger.warning(
+                f"Of {len(known)} held-out pictures the caption is in the core's data, too: if the picture is, held-out losses "
+                "will be too good."
+            )
+    return train_data, high_res_data, validation_data
 
 
 def take_fingerprint(*sets: CaptionedPictures) -> str:
@@ -1069,25 +1085,48 @@ def take_fingerprint(*sets: CaptionedPictures) -> str:
 
 
 def keep_embeddings(run: Run, pipeline: GreedyGrowPipeline) -> TextEmbeddings:
-    """The embeddings of all captions, of which every process computes its share of those that are not there yet."""
-    accelerator = run.accelerator
+    """
+    The embeddings of all captions, of which every process computes its share of those that are not there yet. A stream is read
+    for them once: what marks that, when all are there, has the names of the data and what is known of it without reading it.
+    """
+    accelerator, data_args = run.accelerator, run.data_args
     name = name_encoder(pipeline, accelerator.mixed_precision)
-    embeddings = TextEmbeddings(Path(run.data_args.text_embeddings_dir) / name)
+    embeddings = TextEmbeddings(Path(data_args.text_embeddings_dir) / name)
+    sets = [run.train_data, run.high_res_data] if data_args.has_high_res_data else [run.train_data]
+    streams = sets if data_args.streaming else []
+    folders = data_args.train_data_dir, data_args.high_res_data_dir
+    source = {
+        "datasets": [data_args.dataset_name, data_args.high_res_dataset_name],
+        "folders": [folder and str(Path(folder).resolve()) for folder in folders],
+        "columns": [data_args.image_column, data_args.caption_column],
+        "shapes": data_args.on_shapes and [data_args.shapes_objects, data_args.shapes_pictures, run.args.seed],
+        "files and first rows": [[data.stream.num_shards, data.first] for data in streams],
+        "fingerprints": [run.fingerprint, take_fingerprint(run.validation_data)],
+    }
+    if all(gather_object([embeddings.marker(source).exists()])):  # or none skips it: another run may be writing it now
+        logger.info(f"All captions have been embedded before: {embeddings.marker(source)} says so.")
+        embeddings.reload()
+        return embeddings
     text_encoder = pipeline.text_encoder.to(accelerator.device)
 
     def encode(captions: list[str]) -> dict[str, torch.Tensor]:
         with torch.no_grad(), accelerator.autocast():
             return encode_captions(pipeline, text_encoder, captions, accelerator.device)
 
-    captions = itertools.chain([""], run.validation_data.captions, run.train_data.captions)
-    if run.data_args.has_high_res_data:
-        captions = itertools.chain(captions, run.high_res_data.captions)
-    added, num_processes = 0, accelerator.num_processes
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    known = {"", *run.validation_data.captions}
+    if not data_args.streaming:
+        known.update(*(data.captions for data in sets))
+    # Each process reads its own files of a stream: a caption that is in several may be embedded several times.
+    own = (data.read_captions(rank, num_processes) for data in streams)
+    captions = itertools.chain(sorted(known)[rank::num_processes], *own)
+    added = 0
     for caption in captions:  # and those that follow it: parts should be few
-        part = itertools.chain([caption], itertools.islice(captions, EMBEDDED_AT_ONCE * num_processes - 1))
-        added += embeddings.add(part, encode, accelerator.process_index, num_processes)
+        added += embeddings.add(itertools.chain([caption], itertools.islice(captions, EMBEDDED_AT_ONCE - 1)), encode)
         embeddings.reload()
     logger.info(f"{sum(gather_object([added]))} captions embedded; {embeddings.folder} keeps them.")
+    if accelerator.is_main_process:  # which has heard from all the others that they are done
+        embeddings.mark(source)
     accelerator.wait_for_everyone()
     embeddings.reload()
     return embeddings

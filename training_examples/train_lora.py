@@ -31,13 +31,14 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
 from huggingface_hub.utils import disable_progress_bars
@@ -85,6 +86,7 @@ from diffusers_greedy_grow.training import (
     read_progress,
     sample_generators,
     save_checkpoint,
+    save_interrupted,
     set_attention_backend,
     set_up,
     take_step,
@@ -182,7 +184,14 @@ def main(argv: list[str] | None = None) -> None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         step_scheduler_with_optimizer=False,  # it would step once for each process
+        # The others wait while the main process draws samples.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"An adapter does not train with `{accelerator.distributed_type.value}`, nor does it need to, as small as it is: use "
+            "`accelerate launch --config_file training_examples/accelerate/ddp.yaml`."
+        )
     set_up(accelerator, args.seed)
     check_cpu(accelerator)
     device = accelerator.device
@@ -357,15 +366,12 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.log(values, step=step)
             bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", pictures_per_s=f"{rate:.1f}")
         # Not while steps are left out: what made them bad may be in the weights.
-        if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last or interrupted:
-            path = save(step)
         if interrupted:
-            logger.info(
-                f"Interrupted after step {step}; saved {path}. Go on with the same arguments and "
-                "`--resume_from_checkpoint latest`."
-            )
+            logger.info(save_interrupted(save, "lora", step, guard, output_dir / "checkpoints"))
             accelerator.end_training()
             sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+        if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last:
+            save(step)
         if step % args.validation_steps == 0 and not last and accelerator.is_main_process:
             paused = time.perf_counter()
             draw_grid()

@@ -93,7 +93,7 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 class TextCache:
     """
-    What only the text decides: its keys and values in each layer. Pass the same one, new at first, in each call with the
+    What only the text decides: its keys and values in each of the core's layers. Pass the same one, new at first, in each call with the
     same text: the first call fills it, the others skip computing them.
     """
 
@@ -196,20 +196,21 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
 
 
 def get_image_rotary_emb(
-    head_dim: int, height: int, width: int, device: torch.device, theta: float = 100.0
+    head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype, theta: float = 100.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     2-D rotary positions of a `height x width` grid: one half of each head turns with the row, the other with the
     column. `theta` is small because grids are: at 10000 half of the frequencies would not turn within 16 tokens.
 
     Returns:
-        Cosines and signed sines for [`rotate`], each `(height * width, 1, head_dim)`, float32.
+        Cosines and signed sines for [`rotate`], each `(height * width, 1, head_dim)`, computed in float32 and given in `dtype`.
     """
     rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
     columns = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
     turns = [get_1d_rotary_pos_embed(head_dim // 2, axis, theta=theta) for axis in (rows, columns)]
     turn = torch.cat(turns, dim=-1).unsqueeze(1)  # complex, (height * width, 1, head_dim / 2)
-    return torch.cat([turn.real, turn.real], dim=-1), torch.cat([-turn.imag, turn.imag], dim=-1)
+    cos, sin = torch.cat([turn.real, turn.real], dim=-1), torch.cat([-turn.imag, turn.imag], dim=-1)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

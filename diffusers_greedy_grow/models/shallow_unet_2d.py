@@ -204,7 +204,9 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         if height % patch_size or width % patch_size:
             raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {patch_size}.")
         grid_height, grid_width = height // patch_size, width // patch_size
-        dtype = self.dtype  # asked once: it looks through all modules
+        dtype = (
+            self.dtype if self.conv_in is None else self.conv_in.weight.dtype
+        )  # the first looks through all modules
 
         # 1. Timestep
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
@@ -225,7 +227,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        image_rotary_emb = get_image_rotary_emb(head_dim, grid_height, grid_width, sample.device)
+        image_rotary_emb = get_image_rotary_emb(head_dim, grid_height, grid_width, sample.device, hidden_states.dtype)
 
         for i, block in enumerate(self.transformer_blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:

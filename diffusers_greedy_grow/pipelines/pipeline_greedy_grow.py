@@ -296,6 +296,32 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             return self._guider.forward(pred, negative_pred).pred
         return negative_pred + self._guidance_scale * (pred - negative_pred)
 
+    def prepare_texts(
+        self,
+        prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_prompt_attention_mask: torch.Tensor | None,
+        at_core: bool,
+    ) -> dict[bool, dict]:
+        """
+        What the model is told of the text in steps with guidance, under `True`, and in those without; with a place for what the
+        text alone decides, which the first step of each kind fills. `at_core` guides at the core alone.
+        """
+        text = {"encoder_hidden_states": prompt_embeds, "encoder_attention_mask": prompt_attention_mask}
+        texts = {guided: {**text, "text_cache": TextCache()} for guided in (True, False)}
+        if not self.do_classifier_free_guidance:
+            return texts
+        if at_core:
+            texts[True]["negative_encoder_hidden_states"] = negative_prompt_embeds
+            texts[True]["negative_encoder_attention_mask"] = negative_prompt_attention_mask
+            texts[True]["guide"] = self.guide
+            return texts
+        texts[True]["encoder_hidden_states"] = torch.cat([prompt_embeds, negative_prompt_embeds])
+        if prompt_attention_mask is not None:
+            texts[True]["encoder_attention_mask"] = torch.cat([prompt_attention_mask, negative_prompt_attention_mask])
+        return texts
+
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -715,7 +741,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         # A step of several evaluations (Heun's) has the same stages in all of them.
         num_stages = [num_stages[i - i % self.scheduler.order] for i in range(len(timesteps))]
         at_core = guidance_resolution == "core" and bool(handover_sigmas)
-        text_caches = {True: TextCache(), False: TextCache()}  # what the text alone decides, with and without guidance
+        texts = self.prepare_texts(
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask, at_core
+        )
         compiled = any(is_compiled_module(one) or one._compiled_call_impl for one in self.unet.modules())
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:  # of schedulers that may add noise
@@ -734,35 +762,19 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     guider.prepare_inputs({})  # lets those with a memory begin it
                     guided = guided and guider.num_conditions == 2
 
-                latent_model_input, kwargs = latents, {}
-                encoder_hidden_states, encoder_attention_mask = prompt_embeds, prompt_attention_mask
-                if handover_sigmas:
-                    kwargs["num_stages"] = num_stages[i]
-                if guided and at_core:
-                    kwargs["negative_encoder_hidden_states"] = negative_prompt_embeds
-                    kwargs["negative_encoder_attention_mask"] = negative_prompt_attention_mask
-                    kwargs["guide"] = self.guide
-                elif guided:
-                    latent_model_input = torch.cat([latents, latents])
-                    encoder_hidden_states = torch.cat([prompt_embeds, negative_prompt_embeds])
-                    if prompt_attention_mask is not None:
-                        encoder_attention_mask = torch.cat([prompt_attention_mask, negative_prompt_attention_mask])
-
-                text_cache = text_caches[guided]
-                text_is_new = not text_cache.key_values
+                latent_model_input = torch.cat([latents, latents]) if guided and not at_core else latents
+                kwargs = texts[guided] | ({"num_stages": num_stages[i]} if handover_sigmas else {})
+                text_is_new = not kwargs["text_cache"].key_values
                 if compiled:  # with `mode="reduce-overhead"` all blocks of a step are one series of CUDA graphs
                     torch.compiler.cudagraph_mark_step_begin()
                 pred_original_sample = self.unet(
                     latent_model_input,
                     1000 * sigma.expand(latent_model_input.shape[0]),
-                    encoder_hidden_states=encoder_hidden_states,
-                    encoder_attention_mask=encoder_attention_mask,
                     cross_attention_kwargs=cross_attention_kwargs,
-                    text_cache=text_cache,
                     **kwargs,
                 ).pred_original_sample
                 if compiled and text_is_new:
-                    text_cache.copy_out()
+                    kwargs["text_cache"].copy_out()
                 if guided and not at_core:
                     pred_original_sample = self.guide(*pred_original_sample.chunk(2))
                 if i and num_stages[i] > num_stages[i - 1]:
@@ -792,7 +804,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     prompt_attention_mask = tensors["prompt_attention_mask"]
                     negative_prompt_attention_mask = tensors["negative_prompt_attention_mask"]
                     # It may have changed the text, or the adapters of what projects it.
-                    text_caches = {True: TextCache(), False: TextCache()}
+                    texts = self.prepare_texts(
+                        prompt_embeds,
+                        prompt_attention_mask,
+                        negative_prompt_embeds,
+                        negative_prompt_attention_mask,
+                        at_core,
+                    )
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()

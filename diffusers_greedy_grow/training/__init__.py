@@ -55,6 +55,7 @@ from .loop import (
     check_cpu,
     leave_signals_to_the_parent,
     multiplies_bfloat16,
+    save_interrupted,
     set_attention_backend,
     set_up,
     take_step,

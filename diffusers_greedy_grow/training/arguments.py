@@ -173,7 +173,10 @@ class GrowthArguments:
         default=None,
         metadata={"help": "Joint phase: the inner model's rate, relative; by default .3, from scratch 1."},
     )
-    offload_ema: bool = field(default=False, metadata={"help": "Keep that average in the CPU's memory."})
+    offload_ema: bool = field(
+        default=False,
+        metadata={"help": "Keep that average in the CPU's memory, from where it is fetched in every step: slow."},
+    )
     logit_mean: list[float] = field(
         default_factory=lambda: [1.0, -0.7],
         metadata={

@@ -118,7 +118,7 @@ def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing or was cut off, by a full disk or a loss of power."""
     try:
         sizes = read_progress(checkpoint)["sizes"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return "progress.json is missing or cut off"
     for name, size in sizes.items():
         path = checkpoint / name
@@ -153,10 +153,17 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
     folder.
 
     Raises:
-        `ValueError`: if the folder is no complete checkpoint.
+        `ValueError`: if the folder is no complete checkpoint, or if there are checkpoints for `"latest"` and none is complete.
     """
     if resume_from_checkpoint == "latest":
-        return next(reversed(sorted_checkpoints(output_dir / "checkpoints")), None)
+        folder = output_dir / "checkpoints"
+        complete = sorted_checkpoints(folder)
+        if not complete and (damaged := sorted(path.name for path in folder.glob("[!.]*"))):
+            raise ValueError(
+                f"`resume_from_checkpoint='latest'`: none of the checkpoints in {folder} is complete: {', '.join(damaged)}. Put "
+                "their files back, or begin anew with `--overwrite_output_dir` in its place."
+            )
+        return complete[-1] if complete else None
     checkpoint = Path(resume_from_checkpoint)
     damage = find_damage(checkpoint)
     if damage is not None:

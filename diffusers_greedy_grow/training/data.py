@@ -362,7 +362,8 @@ class CaptionedPictures(torch.utils.data.Dataset):
             try:
                 picture = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
                 width, height = picture.size
-                if picture.getexif().get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # lies on its side
+                exif = PILImage.Image.getexif(picture)  # a PNG's own would decode it
+                if exif.get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # lies on its side
                     width, height = height, width
             except Exception:  # it will be counted and named where it is read
                 continue

@@ -23,7 +23,7 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -225,6 +225,21 @@ def take_step(
     logger.warning(f"{name}: step {step + 1} is left out, its gradient has the norm {norm:.3g}.")
     if accelerator.scaler is not None:
         accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
+
+
+def save_interrupted(
+    save: Callable[[int], Path], name: str, step: int, guard: GradientGuard, checkpoints_folder: Path
+) -> str:
+    """
+    Saves a run that stops after `step` of phase `name`, and says what to go on from. Not while `guard` refuses steps, if there is an earlier
+    checkpoint: what made them bad may be in the weights.
+    """
+    earlier = sorted_checkpoints(checkpoints_folder) if guard.skipped_in_a_row else []
+    if earlier:
+        saved = f"not saved, since its last {guard.skipped_in_a_row} steps were left out: the last checkpoint is {earlier[-1]}"
+    else:
+        saved = f"saved {save(step)}"
+    return f"Interrupted after step {step} of {name}; {saved}. Go on with the same arguments and `--resume_from_checkpoint latest`."
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def draw_noise(
     generator = torch.Generator().manual_seed(level_seed)
     sigma = sample_sigma(total, shift, logit_mean, logit_std, generator)[first : first + len(noise)]
     dropped = torch.rand(total, generator=generator)[first : first + len(noise)] < caption_dropout
-    return noise, sigma.to(device), dropped.tolist()
+    return noise, sigma.to(device, non_blocking=True), dropped.tolist()
 
 
 @dataclass
@@ -126,7 +126,9 @@ def flow_loss(
     total = error.square().mean(dim=(1, 2, 3))
     # Nearest-neighbour upsampling keeps the mean square, and the two bands are orthogonal.
     low = pool(error, band_factor).square().mean(dim=(1, 2, 3))
-    trained = total + low_res_weight * low if num_stages is None else low
+    trained = total if num_stages is None else low
+    if low_res_weight and num_stages is None:
+        trained = total + low_res_weight * low
     loss = (weigh(scale, weighting) * trained).mean()
     return FlowLoss(loss=loss, low=low.detach(), high=(total - low).detach(), sigma=sigma)
 

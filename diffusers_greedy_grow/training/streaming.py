@@ -22,7 +22,8 @@ a batch depends on its lane alone, a phase goes on from a checkpoint with the sa
 workers that divides the lanes; with other batches, where they are larger or smaller, but neither repeats nor loses a row.
 
 In each of its epochs a lane shows every row once, and the lanes of an epoch together every row of the data. Lanes with fewer
-rows are done with it sooner. To go on, a lane reads its epoch again from the start, but decodes only what it needs.
+rows are done with it sooner, and one that is dealt none (only files that are held out, say) passes over to its next epoch. To
+go on, a lane reads its epoch again from the start, but decodes only what it needs.
 """
 
 import copy
@@ -82,7 +83,7 @@ def load_captioned_stream(
         the row in it before which nothing is trained on.
 
     Raises:
-        `ValueError`: as [`load_splits`] does, and if too many are broken.
+        `ValueError`: as [`load_splits`] does, if too many are broken, and if none of the stream is left to train on.
     """
     broken = broken or BrokenRows()
     splits = load_splits(dataset_name, train_data_dir, image_column, caption_column, streaming=True)
@@ -101,6 +102,12 @@ def load_captioned_stream(
             rows.append(row)
         except BrokenRow as error:
             broken.add(name_row(f"row {row_number} of file {file}", row), error)
+    else:  # there was no further row
+        if name == "train":
+            raise ValueError(
+                f"{len(rows)} rows of the stream are held out, and none is left to train on: hold out fewer by "
+                "`num_validation_pictures`, or do without `streaming`."
+            )
     columns = {column: [row[column] for row in rows] for column in ("image", "text")}
     return splits["train"], Dataset.from_dict(columns, features=splits[name].features), first
 
@@ -114,6 +121,16 @@ def read_files(stream: IterableDataset, files: Iterable[int] | None = None) -> I
         batches = stream.shard(num_shards=stream.num_shards, index=file).iter(READ_SIZE)
         rows = (dict(zip(batch, values)) for batch in batches for values in zip(*batch.values()))
         yield from (((file, row_number), row) for row_number, row in enumerate(rows))
+
+
+def deal(files: list[int], lane: int, lanes: int) -> tuple[list[int], int]:
+    """
+    Which of the files a lane reads, and how many lanes have those files: more than itself only if there are fewer files than
+    lanes. Of a file's rows each of them has the same share whichever file it is.
+    """
+    if len(files) < lanes:
+        return [files[lane % len(files)]], len(range(lane % len(files), lanes, len(files)))
+    return files[lane::lanes], 1
 
 
 class StreamedPictures:
@@ -152,10 +169,14 @@ class StreamedPictures:
     @property
     def captions(self) -> Iterator[str]:
         """Of the whole stream, one after the other, but for broken ones."""
-        for place, row in read_files(self.stream.select_columns(["text"])):
+        return self.read_captions(0, 1)
+
+    def read_captions(self, share: int, shares: int) -> Iterator[str]:
+        """Those of one of several readers, each of which reads its own files, as lanes do."""
+        files = list(range(self.stream.num_shards))
+        for _, row in self.read_share(self.stream.select_columns(["text"]), files, share, shares):
             try:
-                if place >= self.first:
-                    yield check_caption(row["text"])
+                yield check_caption(row["text"])
             except BrokenRow:
                 continue
 
@@ -165,17 +186,23 @@ class StreamedPictures:
         pictures.pool_factor = self.resolution // resolution
         return pictures
 
+    def read_share(
+        self, stream: IterableDataset, files: list[int], lane: int, lanes: int
+    ) -> Iterator[tuple[tuple[int, int], dict]]:
+        """What [`read_files`] returns, of the rows that a lane is dealt and that are not held out."""
+        own, sharing = deal(files, lane, lanes)
+        for place, row in read_files(stream, (file for file in own if file >= self.first[0])):
+            if place >= self.first and place[1] % sharing == lane // len(files):
+                yield place, row
+
+    def shuffle_files(self, seed: tuple[int, ...], epoch: int) -> list[int]:
+        return np.random.default_rng([*seed, epoch]).permutation(self.stream.num_shards).tolist()
+
     def read_rows(self, lane: int, lanes: int, seed: tuple[int, ...], epoch: int) -> Iterator[tuple[str, dict]]:
         """The rows of a lane in an epoch, shuffled and undecoded, with their names."""
         rng = np.random.default_rng([*seed, epoch, lane])
-        files = np.random.default_rng([*seed, epoch]).permutation(self.stream.num_shards).tolist()
-        own, sharing = files[lane::lanes], 1
-        if len(files) < lanes:  # some lanes read the same file, each its share of the rows
-            own, sharing = [files[lane % len(files)]], len(range(lane % len(files), lanes, len(files)))
         buffer: list[tuple[str, dict]] = []
-        for (file, row_number), row in read_files(self.stream, own):
-            if (file, row_number) < self.first or row_number % sharing != lane // len(files):
-                continue
+        for (file, row_number), row in self.read_share(self.stream, self.shuffle_files(seed, epoch), lane, lanes):
             buffer.append((f"row {row_number} of file {file}", row))
             if len(buffer) == self.shuffle_buffer_size:
                 i = int(rng.integers(len(buffer)))
@@ -190,11 +217,12 @@ class StreamedPictures:
         The batches of a lane without end, each with the `state` after it; from `state` on if it is given.
 
         Raises:
-            `ValueError`: if the lane has no rows, or too many broken ones.
+            `ValueError`: if the lane has no rows in any file, or too many broken ones.
         """
         done = tuple(state["read"]) if state is not None else (0, 0)
         kept = {tuple(position) for position in state["waiting"]} if state is not None else set()
         waiting: dict[tuple[int, int], list] = defaultdict(list)
+        unread = set(range(self.first[0], self.stream.num_shards))  # files that may yet have a row for this lane
         for epoch in itertools.count(min([done, *kept])[0]):
             position = (epoch, 0)
             for i, (place, row) in enumerate(self.read_rows(lane, lanes, seed, epoch)):
@@ -220,11 +248,13 @@ class StreamedPictures:
                         "lane": lane,
                         "state": {"read": max(position, done), "waiting": left},
                     }
-            if position == (epoch, 0):
-                raise ValueError(
-                    f"There are no rows for reader {lane + 1} of {lanes}, as many as processes times workers: lower "
-                    "`dataloader_num_workers`, hold out fewer by `num_validation_pictures`, or do without `streaming`."
-                )
+            if position == (epoch, 0):  # another epoch deals it other files, but never another share of a file
+                unread -= {*deal(self.shuffle_files(seed, epoch), lane, lanes)[0]}
+                if not unread:
+                    raise ValueError(
+                        f"No file has a row for reader {lane + 1} of {lanes}, as many as processes times workers: lower "
+                        "`dataloader_num_workers`, or do without `streaming`."
+                    )
 
 
 class LaneBatches(torch.utils.data.IterableDataset):

@@ -133,7 +133,8 @@ def hash_caption(caption: str) -> int:
 class TextEmbeddings:
     """
     Captions' embeddings in a folder. It holds parts, each written once and then never changed: the hashes of its captions in
-    order, where their tokens begin and how many there are, and the tokens' embeddings without padding, memory-mapped.
+    order, where their tokens begin and how many there are, and the tokens' embeddings without padding, memory-mapped. Besides,
+    it holds a small file for each source all of whose captions are there, so that nobody need read it again to find that out.
 
     Args:
         folder (`Path`): Of one encoder, see [`name_encoder`].
@@ -180,19 +181,31 @@ class TextEmbeddings:
         for caption in captions:
             embedding = self.find(caption)
             if embedding is None:
-                raise KeyError(f"{self.folder} has no embedding of {caption!r}.")
+                raise KeyError(
+                    f"{self.folder} has no embedding of {caption!r}. If the data is no longer what it was when its captions were "
+                    f"embedded, remove {self.folder / 'seen-*.json'}: the next start then embeds those that are new."
+                )
             found.append(embedding)
         lengths = torch.tensor([len(one) for one in found])
         hidden_states = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         mask = torch.arange(hidden_states.shape[1]) < lengths.unsqueeze(1)
         return {"encoder_hidden_states": hidden_states.to(device), "encoder_attention_mask": mask.to(device)}
 
+    def marker(self, source: dict) -> Path:
+        """The file that says that all captions of a source are there. What JSON can hold has to tell it from any other."""
+        digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"seen-{digest}.json"
+
+    def mark(self, source: dict) -> None:
+        """To be called when they have been added by all processes."""
+        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"  # several runs may write the same one
+        temporary.write_text(json.dumps(source, indent=1))
+        temporary.replace(self.marker(source))
+
     def add(
         self,
         captions: Iterable[str],
         encode: Callable[[list[str]], dict[str, torch.Tensor]],
-        share: int = 0,
-        shares: int = 1,
         batch_size: int = 64,
     ) -> int:
         """
@@ -201,7 +214,6 @@ class TextEmbeddings:
         Args:
             captions (`Iterable[str]`): Also the same one several times.
             encode (`Callable`): Returns for a list of captions what [`encode_captions`] does.
-            share (`int`), shares (`int`): One of several processes, each of which writes a part of its own.
             batch_size (`int`): How many captions are encoded at once.
         """
         part = self.folder / uuid.uuid4().hex
@@ -227,7 +239,7 @@ class TextEmbeddings:
 
             for caption in captions:
                 key = hash_caption(caption)
-                if key % shares != share or key in seen:
+                if key in seen:
                     continue
                 seen.add(key)
                 if self.find(caption) is None:

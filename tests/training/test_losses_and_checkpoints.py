@@ -45,6 +45,7 @@ from diffusers_greedy_grow.training import (
     plan_phase,
     read_progress,
     save_checkpoint,
+    save_interrupted,
     save_pipeline,
     take_step,
 )
@@ -282,6 +283,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_pa
     assert re.search(f"core-2 is no complete checkpoint and is passed over: {message}", caplog.text)
     with pytest.raises(ValueError, match="is no complete checkpoint"):
         find_checkpoint(tmp_path, str(newest))
+    # Without a good one the run does not begin anew, which would remove what may be mended.
+    (tmp_path / "checkpoints" / "core-1" / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match="none of the checkpoints in .* is complete: core-1, core-2"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_a_run_that_stops_while_steps_are_left_out_keeps_its_last_checkpoint(tmp_path):
+    """Unless it has none."""
+    guard, saved = GradientGuard(factor=10, limit=5), []
+
+    def save(step: int) -> Path:
+        saved.append(step)
+        return tmp_path / f"core-{step}"
+
+    assert "Interrupted after step 7 of core; saved" in save_interrupted(save, "core", 7, guard, tmp_path)
+    guard.accept(math.nan)
+    assert f"saved {tmp_path / 'core-8'}. Go on" in save_interrupted(save, "core", 8, guard, tmp_path)
+    (tmp_path / "core-8").mkdir()
+    progress = {"phase": "core", "phase_index": 0, "step": 8, "sizes": {}}
+    (tmp_path / "core-8" / "progress.json").write_text(json.dumps(progress))
+    text = save_interrupted(save, "core", 9, guard, tmp_path)
+    assert "not saved, since its last 1 steps were left out" in text and f"is {tmp_path / 'core-8'}. Go on" in text
+    assert saved == [7, 8]
 
 
 def test_a_saved_pipeline_replaces_an_earlier_one(tmp_path):

@@ -12,28 +12,41 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import contextlib
 import io
+import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
+from datasets import Dataset
 from huggingface_hub import HfApi
 
 from diffusers_greedy_grow.training import (
     BrokenRows,
+    CaptionedPictures,
+    DataArguments,
     StreamedPictures,
     StreamLoader,
+    encode_captions,
     load_captioned_stream,
     normalize,
 )
+from diffusers_greedy_grow.training import streaming as streaming_module
 from diffusers_greedy_grow.training.data import MAX_CAPTION_CHARACTERS, to_pixel_values
+from training_examples import grow
 
+from ..testing_utils import make_pipeline
 from .test_data import BROKEN, make_image, write_image_folder, write_parquet, write_rows
 
 
@@ -233,9 +246,160 @@ def test_held_out_rows_are_not_trained_on(files, tmp_path):
     assert len(list(StreamedPictures(stream, first, 16).captions)) == 4
 
 
-def test_a_reader_without_rows(files):
-    with pytest.raises(ValueError, match="There are no rows for reader 1 of 1.*lower `dataloader_num_workers`"):
-        read(open_stream(files, num_held_out=24), 1)
+@pytest.mark.parametrize("seed", range(6))
+def test_an_epoch_without_a_row_is_passed_over(tmp_path, seed):
+    """One file of six is held out, and in some epoch it is all that one of four lanes is dealt."""
+    for file in range(6):
+        write_parquet(tmp_path / f"{file}.parquet", 8, first=8 * file)
+    pictures = open_stream(tmp_path, num_held_out=8)
+    lanes, num_batches = 4, 60
+    beginning = {"lanes": lanes, "data": {"files": 6, "first row": [0, 8]}, "states": {}}
+    batches, _ = read(pictures, num_batches, seed=(seed,), state=beginning)
+    captions = [batch["caption"] for batch in batches]
+    passed_over = 0
+    for lane in range(lanes):
+        shown = [caption for batch in captions[lane::lanes] for caption in batch]
+        expected: list[str] = []
+        for epoch in itertools.count():
+            numbers = [name.split() for name, _ in pictures.read_rows(lane, lanes, (seed,), epoch)]
+            expected += [f"picture number {int(row) + 8 * int(file)}" for _, row, _, _, file in numbers]
+            if len(expected) >= len(shown):
+                break
+            passed_over += not numbers
+        assert shown == expected[: len(shown)]
+    assert passed_over
+    for stop in range(0, num_batches, 7):
+        _, loader = read(pictures, stop, seed=(seed,), state=beginning)
+        state = json.loads(json.dumps(loader.state()))
+        rest, _ = read(pictures, num_batches - stop, start=stop, seed=(seed,), state=state)
+        assert [batch["caption"] for batch in rest] == captions[stop:]
+
+
+def test_a_stream_that_is_all_held_out(files):
+    with pytest.raises(ValueError, match="24 rows of the stream are held out, and none is left.*num_validation_pict"):
+        open_stream(files, num_held_out=24)
+    assert len(list(open_stream(files, num_held_out=23).captions)) == 1
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_a_reader_that_never_gets_a_row(tmp_path, num_files):
+    """More readers share a file than it has rows: those that get none say so at once."""
+    for file in range(num_files):
+        write_parquet(tmp_path / f"{file}.parquet", 2, first=2 * file)
+    pictures = open_stream(tmp_path)
+    for lane in range(4 * num_files):
+        rows = pictures.read_lane(lane, 4 * num_files, 1, (0,), None)
+        if lane < 2 * num_files:
+            next(rows)
+        else:
+            with pytest.raises(ValueError, match=f"No file has a row for reader {lane + 1} of .*lower `dataloader_num"):
+                next(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+@pytest.fixture
+def rows_read(monkeypatch) -> list[tuple[int, int]]:
+    """The places of the rows that have been read from any stream."""
+    places, read_files = [], streaming_module.read_files
+
+    def read_and_note(*args):
+        for place, row in read_files(*args):
+            places.append(place)
+            yield place, row
+
+    monkeypatch.setattr(streaming_module, "read_files", read_and_note)
+    return places
+
+
+@pytest.mark.parametrize("shares", [1, 3, 4, 7])
+def test_readers_of_captions_share_the_files(files, rows_read, shares):
+    pictures = open_stream(files, num_held_out=8)
+    rows_read.clear()
+    counts = Counter(caption for share in range(shares) for caption in pictures.read_captions(share, shares))
+    assert counts == {f"picture number {i}": 1 for i in range(8, 24)}
+    # Neither of others, if there are enough, nor those that are held out altogether.
+    assert Counter(file for file, _ in rows_read) == {1: 6 * (1 + (shares == 7)), 2: 6 * (1 + (shares == 7)), 3: 6}
+
+
+def make_run(source: Path, folder: Path, rank: int = 0, num_processes: int = 1, num_held_out: int = 4, **kwargs):
+    """What [`keep_embeddings`] takes of a run on a stream, as one of several processes."""
+    data_args = DataArguments(
+        train_data_dir=str(source), image_column="picture", streaming=True, text_embeddings_dir=str(folder), **kwargs
+    )
+    columns = data_args.image_column, data_args.caption_column
+    stream, held_out, first = load_captioned_stream(None, str(source), *columns, num_held_out)
+    PartialState(cpu=True)  # which logging asks for
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), mixed_precision="no", autocast=contextlib.nullcontext, wait_for_everyone=lambda: None,
+        process_index=rank, num_processes=num_processes, is_main_process=rank == 0,
+    )  # fmt: skip
+    return SimpleNamespace(
+        accelerator=accelerator, data_args=data_args, args=SimpleNamespace(seed=0), fingerprint=None,
+        train_data=StreamedPictures(stream, first, 8), validation_data=CaptionedPictures(held_out, 8),
+    )  # fmt: skip
+
+
+def test_a_stream_is_read_for_its_embeddings_once(files, tmp_path, rows_read):
+    """Each of two processes reads its own files; what would be other captions is read, and new ones only are embedded."""
+    source = shutil.copytree(files, tmp_path / "data")
+    pipeline, folder = make_pipeline(), tmp_path / "embeddings"
+
+    def start(**kwargs):
+        run = make_run(source, folder, **kwargs)
+        rows_read.clear()
+        return grow.keep_embeddings(run, pipeline)
+
+    start(rank=1, num_processes=2)
+    assert {file for file, _ in rows_read} == {1, 3} and not list(folder.glob("*/seen-*"))
+    start(rank=0, num_processes=2)
+    assert {file for file, _ in rows_read} == {0, 2}
+    (marker,) = folder.glob("*/seen-*.json")
+    parts = sorted(folder.glob("*/*/index.json"))
+    for rank, num_processes in ((0, 1), (0, 2), (1, 2)):
+        embeddings = start(rank=rank, num_processes=num_processes)
+        assert not rows_read
+    assert len(embeddings.hashes) == 25 and all(embeddings.find(f"picture number {i}") is not None for i in range(24))
+    # As much as ever is held out, but not of the same captions' column; or of the same, but more of them.
+    for i, file in enumerate(sorted(source.iterdir())):
+        rows = Dataset.from_parquet(str(file))
+        rows.add_column("other", [f"picture number {j}" for j in range(6 * i + 1, 6 * i + 7)]).to_parquet(file)
+    start(caption_column="other")
+    assert len(rows_read) == 24
+    start(num_held_out=5)
+    assert len(rows_read) == 24
+    added = [part for part in folder.glob("*/*/index.json") if part not in parts]
+    assert len(added) == 1 and len(list(folder.glob("*/seen-*.json"))) == 3
+    assert len(start().hashes) == 26 and not rows_read
+    # The data changes after all, where nobody has looked.
+    write_rows(source / "3.parquet", [(make_image(i), f"a new picture {i}") for i in range(6)])
+    embeddings = start()
+    with pytest.raises(KeyError, match=rf"no embedding of 'a new picture 5'.*remove {re.escape(str(marker.parent))}/se"):
+        embeddings(["a new picture 5"], torch.device("cpu"))
+    marker.unlink()
+    assert start().find("a new picture 5") is not None and len(rows_read) == 24
+
+
+def test_a_stream_that_was_not_read_to_its_end_is_read_again(files, tmp_path, rows_read, monkeypatch):
+    pipeline, folder, encoded = make_pipeline(), tmp_path / "embeddings", []
+
+    def encode(_, text_encoder, captions, device):
+        encoded.extend(captions)
+        if len(encoded) > 15:
+            raise KeyboardInterrupt
+        return encode_captions(pipeline, text_encoder, captions, device)
+
+    monkeypatch.setattr(grow, "EMBEDDED_AT_ONCE", 5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(grow, "encode_captions", encode)
+        grow.keep_embeddings(make_run(files, folder), pipeline)
+    assert not list(folder.glob("*/seen-*")) and len(list(folder.glob("*/*/index.json"))) == 3
+    run = make_run(files, folder)
+    rows_read.clear()
+    embeddings = grow.keep_embeddings(run, pipeline)
+    assert len(rows_read) == 24 and len(embeddings.hashes) == 25 and len(list(folder.glob("*/seen-*.json"))) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

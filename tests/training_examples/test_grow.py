@@ -552,11 +552,16 @@ def test_a_killed_run_on_a_stream_sees_the_samples_it_would_have_seen(tmp_path):
     assert "3 broken rows were left out so far" in said
 
 
-def test_other_pictures_above_the_cores_resolution(data, tmp_path):
+@pytest.mark.parametrize("known", [False, True])
+def test_other_pictures_above_the_cores_resolution(data, tmp_path, known):
     """Those of the core are read at its resolution; growth and the held-out loss go by the others, in several shapes."""
     shapes = ((32, 32), (40, 10), (10, 40))
     flat = [
-        (make_image(i).resize(shapes[i % 3]).point(lambda value: 100 + value // 64), f"flat {i}") for i in range(24)
+        (
+            make_image(i).resize(shapes[i % 3]).point(lambda value: 100 + value // 64),
+            f"{'picture number' if known else 'flat'} {i}",
+        )
+        for i in range(24)
     ]
     write_rows(tmp_path / "flat.parquet", flat, image_column="image")
     folder = write_image_folder(tmp_path / "small", count=30, size=8)
@@ -566,6 +571,7 @@ def test_other_pictures_above_the_cores_resolution(data, tmp_path):
         dataloader_num_workers=1, **arguments,
     )  # fmt: skip
     assert "30 pictures to train the core on, 23 to train on above its resolution; 1 held out" in log
+    assert ("Of 1 held-out pictures the caption is in the core's data, too" in log) == known
     (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances
     assert 0 < variance < 1e-4
     lines = read_metrics(tmp_path / "output")

@@ -41,7 +41,7 @@ from diffusers_greedy_grow.training import parse_lora_arguments
 from diffusers_greedy_grow.training.shapes import Scene, ShapeObject
 from training_examples.train_lora import main
 
-from .test_grow import environment, launch, read_metrics, to_flags
+from .test_grow import LAUNCHER, environment, launch, read_metrics, to_flags
 
 
 SCRIPT = Path(__file__).parents[2] / "training_examples" / "train_lora.py"
@@ -215,6 +215,16 @@ def test_two_processes_follow_one(grown, data, adapter, tmp_path):
     )  # fmt: skip
     for a, b in zip(read_metrics(tmp_path / "output"), read_metrics(adapter), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+
+
+def test_sharding_is_refused(tmp_path):
+    command = [*LAUNCHER, "--config_file", str(SCRIPT.parent / "accelerate" / "fsdp2.yaml"), "--mixed_precision", "no"]
+    command += ["--num_processes", "1", "--main_process_port", "0", str(Path(__file__).parent / "launch_on_cpu.py")]
+    arguments = {"output_dir": tmp_path, "pretrained_model_name_or_path": "core", "train_data_dir": tmp_path}
+    done = subprocess.run(
+        [*command, str(SCRIPT), *to_flags(arguments)], env=environment(fsdp=True), capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "An adapter does not train with `FSDP`" in done.stderr, done.stderr[-5000:]
 
 
 def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_path, monkeypatch):
