@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables import RESULTS, describe_machine, draw_bars, markdown, spread, write_json
+from benchmarks.tables import RESULTS, draw_bars, keep_rows, markdown, spread
 
 
 # The core's hidden size, layers and heads; the stage's channels.
@@ -173,7 +173,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     print(markdown(rows))
     if not args.quick:
-        write_json(RESULTS / "grow_cost.json", {"machine": describe_machine(), "rows": rows})
+        rows = keep_rows(RESULTS / "grow_cost.json", rows, "parameters", vars(args))
         draw_bars(rows, "parameters", "arm", "time / load", RESULTS / "grow_cost.png")
 
 

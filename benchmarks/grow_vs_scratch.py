@@ -70,6 +70,7 @@ SETTINGS = {
 }
 # About as many pictures from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
+CAPTION_TOKENS = 10  # of the captions of shapes
 # By what `--large` multiplies them; with larger models and batches, that is three quarters of the steps.
 LARGE_SCALE = 12.0
 LOSSES = {"loss": "val_loss", "low band": "val_loss_low", "high band": "val_loss_high"}
@@ -268,12 +269,9 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
         models[f"{init} joint"] = setting.grow(setting.build_core(), init)
         detail.freeze_core()
     models["cascade"] = cascade.build_unet(setting.resolution, setting.cascade_channels, TEXT_HIDDEN_SIZE)
-    steps = {
-        "core": Steps(setting.build_core(), setting.core_resolution, setting.core_batch_size, device, dtype),
-        **{
-            name: Steps(model, setting.resolution, setting.batch_size, device, dtype) for name, model in models.items()
-        },
-    }
+    sizes = {name: (model, setting.resolution, setting.batch_size) for name, model in models.items()}
+    sizes = {"core": (setting.build_core(), setting.core_resolution, setting.core_batch_size), **sizes}
+    steps = {name: Steps(*size, device, dtype, CAPTION_TOKENS) for name, size in sizes.items()}
     if device.type == "cpu" and dtype == torch.bfloat16:  # as the queue's runs have it
         for step in steps.values():
             step.model.set_attention_backend("_native_math")
@@ -284,6 +282,11 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
             if repeat:
                 seconds[name].append(taken)
     return seconds
+
+
+def read_times(path: Path) -> dict[str, dict]:
+    """What `--time` has measured, by factor."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def training_seconds(run: dict, records: dict[str, dict], seconds: dict[str, list[float]]) -> float | None:
@@ -528,8 +531,9 @@ def main() -> None:
             for name, taken in phases.items()
         ]
         print(markdown(rows))
-        precision = args.mixed_precision
-        write_json(times, {"machine": describe_machine(), "mixed_precision": precision, "seconds": seconds})
+        origin = {"machine": describe_machine(), "mixed_precision": args.mixed_precision}
+        measured = {str(factor): {**origin, "seconds": phases} for factor, phases in seconds.items()}
+        write_json(times, read_times(times) | measured)
         return
 
     jobs: dict[str, Job] = {}
@@ -549,9 +553,9 @@ def main() -> None:
             draw_grid(growths, args, results / f"grow_vs_scratch_pictures_{factor}.png")
         return
     records = run_queue(list(jobs.values()), args)
-    seconds = json.loads(times.read_text())["seconds"] if times.exists() else {}
+    measured = read_times(times)
     tables = {
-        factor: make_tables(records, setting, seconds.get(str(factor)))
+        factor: make_tables(records, setting, measured.get(str(factor), {}).get("seconds"))
         for factor, setting in settings.items()
         if collect(records, factor)
     }

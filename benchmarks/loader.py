@@ -168,6 +168,7 @@ def main() -> None:
                 num_batches = 1 + args.repeats * (ahead + args.steps)
                 batches = iter(open_loader(source, Path(folder), args, num_workers, num_batches))
                 batch = next(batches)
+                training.time(itertools.repeat(batch), 1)  # makes the optimizer's state
                 for _ in range(args.repeats):  # in turn, since a machine has its moods
                     without.append(training.time(itertools.repeat(batch), args.steps)[0])
                     training.time(batches, ahead)

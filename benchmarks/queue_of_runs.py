@@ -20,6 +20,7 @@ goes on from its last checkpoint.
 """
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import json
@@ -314,7 +315,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
 
     Raises:
         `ValueError`: if a job has been run with other arguments, which its record would pass off as these.
-        `RuntimeError`: if a run fails. The other ones are finished first.
+        `RuntimeError`: if a run fails, after the other ones, or if another queue is at work in the same folder.
     """
     work_dir, results = places(args)
     path = results / "runs.json"  # shared by all benchmarks, and with it the runs that they have in common
@@ -359,7 +360,14 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
             left = sum(job.name not in records for job in jobs)
             print(f"{time.strftime('%H:%M')} {job.name} is done, {left} to go.", flush=True)
 
-    with ThreadPoolExecutor(args.workers) as pool:
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with open(work_dir / ".queue", "w") as at_work, ThreadPoolExecutor(args.workers) as pool:
+        try:
+            fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"Another queue runs jobs in {work_dir}, which may be the same: wait for it, or name another `--work_dir`."
+            ) from None
         list(pool.map(finish, queue))
     return records
 
@@ -374,8 +382,11 @@ def define(job: Job) -> dict:
 
 def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str) -> dict:
     folder = folders[job.name]
-    # Before a new commit can be made meanwhile.
-    made_by = {"machine": describe_machine(), "mixed_precision": precision, "commit": describe_commit()}
+    # A run that goes on is of the code, and the machine, that it began with.
+    resumes, origin = bool(sorted_checkpoints(folder / "checkpoints")), folder / "made_by.json"
+    if not (resumes and origin.exists()):
+        write_json(origin, {"machine": describe_machine(), "mixed_precision": precision, "commit": describe_commit()})
+    made_by = json.loads(origin.read_text())
     arguments = {
         **job.arguments,
         "train_data_dir": str(job.data),
@@ -390,7 +401,7 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str
             arguments["dataloader_num_workers"] = 1
         if precision == "bf16" and not torch.cuda.is_available():
             arguments["attention_backend"] = "_native_math"
-        if sorted_checkpoints(folder / "checkpoints"):
+        if resumes:
             arguments["resume_from_checkpoint"] = "latest"
         else:
             arguments["overwrite_output_dir"] = True

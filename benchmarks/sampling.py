@@ -35,7 +35,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
 from benchmarks.evaluate import held_out, make_noise, score
-from benchmarks.tables import RESULTS, describe_machine, draw_bars, markdown, mean_and_deviation, write_json
+from benchmarks.tables import RESULTS, draw_bars, keep_rows, markdown, mean_and_deviation
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
 from diffusers_greedy_grow.training import build_small_text_encoder, train_small_tokenizer
 
@@ -100,7 +100,8 @@ def load(folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | No
     pipeline = GreedyGrowPipeline.from_pretrained(folder, torch_dtype=dtype).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     if compile_mode:
-        pipeline.unet.compile_repeated_blocks(mode=compile_mode)
+        # Arms with one pipeline have batches of two sizes: each is to have its own code, as it has when it is run alone.
+        pipeline.unet.compile_repeated_blocks(mode=compile_mode, dynamic=False)
     return pipeline
 
 
@@ -248,18 +249,15 @@ def main() -> None:
     if args.quick:
         args.models, args.repeats, args.num_pictures, args.seeds = args.models[:1], 1, 8, args.seeds[:2]
 
-    if args.pipeline:
-        rows, name = measure_pictures(args), "sampling_pictures"
-    else:
-        rows, name = measure_time(args), "sampling"
-        path = RESULTS / "sampling.json"
-        measured = json.loads(path.read_text())["rows"] if path.exists() and not args.quick else []
-        rows = [row for row in measured if row["pixels"] not in args.models] + rows
+    rows = measure_pictures(args) if args.pipeline else measure_time(args)
     print(markdown(rows))
-    if not args.quick:
-        write_json(RESULTS / f"{name}.json", {"machine": describe_machine(), "rows": rows})
-        if not args.pipeline:
-            draw_bars(rows, "pixels", "arm", "speed", RESULTS / "sampling.png")
+    if args.quick:
+        return
+    if args.pipeline:
+        keep_rows(RESULTS / "sampling_pictures.json", rows, "arm", vars(args))
+    else:
+        rows = keep_rows(RESULTS / "sampling.json", rows, "pixels", vars(args))
+        draw_bars(rows, "pixels", "arm", "speed", RESULTS / "sampling.png")
 
 
 if __name__ == "__main__":

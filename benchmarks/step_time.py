@@ -27,6 +27,7 @@ import argparse
 import bisect
 import functools
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -39,7 +40,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.tables import RESULTS, describe_machine, draw_bars, markdown, spread, write_json
+from benchmarks.tables import RESULTS, draw_bars, keep_rows, markdown, spread
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 
 
@@ -90,7 +91,7 @@ def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
         cross_attention_dim=TEXT_DIM,
         attention_head_dim=max(4, SIZE.hidden_size // 64),  # which diffusers takes for the number of heads
-        norm_num_groups=2,
+        norm_num_groups=math.gcd(32, *channels),  # as ours; few large groups are slow on a GPU
     )
 
 
@@ -106,7 +107,7 @@ def build_unet_2d(resolution: int, width: int) -> UNet2DModel:
         down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
         attention_head_dim=channels[0],
-        norm_num_groups=2,
+        norm_num_groups=math.gcd(32, *channels),
     )
 
 
@@ -171,11 +172,11 @@ def call(model: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, t
 
 
 def make_inputs(
-    resolution: int, batch_size: int, device: torch.device | str, in_channels: int = 3
+    resolution: int, batch_size: int, device: torch.device | str, in_channels: int = 3, num_tokens: int = NUM_TOKENS
 ) -> tuple[torch.Tensor, ...]:
     sample = torch.randn(batch_size, in_channels, resolution, resolution, device=device)
     timestep = torch.full((batch_size,), 500.0, device=device)
-    return sample, timestep, torch.randn(batch_size, NUM_TOKENS, TEXT_DIM, device=device)
+    return sample, timestep, torch.randn(batch_size, num_tokens, TEXT_DIM, device=device)
 
 
 def count_flops(model: torch.nn.Module, resolution: int) -> int:
@@ -196,9 +197,10 @@ class Steps:
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
+        num_tokens: int = NUM_TOKENS,
     ):
         self.model = model.to(device)
-        self.inputs = make_inputs(resolution, batch_size, device, model.config.in_channels)
+        self.inputs = make_inputs(resolution, batch_size, device, model.config.in_channels, num_tokens)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -284,8 +286,6 @@ def resident() -> int:
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    peak = matmul_peak(device, torch.bfloat16)
-    print(f"matrix products: {peak / 1e12:.2f} TFLOP/s in bfloat16", flush=True)
     rows = []
     for resolution in args.resolutions:
         names = ["ours", "ours, detail phase", "ours, 8 x 8 tokens", *PEERS]
@@ -296,14 +296,21 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
             steps = {name: Steps(build(name, resolution), resolution, args.batch_size, device) for name in names}
         train: dict[str, list[float]] = {name: [] for name in names}
         sample: dict[str, list[float]] = {name: [] for name in names}
+        peaks = []
         for repeat in range(args.repeats + 1):  # the first is for warming up
             for name in names:
                 seconds = timed(steps[name].train), timed(steps[name].sample)
                 if repeat:
                     train[name].append(seconds[0])
                     sample[name].append(seconds[1])
+            if repeat:
+                peaks.append(matmul_peak(device, torch.bfloat16))
+        print(
+            f"{resolution} px, matrix products in bfloat16, TFLOP/s: {spread([p / 1e12 for p in peaks])}", flush=True
+        )
         for name in names:
             middle = statistics.median(train[name])
+            shares = [flops[name] * args.batch_size / own / peak for own, peak in zip(train[name], peaks)]
             ratios = [peer / ours for ours, peer in zip(train["ours"], train[name])]
             sampling_ratios = [peer / ours for ours, peer in zip(sample["ours"], sample[name])]
             rows.append(
@@ -316,7 +323,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
                     "its step / ours": spread(ratios),
                     "sampling step, pictures/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
                     "its sampling step / ours": spread(sampling_ratios),
-                    "share of peak": f"{flops[name] * args.batch_size / middle / peak:.1%}",
+                    "share of peak": f"{statistics.median(shares):.1%}",
                     "memory MB": f"{memory[name]:.0f}",
                 }
             )
@@ -341,7 +348,6 @@ def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
     rows = []
     # On a GPU float32 products take detours through other formats, and their peak says nothing.
     for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
-        peak = matmul_peak(device, dtype)
         for hidden_size in args.hidden_sizes:
             with torch.device("meta"):
                 flops = count_flops(build_core(hidden_size), 64) * args.batch_size
@@ -359,14 +365,15 @@ def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 optimizer.step()  # noqa: B023
                 optimizer.zero_grad()  # noqa: B023
 
-            times = [timed(step) for _ in range(args.repeats + 1)][1:]
+            step()  # to warm up
+            times, peaks = zip(*[(timed(step), matmul_peak(device, dtype)) for _ in range(args.repeats)])
             rows.append(
                 {
                     "dtype": str(dtype).removeprefix("torch."),
                     "hidden size": hidden_size,
-                    "peak TFLOP/s": f"{peak / 1e12:.2f}",
+                    "peak TFLOP/s": spread([peak / 1e12 for peak in peaks]),
                     "step TFLOP/s": spread([flops / seconds / 1e12 for seconds in times]),
-                    "share of peak": f"{flops / statistics.median(times) / peak:.0%}",
+                    "share of peak": f"{statistics.median(flops / own / peak for own, peak in zip(times, peaks)):.0%}",
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
@@ -405,8 +412,8 @@ def main() -> None:
         rows, name = compare(args, device), "step_time"
     print(markdown(rows))
     if not args.quick:
-        write_json(RESULTS / f"{name}.json", {"machine": describe_machine(), "rows": rows})
         columns = ("dtype", "hidden size", "share of peak") if args.core else ("px", "model", "training pictures/s")
+        rows = keep_rows(RESULTS / f"{name}.json", rows, columns[0], vars(args))
         draw_bars(rows, *columns, RESULTS / f"{name}.png")
 
 

@@ -99,6 +99,22 @@ def describe_commit() -> str | None:
     return f"{commit}{'-dirty' if changed else ''}" if commit else None
 
 
+def keep_rows(path: Path, rows: list[dict], column: str, settings: dict) -> list[dict]:
+    """
+    Writes `rows` to `path`, in place of those there with the same values in `column`, with the `settings` and the machine that
+    they are of. Returns all rows there.
+    """
+    measured = json.loads(path.read_text())["measured"] if path.exists() else []
+    anew = {row[column] for row in rows}
+    for part in measured:
+        part["rows"] = [row for row in part["rows"] if row[column] not in anew]
+    threads = torch.get_num_threads()
+    measured.append({"machine": describe_machine(), "threads": threads, "settings": settings, "rows": rows})
+    measured = [part for part in measured if part["rows"]]
+    write_json(path, {"measured": measured})
+    return [row for part in measured for row in part["rows"]]
+
+
 def write_json(path: Path, content: dict | list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

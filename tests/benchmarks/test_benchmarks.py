@@ -16,6 +16,7 @@
 """The benchmarks' own arithmetic, and their queue of runs with real, small runs."""
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import shutil
@@ -92,6 +93,18 @@ def test_tables():
     assert spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
     assert mean_and_deviation([1.0, 3.0], 2) == "2.00 ± 1.41" and mean_and_deviation([1.0]) == "1.000"
     assert markdown([{"a": 1, "b": 2}, {"a": 3}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 |  |"
+
+
+def test_rows_are_kept_with_what_they_are_of(tmp_path):
+    path = tmp_path / "results.json"
+    first = [{"px": 64, "speed": 1}, {"px": 128, "speed": 2}]
+    assert tables.keep_rows(path, first, "px", {"batch_size": 8}) == first
+    again = [{"px": 128, "speed": 3}, {"px": 256, "speed": 4}]
+    assert tables.keep_rows(path, again, "px", {"batch_size": 4}) == [first[0], *again]
+    parts = json.loads(path.read_text())["measured"]
+    assert [(part["settings"]["batch_size"], part["rows"]) for part in parts] == [(8, first[:1]), (4, again)]
+    assert tables.keep_rows(path, first, "px", {}) == [again[1], *first]
+    assert all("torch" in part["machine"] and part["threads"] for part in json.loads(path.read_text())["measured"])
 
 
 def test_bars_show_the_numbers_of_a_table(tmp_path, monkeypatch):
@@ -218,6 +231,18 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     assert record["mixed_precision"] == "no"
     run_queue([core, growth], parser.parse_args(["--work_dir", str(tmp_path), "--mixed_precision", "bf16"]))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
+
+    # A run that goes on, here without its record, is of the commit that it began with.
+    made_by = tmp_path / growth.name / "made_by.json"
+    made_by.write_text(json.dumps({**json.loads(made_by.read_text()), "commit": "earlier"}))
+    path = tmp_path / "results" / "runs.json"
+    path.write_text(json.dumps([records[core.name]]))
+    with open(tmp_path / ".queue", "w") as at_work:
+        fcntl.flock(at_work, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match="Another queue runs jobs in"):
+            run_queue([core, growth], args)
+    again = run_queue([core, growth], args)[growth.name]
+    assert again["commit"] == "earlier" and again["scores"] == record["scores"]
 
     # What has been run with other arguments is not passed off as this.
     growth.arguments["logit_mean"] = [1.0, 0.5]
