@@ -84,7 +84,7 @@ def tokenize_captions(
     pipeline: GreedyGrowPipeline, captions: list[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """`input_ids` and `encoder_attention_mask` of `captions`, each `(B, L)`, as the pipeline makes them for prompts."""
-    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device)
+    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device, non_blocking=True)
     return {"input_ids": tokens["input_ids"], "encoder_attention_mask": tokens["attention_mask"].bool()}
 
 
@@ -189,7 +189,10 @@ class TextEmbeddings:
         lengths = torch.tensor([len(one) for one in found])
         hidden_states = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
         mask = torch.arange(hidden_states.shape[1]) < lengths.unsqueeze(1)
-        return {"encoder_hidden_states": hidden_states.to(device), "encoder_attention_mask": mask.to(device)}
+        return {
+            "encoder_hidden_states": hidden_states.to(device, non_blocking=True),
+            "encoder_attention_mask": mask.to(device, non_blocking=True),
+        }
 
     def marker(self, source: dict) -> Path:
         """The file that says that all captions of a source are there. What JSON can hold has to tell it from any other."""
