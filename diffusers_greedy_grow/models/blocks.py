@@ -93,8 +93,8 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 class TextCache:
     """
-    What only the text decides: its keys and values in each of the core's layers. Pass the same one, new at first, in each call with the
-    same text: the first call fills it, the others skip computing them.
+    What only the text decides: its keys and values in each of the core's layers. Pass the same one, new at first, in each
+    call with the same text: the first call fills it, the others skip computing them.
     """
 
     def __init__(self):

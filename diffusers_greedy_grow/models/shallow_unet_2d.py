@@ -204,9 +204,8 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         if height % patch_size or width % patch_size:
             raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {patch_size}.")
         grid_height, grid_width = height // patch_size, width // patch_size
-        dtype = (
-            self.dtype if self.conv_in is None else self.conv_in.weight.dtype
-        )  # the first looks through all modules
+        # That of all its weights, which `self.dtype` has to look for.
+        dtype = self.dtype if self.conv_in is None else self.conv_in.weight.dtype
 
         # 1. Timestep
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)

@@ -231,8 +231,8 @@ def save_interrupted(
     save: Callable[[int], Path], name: str, step: int, guard: GradientGuard, checkpoints_folder: Path
 ) -> str:
     """
-    Saves a run that stops after `step` of phase `name`, and says what to go on from. Not while `guard` refuses steps, if there is an earlier
-    checkpoint: what made them bad may be in the weights.
+    Saves a run that stops after `step` of phase `name`, and says what to go on from. Not while `guard` refuses steps, if
+    there is an earlier checkpoint: what made them bad may be in the weights.
     """
     earlier = sorted_checkpoints(checkpoints_folder) if guard.skipped_in_a_row else []
     if earlier:
