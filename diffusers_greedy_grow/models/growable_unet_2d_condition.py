@@ -518,7 +518,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                     "`encoder_attention_mask` and `negative_encoder_attention_mask` need each other: pass both or neither."
                 )
 
-        dtype = self.stages[0].encoder.conv_in.weight.dtype  # that of all its weights, which `self.dtype` has to look for
+        dtype = self.stages[0].encoder.conv_in.weight.dtype  # of all weights; `self.dtype` looks for it
         grad_enabled = torch.is_grad_enabled()
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
         # But adapters, wherever they are, are there to be trained.
