@@ -365,11 +365,11 @@ def main(argv: list[str] | None = None) -> None:
                     file.write(json.dumps({"phase": "lora", "step": step, **values}) + "\n")
             accelerator.log(values, step=step)
             bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", pictures_per_s=f"{rate:.1f}")
-        # Not while steps are left out: what made them bad may be in the weights.
         if interrupted:
             logger.info(save_interrupted(save, "lora", step, guard, output_dir / "checkpoints"))
             accelerator.end_training()
             sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+        # Not while steps are left out: what made them bad may be in the weights.
         if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last:
             save(step)
         if step % args.validation_steps == 0 and not last and accelerator.is_main_process:

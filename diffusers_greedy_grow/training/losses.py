@@ -126,9 +126,12 @@ def flow_loss(
     total = error.square().mean(dim=(1, 2, 3))
     # Nearest-neighbour upsampling keeps the mean square, and the two bands are orthogonal.
     low = pool(error, band_factor).square().mean(dim=(1, 2, 3))
-    trained = total if num_stages is None else low
-    if low_res_weight and num_stages is None:
+    if num_stages is not None:
+        trained = low
+    elif low_res_weight:
         trained = total + low_res_weight * low
+    else:  # no backward pass through what weighs nothing
+        trained = total
     loss = (weigh(scale, weighting) * trained).mean()
     return FlowLoss(loss=loss, low=low.detach(), high=(total - low).detach(), sigma=sigma)
 
