@@ -121,6 +121,7 @@ from diffusers_greedy_grow.training import (
     parse_channels,
     plan_phase,
     read_progress,
+    remove_folder,
     reshard,
     sample_generators,
     save_checkpoint,
@@ -291,6 +292,10 @@ def adopt_core(model_args: ModelArguments) -> None:
     """
     core, revision = model_args.core, model_args.core_revision
     config = find_core(core, subfolder="unet", revision=revision)[1]
+    if config["cross_attention_dim"] is None:
+        raise ValueError(
+            f"`core={core!r}` has no text, but `grow.py` trains on captions: name one with a text encoder."
+        )
     text_config = AutoConfig.from_pretrained(core, subfolder="text_encoder", revision=revision).get_text_config()
     names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio")
     own = {name: config[name] for name in names}
@@ -934,8 +939,8 @@ class Publisher:
     def __init__(self, args: TrainingArguments):
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         disable_progress_bars()  # of uploads, between those of training
-        self.repo_id = prepare_repository(name, private=args.hub_private_repo or None)
         check_license(args.hub_license)
+        self.repo_id = prepare_repository(name, private=args.hub_private_repo or None)
         if args.hub_steps is not None:
             prepare_repository(self.repo_id, revision="training")
         self.executor = ThreadPoolExecutor(max_workers=1)
@@ -1289,7 +1294,7 @@ def main(argv: list[str] | None = None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             for name in replaced:
-                shutil.rmtree((output_dir / name).resolve(), ignore_errors=True)
+                remove_folder(output_dir / name)
             (output_dir / "metrics.jsonl").unlink(missing_ok=True)
         else:
             keep_metrics(run.metrics_path, progress["metrics_size"], args.resume_with_changes)

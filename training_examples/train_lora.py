@@ -38,7 +38,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
 from huggingface_hub.utils import disable_progress_bars
@@ -84,6 +84,7 @@ from diffusers_greedy_grow.training import (
     normalize,
     parse_lora_arguments,
     read_progress,
+    remove_folder,
     sample_generators,
     save_checkpoint,
     save_interrupted,
@@ -183,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
         step_scheduler_with_optimizer=False,  # it would step once for each process
         # The others wait while the main process draws samples.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
@@ -217,14 +219,19 @@ def main(argv: list[str] | None = None) -> None:
     repo_id = args.hub_model_id or (output_dir.resolve().name if args.push_to_hub else str(output_dir))
     if args.push_to_hub and accelerator.is_main_process:
         disable_progress_bars()
-        repo_id = prepare_repository(repo_id, private=args.hub_private_repo or None)
         check_license(args.hub_license)
+        repo_id = prepare_repository(repo_id, private=args.hub_private_repo or None)
 
     # 2. The model, frozen and in low precision if any, with an adapter; and how its resolution trains
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = GreedyGrowPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, torch_dtype=dtype
     ).to(device)
+    if pipeline.text_encoder is None:
+        raise ValueError(
+            f"`pretrained_model_name_or_path={args.pretrained_model_name_or_path!r}` has no text, but `train_lora.py` trains "
+            "on captions: name a pipeline with a text encoder."
+        )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.text_encoder.requires_grad_(False)
     unet, shift = pipeline.unet, pipeline.scheduler.config.shift
@@ -262,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=args.train_batch_size,
         sampler=order,
         num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=leave_signals_to_the_parent,
     )
 
@@ -271,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+            remove_folder(output_dir / "checkpoints")
             metrics_path.unlink(missing_ok=True)
         else:
             keep_metrics(metrics_path, progress["metrics_size"], args.resume_with_changes)

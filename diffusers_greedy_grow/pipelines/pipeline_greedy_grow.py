@@ -536,7 +536,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         """
         sizes = self.unet.sample_sizes
         if core_first is None:
-            return [1.0] * (len(sizes) - 1)
+            return [math.inf] * (len(sizes) - 1)  # a scheduler's first timestep may come out a little above 1000
         if self.unet.config.get("init") == "random":
             raise ValueError(
                 f"`core_first={core_first!r}` needs a core that draws pictures of its own; in a model grown with "

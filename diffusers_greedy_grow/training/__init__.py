@@ -32,6 +32,7 @@ from .checkpoints import (
     forget_newer,
     load_checkpoint,
     read_progress,
+    remove_folder,
     save_checkpoint,
     save_pipeline,
     sorted_checkpoints,

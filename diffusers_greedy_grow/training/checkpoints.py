@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.constants import SCALER_NAME
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
@@ -34,12 +35,22 @@ from .sharding import gather, scatter_as
 logger = logging.get_logger(__name__)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if it exists. A link to one elsewhere, on a larger disk, say, stays, and that one is emptied."""
+    target = folder.resolve()
+    if target.exists():
+        shutil.rmtree(target)
+    if folder.is_symlink():
+        target.mkdir(parents=True)
+
+
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Saves a pipeline to `folder`, which it replaces if it exists."""
+    folder = folder.resolve()  # nothing can be renamed to a link
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_folder(temporary)
     pipeline.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     temporary.rename(folder)
 
 
@@ -226,8 +237,14 @@ def load_checkpoint(
     losses. Learning rates, betas and weight decay stay those of this run.
 
     Raises:
-        `ValueError`: if the average is of other parameters than `named_parameters`.
+        `ValueError`: if the average is of other parameters than `named_parameters`, or float16 is to go on from a run in
+            another precision, which has no scale of the loss.
     """
+    if accelerator.scaler is not None and not (checkpoint / SCALER_NAME).exists():
+        raise ValueError(
+            f"`mixed_precision='fp16'`: {checkpoint} was saved in another precision, and has no scale of the loss to go on "
+            "with. Go on in that one, or in bf16."
+        )
     optimizers, schedulers = accelerator._optimizers, [one.scheduler for one in accelerator._schedulers]
     own = [
         {name: value for name, value in group.items() if name not in ("params", "lr")}

@@ -333,7 +333,8 @@ class CaptionedPictures(torch.utils.data.Dataset):
         self.rows = rows if len(good) == len(rows) else rows.select(good)
         self.captions = [captions[i] for i in good]
         self.unreadable: set[int] = set()
-        self.cache: dict[int, torch.Tensor] | None = {} if len(rows) * 3 * resolution**2 <= max_cache_bytes else None
+        self.max_cache_bytes = max_cache_bytes
+        self.cache = self.make_cache()
         self.shapes = self.find_shapes() if len(self.buckets) > 1 else np.zeros(len(self.rows), dtype=np.int64)
 
     def __len__(self) -> int:
@@ -351,9 +352,13 @@ class CaptionedPictures(torch.utils.data.Dataset):
         pictures.rows = self.rows.select(indices)
         pictures.captions = [self.captions[i] for i in indices]
         pictures.shapes = self.shapes[indices]
-        pictures.cache = None if self.cache is None else {}
+        pictures.cache = pictures.make_cache()
         pictures.unreadable = set()
         return pictures
+
+    def make_cache(self) -> dict[int, torch.Tensor] | None:
+        """For decoded pictures, if all of them fit."""
+        return {} if len(self) * 3 * self.resolution**2 <= self.max_cache_bytes else None
 
     def find_shapes(self) -> np.ndarray:
         """The index of each row's bucket, from the pictures' headers."""

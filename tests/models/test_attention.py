@@ -19,7 +19,9 @@ import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-from diffusers_greedy_grow.models.blocks import GreedyGrowAttnProcessor
+from diffusers_greedy_grow.models.blocks import GreedyGrowAttnProcessor, get_image_rotary_emb, rotate
+
+from ..testing_utils import TEXT_DIM, make_core
 
 
 def attentions(model) -> list[AttentionModuleMixin]:
@@ -131,3 +133,26 @@ def test_processors_get_the_cross_attention_kwargs(either):
     model.set_attn_processor(Tagged())
     assert torch.equal(model(**inputs, cross_attention_kwargs={"tag": 1}).sample, expected)
     assert tags == [1] * len(attentions(model))
+
+
+def test_attention_goes_by_rows_and_columns():
+    height, width, dim = 3, 5, 16
+    emb = get_image_rotary_emb(dim, height, width, torch.device("cpu"), torch.float64)
+    x = torch.randn(1, 1, 1, dim, dtype=torch.float64).expand(1, height * width, 1, dim)
+    turned = rotate(x, emb)[0, :, 0]
+    scores = (turned @ turned.T).reshape(height, width, height, width)
+    torch.testing.assert_close(scores[0, 0, 1, 2], scores[1, 2, 2, 4])  # the same way down and to the right
+    a, b, same = scores[0, 0, 1, 0], scores[0, 0, 0, 1], scores[0, 0, 0, 0]
+    assert len({round(float(s), 6) for s in (a, b, same)}) == 3
+
+
+@torch.no_grad()
+def test_the_transformer_knows_where_its_tokens_are():
+    block, order = make_core().transformer_blocks[0], torch.randperm(12)
+    tokens, modulation, text = torch.randn(1, 12, 32), torch.randn(1, 6, 32), torch.randn(1, 3, TEXT_DIM)
+    emb = get_image_rotary_emb(8, 3, 4, torch.device("cpu"), torch.float32)
+
+    def call(x):
+        return block(x, modulation, text, None, emb, None)
+
+    assert not torch.allclose(call(tokens[:, order]), call(tokens)[:, order], atol=1e-3)

@@ -288,3 +288,31 @@ def test_bfloat16(kind, tmp_path):
     for output in (loaded(**inputs).sample, cast(**inputs).sample, autocast):
         assert output.dtype == torch.float32
         assert (output - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+@torch.no_grad()
+def test_the_function_of_given_weights_stays():
+    """Published checkpoints are worth what the code makes of them: weights by a formula, and what came out at first."""
+    core = make_core(16, cross_attention_dim=8)
+    grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24)).eval()
+    for i, parameter in enumerate(grown.parameters()):
+        wave = torch.sin(1.3 * (i + 2) * torch.arange(parameter.numel(), dtype=torch.float64) + i)
+        scale = 0.1 if parameter.ndim == 1 else 0.8 / max(1, parameter[0].numel()) ** 0.5
+        parameter.copy_((float(parameter.ndim == 1) + 1.7 * scale * wave).reshape(parameter.shape))
+    places = torch.arange(3 * 32 * 64, dtype=torch.float64)
+    sample = torch.sin(0.37 * places * (1 + places / 999)).float().reshape(1, 3, 32, 64)
+    text, mask = torch.cos(torch.arange(5 * 8.0)).reshape(1, 5, 8), torch.tensor([[True] * 4 + [False]])
+    output = grown(sample, 640.0, text, mask)
+    picture = output.pred_original_sample
+    values = torch.stack(
+        [
+            picture[0, 0, 0, 0],
+            picture[0, 1, 13, 40],
+            picture[0, 2, 31, 63],
+            picture[0, 0, 20, 7],
+            picture.std(),
+            output.features.std(),
+        ]
+    )
+    expected = torch.tensor([1.700235, 2.043564, 1.806390, 2.180692, 0.501196, 1.944492])
+    torch.testing.assert_close(values, expected, atol=1e-4, rtol=1e-4)

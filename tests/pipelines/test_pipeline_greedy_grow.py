@@ -848,3 +848,17 @@ def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"prompt": PROMPTS, "num_inference_steps": 2, **arguments})
     assert not calls
+
+
+@pytest.mark.parametrize("init", ["preserve", "random"])
+def test_every_stage_takes_part_from_the_first_step(init):
+    """At this shift float32 puts the scheduler's first timestep above 1000."""
+    pipeline = make_pipeline(make_grown(init=init), shift=1.58)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps[0] > 1000
+    stages = []
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: stages.append(kwargs.get("num_stages")), with_kwargs=True
+    )
+    draw(pipeline, prompt=PROMPTS[0], num_inference_steps=4)
+    assert stages and set(stages) <= {None, 1}

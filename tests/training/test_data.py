@@ -237,6 +237,8 @@ def test_captioned_pictures(tmp_path):
     train, _ = load_captioned_data(None, str(write_image_folder(tmp_path / "a")), "image", "text")
     cached, uncached = CaptionedPictures(train, 16), CaptionedPictures(train, 16, max_cache_bytes=0)
     assert len(cached) == 38
+    few = CaptionedPictures(train, 16, max_cache_bytes=2 * 3 * 16**2).select(np.array([5, 1]))
+    assert few.cache is not None and uncached.select(np.array([5])).cache is None
     for _ in range(2):  # the second time from memory
         for i in (0, 7):
             assert torch.equal(cached[i]["pixel_values"], uncached[i]["pixel_values"])

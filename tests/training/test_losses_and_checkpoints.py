@@ -44,6 +44,7 @@ from diffusers_greedy_grow.training import (
     load_checkpoint,
     plan_phase,
     read_progress,
+    remove_folder,
     save_checkpoint,
     save_interrupted,
     save_pipeline,
@@ -395,3 +396,17 @@ def test_loss_curves(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size[0] > 1000
+
+
+def test_a_folder_may_be_a_link_to_a_larger_disk(tmp_path):
+    """What is there is replaced, the link stays."""
+    (tmp_path / "disk" / "core").mkdir(parents=True)
+    (tmp_path / "disk" / "core" / "old").touch()
+    (tmp_path / "core").symlink_to(tmp_path / "disk" / "core")
+    save_pipeline(make_pipeline(), tmp_path / "core")
+    assert (tmp_path / "core").is_symlink() and not (tmp_path / "core" / "old").exists()
+    assert (tmp_path / "core" / "model_index.json").exists()
+    remove_folder(tmp_path / "core")
+    assert (tmp_path / "core").is_symlink() and not list((tmp_path / "disk" / "core").iterdir())
+    remove_folder(tmp_path / "disk")
+    assert not (tmp_path / "disk").exists()

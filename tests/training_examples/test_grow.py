@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -44,6 +44,7 @@ from diffusers_greedy_grow.training import ModelArguments, normalize, parse_argu
 from diffusers_greedy_grow.training.data import to_pixel_values
 from training_examples import grow
 
+from ..testing_utils import make_core
 from ..training.test_data import make_image, write_image_folder, write_parquet, write_rows
 
 
@@ -693,7 +694,22 @@ def test_noise_levels_for_each_resolution(finished, data, tmp_path):
 # A given core
 
 
+def test_a_phase_leaves_its_averages(finished):
+    checkpoint = finished[0] / "checkpoints" / "grown-16-6"
+    averages, last = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
+    saved = weights(finished[0] / "grown-16")
+    assert all(torch.equal(averages[f"unet.{name}"], weight) for name, weight in saved.items())
+    assert not all(torch.equal(last[f"unet.{name}"], weight) for name, weight in saved.items())
+
+
+def test_a_core_without_text_is_refused(tmp_path):
+    make_core(cross_attention_dim=None).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="`core=.*` has no text, but `grow.py` trains on captions"):
+        grow.adopt_core(ModelArguments(core=str(tmp_path)))
+
+
 def test_what_describes_a_core_is_the_cores(finished, tmp_path):
+    PartialState(cpu=True)  # which its loggers ask
     core, config = finished[0] / "core", finished[0] / "config.yaml"
     made_it = parse_arguments(["--config", str(config), "--core", str(core)], "")[1]
     expected = asdict(made_it)
