@@ -49,12 +49,15 @@ def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def shift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
-    """The noise level at `factor` times the resolution that hides the picture as much as `sigma` does here."""
+    """
+    The noise level at `factor` times the resolution that hides the picture as much as `sigma` does here (Hoogeboom et al.,
+    simple diffusion, 2023, section 3.1). Both are in [0, 1], of any shape.
+    """
     return factor * sigma / (1 + (factor - 1) * sigma)
 
 
 def unshift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
-    """The inverse of [`shift_sigma`]: the noise level of the state pooled by `factor`."""
+    """The inverse of [`shift_sigma`]: the noise level of the state pooled by `factor`. Both are in [0, 1], of any shape."""
     return sigma / (factor - (factor - 1) * sigma)
 
 
@@ -73,6 +76,8 @@ def sample_sigma(
         batch_size (`int`): How many to draw.
         shift (`float`): The resolution divided by the base resolution; what the scheduler's config holds as `shift`.
         logit_mean (`float`), logit_std (`float`): The normal distribution of `logit(sigma)` at the base level.
+        generator (`torch.Generator`, *optional*): Of `device`; torch's own by default.
+        device (`torch.device` or `str`): Where they are drawn and returned.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)` in (0, 1), float32.
@@ -86,7 +91,12 @@ def sample_sigma(
 
 
 def pool(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """`P`: `(B, C, H, W)` to `(B, C, H / factor, W / factor)` by averaging. `H` and `W` are multiples of `factor`."""
+    """
+    `P`: `(B, C, H, W)` to `(B, C, H / factor, W / factor)` by averaging.
+
+    Raises:
+        `ValueError`: if `factor` does not divide `H` and `W`.
+    """
     if x.shape[-2] % factor or x.shape[-1] % factor:
         raise ValueError(f"`x` is {x.shape[-2]} x {x.shape[-1]}, which `factor={factor}` does not divide.")
     return F.avg_pool2d(x, factor)
@@ -113,7 +123,7 @@ def high_band(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def state_scale(sigma: torch.Tensor, factor: int) -> torch.Tensor:
-    """`n(sigma)`: what a pooled state is divided by to be a state of the low-resolution process."""
+    """`n(sigma)`: what a pooled state is divided by to be a state of the low-resolution process. From `1 / factor` to 1."""
     return (1 - sigma) + sigma / factor
 
 

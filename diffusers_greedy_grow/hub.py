@@ -282,9 +282,11 @@ class HubMixin:
             `ValueError`: if `use_safetensors` is false, or the configuration has entries that the class does not know.
             `OSError`: if there are no safetensors.
         """
-        read_safetensors(kwargs.get("use_safetensors"))
+        refuse_pickles(kwargs.get("use_safetensors"))
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir() or any(folder.rglob("*.bin")):  # else diffusers may look for a pickle, in vain
+        if not folder.is_dir() or any(
+            folder.rglob("*.bin")
+        ):  # or diffusers may look for pickled weights, which it is not to load
             kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
@@ -318,7 +320,8 @@ class HubMixin:
         **kwargs: Any,
     ) -> None:
         """
-        As diffusers has it, but for three traps. A pipeline gives its components what they have arguments for by name.
+        As diffusers has it, but for three traps. Arguments that are not used here have to be named all the same: a pipeline
+        passes on to its components only what their `save_pretrained` names.
 
         Raises:
             `ValueError`: if adapters are attached or fused, whose weights would be under names that do not load.
@@ -326,7 +329,7 @@ class HubMixin:
         given = inspect.signature(super().save_pretrained).bind_partial(save_directory, *args)  # type: ignore[misc]
         safe_serialization = given.arguments.pop("safe_serialization", safe_serialization)
         push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS & kwargs.keys()}
-        write_safetensors(safe_serialization)
+        warn_of_pickles(safe_serialization)
         model: Any = getattr(self, "unet", self)
         if getattr(model, "peft_config", None):
             raise ValueError(
@@ -398,7 +401,7 @@ class HubMixin:
             `HfHubHTTPError`: if the token is missing or wrong or may not write there, before anything is saved.
             [`UploadError`]: if the upload fails; the message names the folder in which all files are.
         """
-        write_safetensors(safe_serialization)
+        warn_of_pickles(safe_serialization)
         if unknown := sorted(card.keys() - {"license", "datasets", "eval_results"}):
             raise TypeError(f"{unknown} are no arguments of `push_to_hub`.")
         if samples is not None and not Path(samples).is_file():
@@ -413,7 +416,7 @@ class ModelHubMixin(HubMixin):
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers has it, which by default looks for a pickle."""
-        read_safetensors(kwargs.get("use_safetensors"))
+        refuse_pickles(kwargs.get("use_safetensors"))
         kwargs["use_safetensors"] = True
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
 
@@ -421,7 +424,7 @@ class ModelHubMixin(HubMixin):
         self, save_directory: str | Path, *args: Any, safe_serialization: bool = True, **kwargs: Any
     ):
         """As diffusers has it."""
-        write_safetensors(safe_serialization)
+        warn_of_pickles(safe_serialization)
         super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
 
 
@@ -442,7 +445,7 @@ def fetch_adapter(
     )
 
 
-def read_safetensors(use_safetensors: bool | None) -> None:
+def refuse_pickles(use_safetensors: bool | None) -> None:
     """Raises a `ValueError` if pickled weights are asked for."""
     if use_safetensors is False:
         raise ValueError(
@@ -450,7 +453,7 @@ def read_safetensors(use_safetensors: bool | None) -> None:
         )
 
 
-def write_safetensors(safe_serialization: bool) -> None:
+def warn_of_pickles(safe_serialization: bool) -> None:
     """Warns that weights are written as safetensors all the same, if pickled ones are asked for."""
     if not safe_serialization:
         logger.warning(

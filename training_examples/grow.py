@@ -34,7 +34,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +42,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import gather_object, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
@@ -98,6 +90,7 @@ from diffusers_greedy_grow.training import (
     check_cpu,
     check_data_dir,
     check_replaced,
+    compute_dtype,
     consolidate,
     describe_parts,
     draw_losses,
@@ -114,6 +107,7 @@ from diffusers_greedy_grow.training import (
     load_captioned_data,
     load_captioned_stream,
     load_checkpoint,
+    make_optimizer,
     name_encoder,
     normalize,
     parse_arguments,
@@ -338,7 +332,6 @@ def make_plan(
 ) -> tuple[list, str]:
     """What each phase will cost, for square pictures, and that as text. No weights are read or allocated."""
     num_processes = args.plan_processes if args.plan and args.plan_processes else accelerator.num_processes
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     with torch.device("meta"):
         if model_args.core is not None:
             model_class, config, _, _ = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)
@@ -362,7 +355,7 @@ def make_plan(
                 phase.batch_size * batches,
                 batches,
                 model_args.max_sequence_length,
-                dtype,
+                compute_dtype(accelerator),
             )
 
         for phase in phases:
@@ -433,7 +426,6 @@ class Run:
     high_res_data: CaptionedPictures | StreamedPictures  # what is seen above the core's resolution
     validation_data: CaptionedPictures
     output_dir: Path
-    interrupt: Interrupt
     plans: dict[str, PhasePlan]  # of each phase, in order
     captions: list[str]  # of the sample grid
     fingerprint: str | None = None  # of all captions, if they are not streamed
@@ -502,7 +494,9 @@ class Run:
         )
 
 
-def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None) -> None:
+def train_phase(
+    run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None, interrupt: Interrupt
+) -> None:
     """Trains one phase, from `checkpoint` on if there is one, and leaves the averaged weights in `pipeline`."""
     accelerator, args, device = run.accelerator, run.args, run.accelerator.device
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
@@ -528,15 +522,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     if train_text:
         groups.append({"name": "text", "params": list(text_encoder.parameters()), "lr": lr})
 
-    optimizer = torch.optim.AdamW(
-        groups, betas=(0.9, args.adam_beta2), weight_decay=args.adam_weight_decay, fused=True
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=min(args.lr_warmup_steps, phase.steps // 10),
-        num_training_steps=phase.steps,
-    )
+    optimizer, lr_scheduler = make_optimizer(args, groups, phase.steps)
     shard(accelerator, module, pipeline)
     model, optimizer, lr_scheduler = accelerator.prepare(module, optimizer, lr_scheduler)
     # What is frozen is its own average.
@@ -565,7 +551,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     # 3. The loop
     def save(step: int) -> Path:
         losses = meter.gather(accelerator)
-        progress = {
+        state = {
             "phase": phase.name,
             "phase_index": phase.index,
             "step": step,
@@ -577,7 +563,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         return save_checkpoint(
             accelerator,
             run.checkpoints,
-            progress,
+            state,
             ema,
             named_parameters,
             losses,
@@ -588,7 +574,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     # The first steps start the data's workers, and compile: they do not tell how fast the others are.
     warmed_up = step + min(5, (phase.steps - step) // 2)
     started = time.perf_counter()
-    progress = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
+    bar = tqdm(total=phase.steps, initial=step, desc=phase.name, disable=not accelerator.is_main_process)
     logged_step, logged_time = step, started
     for micro_step, batch in enumerate(loader):
         with accelerator.accumulate(model):
@@ -636,11 +622,11 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
         ema.step(parameters)
         if args.offload_ema:
             ema.to("cpu")
-        progress.update()
+        bar.update()
         last = step == phase.steps
         # Seldom, or where it waits for the GPU anyway.
         times = (10, args.logging_steps, args.validation_steps, args.checkpointing_steps)
-        interrupted = run.interrupt.noted(accelerator, ask=last or any(step % steps == 0 for steps in times))
+        interrupted = interrupt.noted(accelerator, ask=last or any(step % steps == 0 for steps in times))
 
         if step == min(warmed_up + 20, phase.steps):
             rate = (step - warmed_up) * pictures_per_step / (time.perf_counter() - started)
@@ -653,7 +639,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             means = {"lr": optimizer.param_groups[0]["lr"], **meter.compute(accelerator), **guard.compute()}
             means |= {"memory_gb": memory_in_use(device), "minutes_left": minutes_left(run, phase, step, rate)}
             run.log(phase, step, pictures=step * pictures_per_step, pictures_per_second=rate, **means)
-            progress.set_postfix(
+            bar.set_postfix(
                 loss=f"{means.get('loss', math.nan):.4f}",
                 pictures_per_s=f"{rate:.1f}",
                 memory=f"{means['memory_gb']:.1f} GB",
@@ -672,7 +658,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
             accelerator.end_training()
             if run.publisher is not None:
                 run.publisher.leave()
-            sys.exit(128 + (run.interrupt.signal or signal.SIGTERM))
+            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
         # Not while steps are left out: what made them bad may be in the weights.
         if (step % args.checkpointing_steps == 0 and not guard.skipped_in_a_row) or last:
             save(step)
@@ -688,7 +674,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
                 if run.publisher is not None:
                     run.publisher.push_step(run, phase, step, pipeline)
         logged_time += time.perf_counter() - paused
-    progress.close()
+    bar.close()
 
     # 4. The averaged weights are what the phase has made
     ema.copy_to(parameters)
@@ -697,7 +683,7 @@ def train_phase(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint
     for component in (pipeline.unet, pipeline.text_encoder):
         component.requires_grad_(False).eval()
     record_phase(run, phase, pipeline.unet, phase.steps)
-    accelerator.free_memory(model, optimizer, lr_scheduler, loader)
+    accelerator.free_memory()
 
 
 def train_losses(
@@ -959,7 +945,7 @@ class Publisher:
         folder = uploads / f"{phase.name}-{step}"
         record_phase(run, phase, pipeline.unet, step)
         try:
-            shutil.rmtree(uploads, ignore_errors=True)  # of steps whose upload has failed: this one is newer
+            remove_folder(uploads)  # of steps whose upload has failed: this one is newer
             save_pipeline(pipeline, folder)
             write_card(folder, pipeline, self.repo_id, license=run.args.hub_license)
         except Exception as error:
@@ -1179,18 +1165,8 @@ def find_phases(output_dir: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        step_scheduler_with_optimizer=False,  # it would step once for each process
-        # The others wait while the main process draws samples.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
+    accelerator = set_up(args)
     set_up_sharding(accelerator, args)
-    set_up(accelerator, args.seed)
 
     # 1. The plan
     if model_args.core is not None:
@@ -1255,7 +1231,6 @@ def main(argv: list[str] | None = None) -> None:
         high_res_data=high_res_data,
         validation_data=validation_data,
         output_dir=output_dir,
-        interrupt=Interrupt(),
         plans={plan.name: plan for plan in plans},
         captions=captions,
         fingerprint=None if data_args.streaming else take_fingerprint(train_data, high_res_data, validation_data),
@@ -1307,15 +1282,15 @@ def main(argv: list[str] | None = None) -> None:
     if data_args.text_embeddings_dir is not None:
         run.embeddings = keep_embeddings(run, pipeline)
 
-    # 6. The phases
-    scores = {}
+    # 6. The phases, each of which saves a checkpoint when it is interrupted
+    interrupt, scores = Interrupt(), {}
     for phase in phases[first:]:
         if phase.resolution != pipeline.unet.config.sample_size:
             set_seed(args.seed + phase.stage)  # a resumed run grows the same stage
             # A stream has no first pictures: there it is the held-out ones whose detail is measured.
             data = validation_data if data_args.streaming else high_res_data
             pipeline = grow_pipeline(pipeline, phase, model_args, data)
-        train_phase(run, phase, pipeline, checkpoint)
+        train_phase(run, phase, pipeline, checkpoint, interrupt)
         checkpoint = None
         if accelerator.is_main_process:
             if found := broken.found():

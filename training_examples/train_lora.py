@@ -31,15 +31,13 @@ import signal
 import sys
 import time
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs, ProjectConfiguration
-from diffusers.optimization import get_scheduler
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
 from huggingface_hub.utils import disable_progress_bars
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -70,6 +68,7 @@ from diffusers_greedy_grow.training import (
     check_changes,
     check_cpu,
     check_replaced,
+    compute_dtype,
     draw_losses,
     draw_noise,
     draw_samples,
@@ -81,6 +80,7 @@ from diffusers_greedy_grow.training import (
     leave_signals_to_the_parent,
     load_captioned_data,
     load_checkpoint,
+    make_optimizer,
     normalize,
     parse_lora_arguments,
     read_progress,
@@ -155,8 +155,12 @@ def draw(pipeline: GreedyGrowPipeline, prompts: list[str], args: LoraArguments, 
     """One picture for each prompt, from the same noise each time."""
     generators = sample_generators((args.seed, 1), 0, len(prompts))  # training's begin with (seed, 0)
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    with accelerator.autocast():
-        return pipeline(prompts, generator=generators, **settings).images
+    images = []
+    for start in range(0, len(prompts), 32):
+        some = slice(start, start + 32)
+        with accelerator.autocast():
+            images += pipeline(prompts[some], generator=generators[some], **settings).images
+    return images
 
 
 def publish(output_dir: Path, repo_id: str) -> None:
@@ -179,22 +183,12 @@ def publish(output_dir: Path, repo_id: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_lora_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        step_scheduler_with_optimizer=False,  # it would step once for each process
-        # The others wait while the main process draws samples.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
+    accelerator = set_up(args)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"An adapter does not train with `{accelerator.distributed_type.value}`, nor does it need to, as small as it is: use "
             "`accelerate launch --config_file training_examples/accelerate/ddp.yaml`."
         )
-    set_up(accelerator, args.seed)
     check_cpu(accelerator)
     device = accelerator.device
 
@@ -216,16 +210,10 @@ def main(argv: list[str] | None = None) -> None:
         check_changes(checkpoint, progress["config"], decisive, args.resume_with_changes)
         if progress["step"] > args.max_train_steps:
             raise ValueError(f"{checkpoint} is after the {args.max_train_steps} steps that this run has now.")
-    repo_id = args.hub_model_id or (output_dir.resolve().name if args.push_to_hub else str(output_dir))
-    if args.push_to_hub and accelerator.is_main_process:
-        disable_progress_bars()
-        check_license(args.hub_license)
-        repo_id = prepare_repository(repo_id, private=args.hub_private_repo or None)
 
     # 2. The model, frozen and in low precision if any, with an adapter; and how its resolution trains
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = GreedyGrowPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, torch_dtype=dtype
+        args.pretrained_model_name_or_path, revision=args.revision, torch_dtype=compute_dtype(accelerator)
     ).to(device)
     if pipeline.text_encoder is None:
         raise ValueError(
@@ -247,7 +235,14 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("logit_mean", "logit_std", "loss_weighting")
     )
 
-    # 3. Data, in an order that depends on the seed alone
+    # 3. Where it is published
+    repo_id = args.hub_model_id or (output_dir.resolve().name if args.push_to_hub else str(output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        disable_progress_bars()
+        check_license(args.hub_license)
+        repo_id = prepare_repository(repo_id, private=args.hub_private_repo or None)
+
+    # 4. Data, in an order that depends on the seed alone
     resolution = args.resolution or unet.config.sample_size * (1 if is_grown else 4)
     if resolution % unet.config.sample_size:
         raise ValueError(f"`resolution={resolution}` has to be a multiple of the model's {unet.config.sample_size}.")
@@ -273,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         worker_init_fn=leave_signals_to_the_parent,
     )
 
-    # 4. From here on the folder holds this run
+    # 5. From here on the folder holds this run
     metrics_path = output_dir / "metrics.jsonl"
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -286,19 +281,14 @@ def main(argv: list[str] | None = None) -> None:
             forget_newer(output_dir / "checkpoints", checkpoint)
         write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         rows = {"base": draw(pipeline, prompts, args, accelerator)}  # a new adapter changes nothing
-    accelerator.init_trackers("train_lora")
+    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in config.items()}
+    accelerator.init_trackers("train_lora", config=plain)
 
-    # 5. What trains
+    # 6. What trains
     trained, everything = sum(parameter.numel() for parameter in parameters), unet.num_parameters()
     logger.info(f"{len(train_data)} pictures; {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters train.")
-    betas, weight_decay = (0.9, args.adam_beta2), args.adam_weight_decay
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, weight_decay=weight_decay, fused=True)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=min(args.lr_warmup_steps, args.max_train_steps // 10),
-        num_training_steps=args.max_train_steps,
-    )
+    groups = [{"params": parameters, "lr": args.learning_rate}]
+    optimizer, lr_scheduler = make_optimizer(args, groups, args.max_train_steps)
     keep_the_base_out_of_checkpoints(accelerator, unet)
     model, optimizer, lr_scheduler, loader = accelerator.prepare(unet, optimizer, lr_scheduler, loader)
     guard = GradientGuard(args.spike_factor, args.max_skipped_steps)
@@ -311,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         ema, meter = EMAModel(parameters, decay=args.ema_decay, foreach=True), LossMeter()
     ema.to(device)
 
-    # 6. The loop
+    # 7. The loop
     def draw_grid() -> None:
         with averaged(ema, parameters):
             rows["LoRA"] = draw(pipeline, prompts, args, accelerator)
@@ -386,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
             logged_time += time.perf_counter() - paused
     bar.close()
 
-    # 7. The averaged weights are what the run has made
+    # 8. The averaged weights are what the run has made
     if accelerator.is_main_process:
         draw_grid()
         draw_losses(metrics_path, output_dir / "loss.png")

@@ -37,9 +37,9 @@ class GreedyGrowOutput(UNet2DConditionOutput):
         sample (`torch.Tensor` of shape `(B, C, H, W)`):
             The flow velocity `u = e - x0` at the given state.
         pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`):
-            The clean picture that the network predicts; `sample` is computed from it.
+            The clean picture that the network predicts; `sample` is computed from it. Our models always give it.
         features (`torch.Tensor` of shape `(B, D, h, w)`):
-            The last features before the exit, which a growth stage around this model starts from.
+            The last features before the exit, which a growth stage around this model starts from. Always given, too.
     """
 
     pred_original_sample: torch.Tensor | None = None
@@ -77,8 +77,8 @@ def in_precision_of(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """
-    Nothing where there is no autocast to begin with, as on the meta device: entering it for each norm takes longer than a small
-    norm. Compiled code does not ask, which breaks graphs up to torch 2.11.
+    Turns autocast off; does nothing where there is none, as on the meta device, since turning it off takes longer than a small
+    norm does. Compiled code does not ask whether there is: up to torch 2.11 that breaks graphs.
     """
     if device_type == "meta":
         return nullcontext()

@@ -26,6 +26,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from diffusers.models.normalization import RMSNorm
 from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub.errors import HTTPError
@@ -73,7 +74,7 @@ class GrowthStage(nn.Module):
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(256, temb_channels)
         if cross_attention_dim is not None:
-            self.norm_text = nn.RMSNorm(cross_attention_dim, eps=1e-6)
+            self.norm_text = RMSNorm(cross_attention_dim, eps=1e-6)
             self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
         seen_channels = in_channels + (out_channels if self.preserves else 0)
         self.encoder = GrowthEncoder(seen_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
@@ -103,8 +104,10 @@ class GrowthStage(nn.Module):
             return temb
         if encoder_attention_mask is not None:
             encoder_hidden_states = encoder_hidden_states * encoder_attention_mask.to(dtype).unsqueeze(-1)
-        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it.
-        return temb + self.text_proj(self.norm_text(encoder_hidden_states.sum(dim=1)))
+        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it. In float32: float16
+        # has no numbers for the sums that some encoders' outliers come to.
+        text = self.norm_text(encoder_hidden_states.sum(dim=1, dtype=torch.float32))
+        return temb + self.text_proj(text.to(dtype))
 
     def forward(
         self,
@@ -131,8 +134,8 @@ class GrowthStage(nn.Module):
             detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb, *text)
             return detail.to(sample.dtype), features
 
-        # 1. What is inside, on the state of its own level, which is all that it hears. To add the encoder's features to its
-        # first ones, from zero on, undid what it had learned as soon as all trained, and cost an eighth of the loss.
+        # 1. The inner model, on the state of its own level and nothing else. Encoder features added to its first ones, with a
+        # weight that starts at zero, undid what it had learned as soon as everything trained: an eighth of the loss.
         pred_original_sample, features = inner(*inner_state, None)
 
         # 2. Around it: detail, drawn from the state and from the picture so far. By a device map, that may come from another device
@@ -154,7 +157,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean picture
         x0_hat = S x0_in + detail(x, S x0_in, features, sigma)
 
-    where `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, to the bit of
+    where `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, up to
     rounding. With `init="random"`, the paper's recipe, the first stage has no such side path: its encoder feeds the
     core's transformer, its decoder alone draws the picture, and entry, exit and residual blocks of the core are gone.
 
@@ -469,9 +472,9 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
             num_stages (`int`, *optional*):
-                How many of the growth stages take part, from the innermost; all by default. Stages that do not add no
-                detail: with 0, the prediction is `U x0_in`, the core's own. What a state of high noise deserves, in
-                which detail cannot be seen yet, at a fraction of the cost.
+                How many of the growth stages take part, from the innermost; all by default. The others add no detail:
+                with 0, the prediction is `U x0_in`, the core's own. For states of high noise, in which detail cannot be
+                seen yet, that is enough, at a fraction of the cost.
             negative_encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
                 Text to steer away from, at the core's resolution: the core answers for it as well, and the stages
                 around it go on from what `guide` makes of its two answers.
@@ -502,9 +505,10 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         if (guide is None) != (negative_encoder_hidden_states is None):
             raise ValueError("`guide` and `negative_encoder_hidden_states` need each other: pass both or neither.")
         if not self.stages[0].preserves and (num_stages == 0 or guide is not None):
+            argument = "`num_stages=0`" if num_stages == 0 else "`guide`"
             raise ValueError(
-                f"`num_stages={num_stages}` and `guide={guide}`: the core of a model grown with `init='random'` draws no "
-                "pictures of its own. Run all stages, and for either text."
+                f"{argument} asks the core for a picture, but that of a model grown with `init='random'` draws no pictures of "
+                "its own. Run all stages, once for each text."
             )
         if guide is not None:
             check_text(

@@ -24,7 +24,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 
-from ..hub import fetch_adapter, read_safetensors, write_safetensors
+from ..hub import fetch_adapter, refuse_pickles, warn_of_pickles
 from ..models.growable_unet_2d_condition import map_to_core
 
 
@@ -67,7 +67,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
             `ValueError`: if `use_safetensors` is false.
             `OSError`: if there is no such file.
         """
-        read_safetensors(kwargs.pop("use_safetensors", None))
+        refuse_pickles(kwargs.pop("use_safetensors", None))
         state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
         if kwargs:
             raise TypeError(f"{sorted(kwargs)} are no arguments of loading LoRA weights.")
@@ -155,7 +155,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
                 The adapter's configuration; without it, `lora_alpha` is lost. What
                 `diffusers.training_utils._collate_lora_metadata({"unet": pipeline.unet})` returns holds it.
         """
-        write_safetensors(safe_serialization)
+        warn_of_pickles(safe_serialization)
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers={"unet": unet_lora_layers},

@@ -354,8 +354,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 Their masks.
 
         Returns:
-            `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`; the
-            last two `None` without guidance.
+            `prompt_embeds` `(B, L, D)`, `prompt_attention_mask` `(B, L)`, bool, `negative_prompt_embeds` and
+            `negative_prompt_attention_mask` of the same shapes, where `B` counts pictures; the last two `None` without
+            guidance.
         """
         device = device or self._execution_device
         if prompt_embeds is None:
@@ -533,6 +534,10 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         """
         The noise levels, of the model's own resolution, at which the growth stages join in, the innermost first; see
         `core_first` of `__call__`.
+
+        Raises:
+            `ValueError`: if `core_first` is neither `"auto"`, a number in (0, 1] nor None; if it is `"auto"` and the pipeline
+            lacks `detail_variances`; or if the core draws no pictures of its own.
         """
         sizes = self.unet.sample_sizes
         if core_first is None:

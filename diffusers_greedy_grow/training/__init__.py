@@ -51,10 +51,11 @@ from .data import (
 from .loop import (
     GradientGuard,
     Interrupt,
-    TqdmHandler,
     averaged,
     check_cpu,
+    compute_dtype,
     leave_signals_to_the_parent,
+    make_optimizer,
     multiplies_bfloat16,
     save_interrupted,
     set_attention_backend,

@@ -20,7 +20,6 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import yaml
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -153,65 +152,6 @@ class ModelArguments:
 
 
 @dataclass
-class GrowthArguments:
-    """What trains for how long. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
-
-    plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
-    plan_processes: int | None = field(
-        default=None, metadata={"help": "Plan for so many processes; by default for those of this launch."}
-    )
-    core_steps: int = field(default=1600, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
-    detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
-    joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
-    train_batch_size: list[int] = field(
-        default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
-    )
-    learning_rate: list[float] = field(
-        default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
-    )
-    core_lr_scale: float | None = field(
-        default=None,
-        metadata={"help": "Joint phase: the inner model's rate, relative; by default .3, from scratch 1."},
-    )
-    offload_ema: bool = field(
-        default=False,
-        metadata={"help": "Keep that average in the CPU's memory, from where it is fetched in every step: slow."},
-    )
-    logit_mean: list[float] = field(
-        default_factory=lambda: [1.0, -0.7],
-        metadata={
-            "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
-            "are over the first one's levels, whichever resolution trains."
-        },
-    )
-    logit_std: list[float] = field(
-        default_factory=lambda: [1.0, 1.3], metadata={"help": "Its standard deviation, at each resolution."}
-    )
-    loss_weighting: list[str] = field(
-        default_factory=lambda: ["velocity", "clean"],
-        metadata={
-            "help": f"By what error, or weight of noise levels, each resolution trains: {', '.join(WEIGHTINGS)}."
-        },
-    )
-    low_res_loss_weight: float = field(
-        default=0.0,
-        metadata={"help": "Joint phase: the weight of an extra loss on pictures pooled to the inner resolution."},
-    )
-    low_res_share: float = field(
-        default=0.0,
-        metadata={"help": "Joint phase: the share of a batch that only the inner model sees, at its resolution."},
-    )
-    sample_steps: int | None = field(
-        default=None, metadata={"help": "Also draw the captions of the sample grid after every so many steps."}
-    )
-    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
-    hub_steps: int | None = field(
-        default=None,
-        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
-    )
-
-
-@dataclass
 class LoopArguments:
     """What every training loop has."""
 
@@ -270,8 +210,62 @@ class LoopArguments:
 
 
 @dataclass
-class TrainingArguments(GrowthArguments, LoopArguments):
-    """How to train; of `grow.py`."""
+class TrainingArguments(LoopArguments):
+    """What trains for how long. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
+
+    plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
+    plan_processes: int | None = field(
+        default=None, metadata={"help": "Plan for so many processes; by default for those of this launch."}
+    )
+    core_steps: int = field(default=1600, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
+    detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
+    joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
+    train_batch_size: list[int] = field(
+        default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
+    )
+    learning_rate: list[float] = field(
+        default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
+    )
+    core_lr_scale: float | None = field(
+        default=None,
+        metadata={"help": "Joint phase: the inner model's rate, relative; by default .3, from scratch 1."},
+    )
+    offload_ema: bool = field(
+        default=False,
+        metadata={"help": "Keep that average in the CPU's memory, from where it is fetched in every step: slow."},
+    )
+    logit_mean: list[float] = field(
+        default_factory=lambda: [1.0, -0.7],
+        metadata={
+            "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
+            "are over the first one's levels, whichever resolution trains."
+        },
+    )
+    logit_std: list[float] = field(
+        default_factory=lambda: [1.0, 1.3], metadata={"help": "Its standard deviation, at each resolution."}
+    )
+    loss_weighting: list[str] = field(
+        default_factory=lambda: ["velocity", "clean"],
+        metadata={
+            "help": f"By what error, or weight of noise levels, each resolution trains: {', '.join(WEIGHTINGS)}."
+        },
+    )
+    low_res_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "Joint phase: the weight of an extra loss on pictures pooled to the inner resolution."},
+    )
+    low_res_share: float = field(
+        default=0.0,
+        metadata={"help": "Joint phase: the share of a batch that only the inner model sees, at its resolution."},
+    )
+    sample_steps: int | None = field(
+        default=None, metadata={"help": "Also draw the captions of the sample grid after every so many steps."}
+    )
+    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
+    hub_steps: int | None = field(
+        default=None,
+        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
+    )
 
 
 @dataclass(kw_only=True)
@@ -374,17 +368,22 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
     for owner, name, low, high in rules:
         value = getattr(owner, name)
         if not all(one is None or low <= one <= high for one in (value if isinstance(value, list) else [value])):
-            parser.error(f"--{name} {value}: has to be from {low} to {high}.")
+            span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            parser.error(f"--{name} {value}: has to be {span}.")
 
 
 def check_common(parser: HfArgumentParser, pictures: PictureArguments, loop: LoopArguments) -> None:
     """Stops at a value that no training can have."""
-    counts = ("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "num_inference_steps")
-    for name in (*counts, "gradient_accumulation_steps"):
-        if getattr(loop, name) < 1:
-            parser.error(f"--{name} {getattr(loop, name)}: has to be at least 1.")
     check_ranges(
         parser,
+        (loop, "train_batch_size", 1, math.inf),
+        (loop, "learning_rate", 0, math.inf),
+        (loop, "validation_steps", 1, math.inf),
+        (loop, "logging_steps", 1, math.inf),
+        (loop, "checkpointing_steps", 1, math.inf),
+        (loop, "checkpoints_total_limit", 1, math.inf),
+        (loop, "num_inference_steps", 1, math.inf),
+        (loop, "gradient_accumulation_steps", 1, math.inf),
         (loop, "ema_decay", 0, 1),
         (loop, "adam_beta2", 0, 1),
         (pictures, "caption_dropout", 0, 1),
@@ -439,17 +438,12 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     except ValueError:
         parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
     check_common(parser, data, training)
-    for name in ("validation_steps", "train_batch_size"):
-        if np.min(getattr(training, name)) < 1:
-            parser.error(f"--{name} {getattr(training, name)}: has to be at least 1.")
     if training.core_lr_scale is None:
         training.core_lr_scale = 0.3 if model.core is not None or training.core_steps else 1.0
-    for name in ("core_steps", "detail_steps", "joint_steps", "learning_rate", "core_lr_scale", "logit_std"):
-        if np.min(getattr(training, name), initial=0) < 0:
-            parser.error(f"--{name} {getattr(training, name)}: cannot be negative.")
     check_ranges(
         parser,
         (data, "shapes_objects", 1, 3),
+        (data, "num_high_res_pictures", 1, math.inf),
         (data, "num_validation_pictures", 0, math.inf),
         (data, "num_scored_pictures", 0, math.inf),
         (data, "shuffle_buffer_size", 1, math.inf),
@@ -458,7 +452,13 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
         (training, "plan_processes", 1, math.inf),
+        (training, "core_steps", 0, math.inf),
+        (training, "detail_steps", 0, math.inf),
+        (training, "joint_steps", 0, math.inf),
+        (training, "core_lr_scale", 0, math.inf),
+        (training, "logit_std", 0, math.inf),
         (training, "sample_steps", 1, math.inf),
+        (training, "hub_steps", 1, math.inf),
         (training, "low_res_loss_weight", 0, math.inf),
         (training, "low_res_share", 0, 0.9),
     )
@@ -474,8 +474,6 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
                 f"--low_res_share {training.low_res_share}: of --train_batch_size {batch_size} that is none or all; take a larger "
                 "batch or another share."
             )
-    if data.num_high_res_pictures is not None and data.num_high_res_pictures < 1:
-        parser.error(f"--num_high_res_pictures {data.num_high_res_pictures}: has to be at least 1.")
     if data.has_high_res_data and (data.on_shapes or data.num_high_res_pictures is not None):
         parser.error(
             "--high_res_dataset_name and --high_res_data_dir need --dataset_name or --train_data_dir for the core, and no "
@@ -498,8 +496,6 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
             parser.error(f'--aspect_ratio_buckets {data.aspect_ratio_buckets}: {error} Write "64,64;48,80;80,48".')
     if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
-    if training.hub_steps is not None and training.hub_steps < 1:
-        parser.error(f"--hub_steps {training.hub_steps}: has to be at least 1.")
     if training.hub_steps is not None and not training.push_to_hub:
         parser.error("--hub_steps needs --push_to_hub.")
     if not {*training.loss_weighting} <= {*WEIGHTINGS}:
@@ -519,10 +515,7 @@ def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
     """The arguments of `train_lora.py`, checked as far as they can be without the model."""
     parser, (args,) = parse_dataclasses((LoraArguments,), argv, description)
     check_common(parser, args, args)
-    counts = ("rank", "max_train_steps", "train_batch_size", "validation_steps")
-    check_ranges(parser, *((args, name, 1, math.inf) for name in counts), (args, "learning_rate", 0, math.inf))
-    if args.resolution is not None:
-        check_ranges(parser, (args, "resolution", 1, math.inf))
+    check_ranges(parser, *((args, name, 1, math.inf) for name in ("rank", "max_train_steps", "resolution")))
     if args.loss_weighting not in (None, *WEIGHTINGS):
         parser.error(f"--loss_weighting {args.loss_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
     return args

@@ -262,7 +262,7 @@ def load_checkpoint(
         for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base_lr * factor(scheduler.last_epoch)
     accelerator.step = 0  # of gradient accumulation, which may be another one now
-    ema = EMAModel([parameter for _, parameter in named_parameters], decay=ema_decay, foreach=not accelerator.is_fsdp2)
+    ema = EMAModel([], decay=ema_decay, foreach=not accelerator.is_fsdp2)
     with safe_open(checkpoint / "ema.safetensors", framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         if shapes != {name: tuple(parameter.shape) for name, parameter in named_parameters}:

@@ -319,7 +319,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
         captions, good = list(rows["text"]), []
-        # By themselves, since all of them are read now, but pictures one by one.
+        # Counted apart from broken pictures, which are met one by one: captions are all read now.
         broken_captions = BrokenRows(self.broken.path, self.broken.max_share)
         broken_captions.read = len(captions)
         for i, caption in enumerate(captions):

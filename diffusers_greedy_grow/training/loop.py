@@ -25,16 +25,19 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import ModelMixin
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from .arguments import LoopArguments
 from .checkpoints import sorted_checkpoints
 from .sharding import gather
 
@@ -42,22 +45,52 @@ from .sharding import gather
 logger = get_logger(__name__)
 
 
-def set_up(accelerator: Accelerator, seed: int) -> None:
-    """Logs above the progress bars, and seeds."""
+def set_up(args: LoopArguments) -> Accelerator:
+    """What places and launches the run, by its arguments and `accelerate launch`'s. Logs above the progress bars, and seeds."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+        step_scheduler_with_optimizer=False,  # it would step once for each process
+        # The others wait while the main process draws samples.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
     logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler()])
     for name in ("accelerate", "httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    set_seed(seed)
+    set_seed(args.seed)
     if accelerator.mixed_precision == "bf16":
         # Else torch's own attention (`_native_math`, the fastest on a CPU) converts to float32 and back.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return accelerator
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """That of `mixed_precision`."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def make_optimizer(
+    args: LoopArguments, groups: list[dict], num_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW for parameter `groups`, each with its peak `lr`, and the schedule of their rates over `num_steps`."""
+    betas = (0.9, args.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=args.adam_weight_decay, fused=True)
+    warmup_steps = min(args.lr_warmup_steps, num_steps // 10)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps
+    )
+    return optimizer, lr_scheduler
 
 
 def check_cpu(accelerator: Accelerator) -> None:
     """Warns of what would make training on a CPU slow."""
     if accelerator.device.type != "cpu":
         return
-    threads, cores = torch.get_num_threads() * accelerator.num_processes, os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads() * accelerator.num_processes
     if threads < cores:
         logger.warning(
             f"Training on {threads} of {cores} CPU cores, since `accelerate launch` asks for one thread per process: "

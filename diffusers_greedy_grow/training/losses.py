@@ -114,7 +114,7 @@ def flow_loss(
             One of [`WEIGHTINGS`]: the error of the `"velocity"`, that of the `"clean"` picture, that of the noise times the
             `"sigmoid"` of minus the log-SNR (Hoogeboom et al., simpler diffusion, 2024), or `"sigma_sqrt"` and `"cosmap"`
             (Esser et al., SD3, 2024, section 3.1).
-        low_res_weight (`float`, defaults to 0): Of an extra loss on what is left after pooling by `band_factor`.
+        low_res_weight (`float`, defaults to 0): The weight of an extra loss, on the error pooled by `band_factor`.
         num_stages (`int`, *optional*):
             How many stages of a grown model take part; with fewer than all, only the pooled pictures are trained on.
         conditions: `encoder_hidden_states` and `encoder_attention_mask`.

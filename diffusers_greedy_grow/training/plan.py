@@ -73,7 +73,7 @@ def plan_phase(
     resolution: int,
     steps: int,
     batch_size: int,
-    num_processes: int,
+    batches_per_step: int,
     num_tokens: int,
     dtype: torch.dtype = torch.float32,
 ) -> PhasePlan:
@@ -103,7 +103,7 @@ def plan_phase(
         resolution=resolution,
         steps=steps,
         batch_size=batch_size,
-        process_batch_size=batch_size // num_processes,
+        process_batch_size=batch_size // batches_per_step,
         parameters=parameters,
         trained_parameters=trained,
         train_flops=train_flops,

@@ -62,11 +62,12 @@ class TrainedModel(torch.nn.Module):
         sample: torch.Tensor,
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         **kwargs,
     ):
         if self.text_encoder is not None:
+            assert encoder_attention_mask is not None
             attention_mask = encoder_attention_mask.long()
             encoder_hidden_states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
         return self.unet(sample, timestep, encoder_hidden_states, encoder_attention_mask, **kwargs)
@@ -140,8 +141,8 @@ def consolidate(accelerator: Accelerator, model: TrainedModel, pipeline: Diffusi
 
 def reshard(model: TrainedModel) -> None:
     """
-    Drops what FSDP has gathered and kept. To be called after forward passes without backward pass if parameters change then
-    by anything but a step of the optimizer: the next forward pass would go by the old ones.
+    Drops the whole weights that FSDP has gathered and kept after a forward pass without a backward pass. Without this, the
+    next forward pass would use them even if parameters have been changed since, by anything but the optimizer.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -58,9 +58,9 @@ def build_small_text_encoder(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 2
 ) -> T5EncoderModel:
     """
-    A T5 encoder of `num_layers` layers and `hidden_size` channels with random weights. Words are three times as large as T5
-    has them, so that what its layers add does not bury them: a core has no use for words that say what only shows at a higher
-    resolution, but the stages around it will.
+    A T5 encoder of `num_layers` layers and `hidden_size` channels with random weights. Its word embeddings are three times as
+    large as T5's, so that what its layers add does not bury the words: it trains with the core, which has no use for words
+    about what only shows at a higher resolution, but the stages around it will need them.
     """
     config = T5Config(
         vocab_size=len(tokenizer),

@@ -26,9 +26,9 @@ from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionMod
 from diffusers_greedy_grow.flow import descend, enlarge, expand, pool, upsample
 from diffusers_greedy_grow.models.blocks import TextCache
 from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
-from diffusers_greedy_grow.training import flow_loss
+from diffusers_greedy_grow.training import TrainedModel, encode_captions, flow_loss, tokenize_captions
 
-from ..testing_utils import TEXT_DIM, make_core, make_grown, make_inputs, make_pipeline, randomize
+from ..testing_utils import CAPTIONS, TEXT_DIM, make_core, make_grown, make_inputs, make_pipeline, randomize
 
 
 def inner_answer(inner, inputs: dict, factor: int) -> torch.Tensor:
@@ -51,6 +51,27 @@ def train(model, steps: int = 3, size: int = 32, lr: float = 1e-2):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Parts of the model
+
+
+@torch.no_grad()
+def test_a_stage_hears_all_of_a_long_text_in_float16():
+    """Whose sum float16 has no number for."""
+    stage = make_grown().stages[0]
+    text, mask = 600 * (1 + torch.rand(1, 128, TEXT_DIM)), torch.ones(1, 128, dtype=torch.bool)
+    expected = stage.embed(torch.tensor([500.0]), text, mask, torch.float32)
+    temb = stage.half().embed(torch.tensor([500.0]), text.half(), mask, torch.float16)
+    assert temb.dtype == torch.float16
+    torch.testing.assert_close(temb.float(), expected, atol=5e-3, rtol=5e-3)
+
+
+@torch.no_grad()
+def test_a_text_encoder_that_trains_says_what_it_says_in_the_pipeline():
+    pipeline, inputs, device = make_pipeline(), make_inputs(batch_size=3), torch.device("cpu")
+    state = inputs["sample"], inputs["timestep"]
+    tokens = tokenize_captions(pipeline, CAPTIONS, device)
+    embeddings = encode_captions(pipeline, pipeline.text_encoder, CAPTIONS, device)
+    trained = TrainedModel(pipeline.unet, pipeline.text_encoder)(*state, **tokens).sample
+    torch.testing.assert_close(trained, TrainedModel(pipeline.unet)(*state, **embeddings).sample)
 
 
 @torch.no_grad()

@@ -155,6 +155,20 @@ def test_unconditional():
             pipeline(**{name: "a circle"})
 
 
+def test_the_state_is_in_float32_whatever_the_model_is_in():
+    pipeline = make_pipeline(make_grown()).to(torch.bfloat16)
+    states, timesteps = [], []
+
+    def keep(model, args):
+        states.append(args[0])
+        timesteps.append(args[1])
+
+    pipeline.unet.register_forward_pre_hook(keep)
+    draw(pipeline, PROMPTS[0], num_inference_steps=7)
+    assert {value.dtype for value in (*states, *timesteps)} == {torch.float32}
+    assert [value[0].item() for value in timesteps] == pytest.approx(pipeline.scheduler.timesteps.tolist())
+
+
 def test_callback(pipeline):
     seen = []
 

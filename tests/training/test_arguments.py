@@ -48,7 +48,7 @@ def test_values_for_each_resolution_or_stage(tmp_path):
         ("--train_data_dir x --high_res_dataset_name y --high_res_data_dir z", "--high_res_data_dir z: name only one"),
         ("--aspect_ratio_buckets 16x16", '--aspect_ratio_buckets 16x16: .* Write "64,64;48,80;80,48"'),
         ("--max_broken_share 1", "--max_broken_share 1.0: has to be from 0 to 0.99"),
-        ("--shuffle_buffer_size 0", "--shuffle_buffer_size 0: has to be from 1"),
+        ("--shuffle_buffer_size 0", "--shuffle_buffer_size 0: has to be at least 1"),
         ("--text_embeddings_dir x", "--text_embeddings_dir needs a text encoder that does not train"),
     ],
 )
@@ -67,7 +67,7 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"resolutions": [0, 64]}, r"--resolutions \[0, 64\]"),
         ({"ema_decay": 1.5}, "--ema_decay 1.5: has to be from 0 to 1"),
         ({"caption_dropout": 2}, "--caption_dropout 2.0: has to be from 0 to 1"),
-        ({"max_sequence_length": 0}, "--max_sequence_length 0: has to be from 1"),
+        ({"max_sequence_length": 0}, "--max_sequence_length 0: has to be at least 1"),
         ({"core_revision": "core"}, "--core_revision core: needs --core"),
         ({"hub_steps": 5}, "--hub_steps needs --push_to_hub"),
         ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
@@ -81,9 +81,9 @@ def test_data_that_cannot_be_had(flags, message, capsys):
             {"loss_weighting": ["velocity", "snr"]},
             r"--loss_weighting .* choose of velocity, clean, sigmoid, sigma_sqrt, cosmap",
         ),
-        ({"joint_steps": -3}, r"--joint_steps \[-3\]: cannot be negative"),
+        ({"joint_steps": -3}, r"--joint_steps \[-3\]: has to be at least 0"),
         ({"train_batch_size": [4, 0]}, r"--train_batch_size \[4, 0\]: has to be at least 1"),
-        ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: cannot be negative"),
+        ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: has to be at least 0"),
         ({"num_inference_steps": 0}, "--num_inference_steps 0: has to be at least 1"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant: choose one of linear, cosine"),
@@ -94,7 +94,7 @@ def test_data_that_cannot_be_had(flags, message, capsys):
             {"low_res_share": 0.5, "init": "random"},
             "--low_res_share 0.5: with --init random, the core draws no pictures",
         ),
-        ({"sample_steps": 0}, "--sample_steps 0: has to be from 1"),
+        ({"sample_steps": 0}, "--sample_steps 0: has to be at least 1"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

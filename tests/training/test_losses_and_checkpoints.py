@@ -24,6 +24,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
@@ -146,6 +147,12 @@ def test_gradient_guard():
         assert one.accept(9) and one.skipped_in_a_row == 0 and one.skipped_steps == 3
 
 
+def test_the_gradient_guard_remembers_a_hundred_norms():
+    guard = GradientGuard(factor=10, limit=2)
+    assert all(guard.accept(norm) for norm in [1.0] * 60 + [5.0] * 40) and not guard.accept(11)
+    assert all(guard.accept(5.0) for _ in range(30)) and guard.accept(11)
+
+
 @pytest.mark.parametrize("max_grad_norm,step", [(0.5, 0.5), (0, 4.0)])
 def test_clipping(max_grad_norm, step, tmp_path):
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -217,6 +224,12 @@ def test_checkpoints(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match="a moving average of other parameters"):
         load_checkpoint(accelerator, path, named[1:], 0.9)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="`mixed_precision='fp16'`.* no scale of the loss"),
+    ):
+        patch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
+        load_checkpoint(accelerator, path, named, 0.9)
 
     # What was cut off in the middle of being saved or removed is no checkpoint.
     (tmp_path / "checkpoints" / ".grown-32-6.tmp").mkdir()
@@ -326,7 +339,7 @@ def test_plan_counts_without_weights():
     with torch.device("meta"):
         core = ShallowUNet2DModel(16, patch_size=4, hidden_size=64, num_layers=4, num_attention_heads=4)
         grown = GrowableUNet2DConditionModel.from_core(core, 64, block_out_channels=(16, 32))
-    plan = plan_phase("core", core, 16, steps=10, batch_size=8, num_processes=1, num_tokens=12)
+    plan = plan_phase("core", core, 16, steps=10, batch_size=8, batches_per_step=1, num_tokens=12)
     assert plan.parameters == plan.trained_parameters == core.num_parameters()
     # Linear layers dominate: 2 operations per weight and token forward, twice that backward.
     block = core.transformer_blocks[0]
@@ -338,9 +351,9 @@ def test_plan_counts_without_weights():
     assert plan.pictures == 80 and plan.flops == 80 * plan.train_flops
 
     grown.freeze_core()
-    detail = plan_phase("grown-64-detail", grown, 64, steps=10, batch_size=8, num_processes=1, num_tokens=12)
+    detail = plan_phase("grown-64-detail", grown, 64, steps=10, batch_size=8, batches_per_step=1, num_tokens=12)
     grown.unfreeze_core()
-    joint = plan_phase("grown-64", grown, 64, steps=10, batch_size=8, num_processes=2, num_tokens=12)
+    joint = plan_phase("grown-64", grown, 64, steps=10, batch_size=8, batches_per_step=2, num_tokens=12)
     assert detail.trained_parameters < joint.trained_parameters == grown.num_parameters()
     # The frozen core costs its forward pass only.
     assert joint.train_flops - detail.train_flops > 1.8 * plan.forward_flops
@@ -384,18 +397,38 @@ def test_sample_grid(tmp_path):
     }
     draw_samples(rows, ["a red square", "a caption of many words that takes several lines"], tmp_path / "s.png")
     grid = Image.open(tmp_path / "s.png")
-    colors = {color for _, color in grid.getcolors(100000)}
-    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)} <= colors
+    for x, y, color in ((0, 0, (255, 0, 0)), (1, 0, (0, 128, 0)), (0, 1, (0, 0, 255)), (1, 1, (0, 0, 0))):
+        assert grid.getpixel((96 + 132 * x + 64, 132 * y + 64)) == color  # over its own caption
     assert grid.height > 2 * 128 + 14 and [path.name for path in tmp_path.iterdir()] == ["s.png"]
 
 
-def test_loss_curves(tmp_path):
-    records = [{"phase": phase, "step": step, "loss": math.exp(-step), "loss_low": 0.1, "loss_high": 0.2}
-               for phase in ("core", "grown-64") for step in (1, 2, 3)]  # fmt: skip
-    records.append({"phase": "core", "step": 3, "val_loss": 0.5, "val_loss_low": 0.2, "val_loss_high": 0.3})
+def test_loss_curves(tmp_path, monkeypatch):
+    """Each is what its label says, and dots have the colour of the curve whose held-out loss they are."""
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or savefig(figure, *args, **kw)
+    )
+    trained = {"loss": 3.0, "loss_low": 1.0, "loss_high": 2.0, "loss_sigma_0.0_0.3": 4.0}
+    held_out = {"val_loss_low": 1.5, "val_low_noise_loss_low": 8.0, "val_low_noise_loss_high": 9.0}
+    records = [
+        {"phase": phase, "step": 5, **values} for phase in ("core", "grown-64") for values in (trained, held_out)
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size[0] > 1000
+    above, _, below, _ = figures[0].axes
+    assert above.get_title() == "core"
+    lines = {line.get_label(): line for axis in (above, below) for line in axis.lines}
+    (dots,) = [line for label, line in lines.items() if label.startswith("_")]
+    assert dots.get_ydata() == [1.5] and dots.get_color() == lines["low band"].get_color()
+    assert {label: line.get_ydata()[0] for label, line in lines.items() if line is not dots} == {
+        "loss": 3,
+        "low band": 1,
+        "high band": 2,
+        "noise 0.0 to 0.3": 4,
+        "low band, noise 0.02 to 0.3, held out": 8,
+        "high band, noise 0.02 to 0.3, held out": 9,
+    }
 
 
 def test_a_folder_may_be_a_link_to_a_larger_disk(tmp_path):

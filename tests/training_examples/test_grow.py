@@ -192,6 +192,14 @@ def test_growing_starts_from_the_averages_and_the_detail_phase_leaves_them_alone
         assert torch.equal(texts[1][name], value) and torch.equal(texts[2][name], value)
 
 
+def test_a_phase_leaves_its_averages(finished):
+    checkpoint = finished[0] / "checkpoints" / "grown-16-6"
+    averages, last = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
+    saved = weights(finished[0] / "grown-16")
+    assert all(torch.equal(averages[f"unet.{name}"], weight) for name, weight in saved.items())
+    assert not all(torch.equal(last[f"unet.{name}"], weight) for name, weight in saved.items())
+
+
 def test_metrics_and_pictures(finished):
     output_dir, log = finished
     metrics = read_metrics(output_dir)
@@ -692,14 +700,6 @@ def test_noise_levels_for_each_resolution(finished, data, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A given core
-
-
-def test_a_phase_leaves_its_averages(finished):
-    checkpoint = finished[0] / "checkpoints" / "grown-16-6"
-    averages, last = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
-    saved = weights(finished[0] / "grown-16")
-    assert all(torch.equal(averages[f"unet.{name}"], weight) for name, weight in saved.items())
-    assert not all(torch.equal(last[f"unet.{name}"], weight) for name, weight in saved.items())
 
 
 def test_a_core_without_text_is_refused(tmp_path):

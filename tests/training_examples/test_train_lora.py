@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -41,6 +41,7 @@ from diffusers_greedy_grow.training import parse_lora_arguments
 from diffusers_greedy_grow.training.shapes import Scene, ShapeObject
 from training_examples.train_lora import main
 
+from ..testing_utils import make_core
 from .test_grow import LAUNCHER, environment, launch, read_metrics, to_flags
 
 
@@ -286,8 +287,11 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
     "arguments,message",
     [
         ([], "required: --pretrained_model_name_or_path"),
-        (["--pretrained_model_name_or_path", "x", "--rank", "0"], "--rank 0: has to be from 1"),
-        (["--pretrained_model_name_or_path", "x", "--max_train_steps", "0"], "--max_train_steps 0: has to be from 1"),
+        (["--pretrained_model_name_or_path", "x", "--rank", "0"], "--rank 0: has to be at least 1"),
+        (
+            ["--pretrained_model_name_or_path", "x", "--max_train_steps", "0"],
+            "--max_train_steps 0: has to be at least 1",
+        ),
         (["--pretrained_model_name_or_path", "x", "--logging_steps", "0"], "--logging_steps 0: has to be at least 1"),
         (
             ["--pretrained_model_name_or_path", "x", "--caption_dropout", "2"],
@@ -343,3 +347,17 @@ def test_what_does_not_fit_is_told_before_training(grown, data, adapter, tmp_pat
     with pytest.raises(ValueError, match=message):
         main(to_flags({**TRAINING, **arguments, **others}))
     assert sorted(folder.rglob("*")) == files and (folder.exists() or output_dir == "new")
+
+
+def test_a_model_without_text_is_refused(data, tmp_path):
+    unet = make_core(cross_attention_dim=None)
+    GreedyGrowPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "model")
+    arguments = {
+        "pretrained_model_name_or_path": tmp_path / "model",
+        "train_data_dir": data,
+        "output_dir": tmp_path / "output",
+        "push_to_hub": True,  # which is not asked for anything before
+    }
+    with pytest.raises(ValueError, match="has no text, but `train_lora.py` trains on captions"):
+        main(to_flags({**TRAINING, **arguments}))
+    assert not (tmp_path / "output").exists()
