@@ -164,6 +164,11 @@ def test_what_a_run_leaves_behind(grown, adapter):
     weights = (grown / "core" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert checkpoint.name == "lora-100" and not list(checkpoint.glob("model*"))
     assert (checkpoint / WEIGHTS).stat().st_size < weights / 2
+    # What is saved are the averages.
+    saved, last = load_file(adapter / WEIGHTS), load_file(checkpoint / WEIGHTS)
+    averages = load_file(checkpoint / "ema.safetensors")
+    assert all(torch.equal(value, saved[f"unet.{name}".replace(".default", "")]) for name, value in averages.items())
+    assert len(averages) == len(saved) and not any(torch.equal(value, last[name]) for name, value in saved.items())
     card = ModelCard.load(adapter / "README.md")
     assert "lora" in card.data.tags and card.data.base_model is None  # a folder is no model of the Hub
     assert "100 steps, 1600 pictures seen" in card.text and "![" in card.text
