@@ -51,13 +51,16 @@ def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def shift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     """
     The noise level at `factor` times the resolution that hides the picture as much as `sigma` does here (Hoogeboom et al.,
-    simple diffusion, 2023, section 3.1). Both are in [0, 1], of any shape.
+    simple diffusion, 2023, section 3.1). `sigma` and what is returned are in [0, 1], of any shape.
     """
     return factor * sigma / (1 + (factor - 1) * sigma)
 
 
 def unshift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
-    """The inverse of [`shift_sigma`]: the noise level of the state pooled by `factor`. Both are in [0, 1], of any shape."""
+    """
+    The inverse of [`shift_sigma`]: the noise level of the state pooled by `factor`. `sigma` and what is returned are in
+    [0, 1], of any shape.
+    """
     return sigma / (factor - (factor - 1) * sigma)
 
 

@@ -284,9 +284,8 @@ class HubMixin:
         """
         refuse_pickles(kwargs.get("use_safetensors"))
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir() or any(
-            folder.rglob("*.bin")
-        ):  # or diffusers may look for pickled weights, which it is not to load
+        # Else diffusers may look for pickled weights, which are refused.
+        if not folder.is_dir() or any(folder.rglob("*.bin")):
             kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 

@@ -99,10 +99,8 @@ from diffusers_greedy_grow.training import (
     encode_captions,
     find_start,
     flow_loss,
-    forget_newer,
     format_memory,
     format_plan,
-    keep_metrics,
     leave_signals_to_the_parent,
     load_captioned_data,
     load_captioned_stream,
@@ -125,11 +123,12 @@ from diffusers_greedy_grow.training import (
     set_up,
     set_up_sharding,
     shard,
+    start_trackers,
+    take_folder,
     take_step,
     tokenize_captions,
     train_small_tokenizer,
     warn_of_cut_captions,
-    write_text,
 )
 from diffusers_greedy_grow.training.shapes import write_shapes
 from diffusers_greedy_grow.training.shapes_scorer import CHANCE, score_images
@@ -1266,24 +1265,15 @@ def main(argv: list[str] | None = None) -> None:
     # 5. From here on the folder holds this run
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            for name in replaced:
-                remove_folder(output_dir / name)
-            (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-        else:
-            keep_metrics(run.metrics_path, progress["metrics_size"], args.resume_with_changes)
-            forget_newer(run.checkpoints, checkpoint)
-        write_text(output_dir / "config.yaml", yaml.safe_dump(run.config, sort_keys=False))
-    if publisher is not None and checkpoint is not None:
-        publisher.push_missing(phases[:first], output_dir)
-    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in run.config.items()}
-    accelerator.init_trackers("grow", config=plain)
+        take_folder(output_dir, run.config, replaced, checkpoint, args.resume_with_changes)
+    start_trackers(accelerator, "grow", run.config)
     if data_args.text_embeddings_dir is not None:
         run.embeddings = keep_embeddings(run, pipeline)
 
-    # 6. The phases, each of which saves a checkpoint when it is interrupted
+    # 6. The phases. From here on Ctrl-C saves a checkpoint; before, there is nothing to save.
     interrupt, scores = Interrupt(), {}
+    if publisher is not None and checkpoint is not None:
+        publisher.push_missing(phases[:first], output_dir)
     for phase in phases[first:]:
         if phase.resolution != pipeline.unet.config.sample_size:
             set_seed(args.seed + phase.stage)  # a resumed run grows the same stage

@@ -34,7 +34,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
@@ -75,8 +74,6 @@ from diffusers_greedy_grow.training import (
     encode_captions,
     find_start,
     flow_loss,
-    forget_newer,
-    keep_metrics,
     leave_signals_to_the_parent,
     load_captioned_data,
     load_checkpoint,
@@ -84,15 +81,15 @@ from diffusers_greedy_grow.training import (
     normalize,
     parse_lora_arguments,
     read_progress,
-    remove_folder,
     sample_generators,
     save_checkpoint,
     save_interrupted,
     set_attention_backend,
     set_up,
+    start_trackers,
+    take_folder,
     take_step,
     warn_of_cut_captions,
-    write_text,
 )
 
 
@@ -210,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         check_changes(checkpoint, progress["config"], decisive, args.resume_with_changes)
         if progress["step"] > args.max_train_steps:
             raise ValueError(f"{checkpoint} is after the {args.max_train_steps} steps that this run has now.")
+    if args.push_to_hub and accelerator.is_main_process:
+        check_license(args.hub_license)
 
     # 2. The model, frozen and in low precision if any, with an adapter; and how its resolution trains
     pipeline = GreedyGrowPipeline.from_pretrained(
@@ -235,14 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("logit_mean", "logit_std", "loss_weighting")
     )
 
-    # 3. Where it is published
-    repo_id = args.hub_model_id or (output_dir.resolve().name if args.push_to_hub else str(output_dir))
-    if args.push_to_hub and accelerator.is_main_process:
-        disable_progress_bars()
-        check_license(args.hub_license)
-        repo_id = prepare_repository(repo_id, private=args.hub_private_repo or None)
-
-    # 4. Data, in an order that depends on the seed alone
+    # 3. Data, in an order that depends on the seed alone
     resolution = args.resolution or unet.config.sample_size * (1 if is_grown else 4)
     if resolution % unet.config.sample_size:
         raise ValueError(f"`resolution={resolution}` has to be a multiple of the model's {unet.config.sample_size}.")
@@ -268,21 +260,19 @@ def main(argv: list[str] | None = None) -> None:
         worker_init_fn=leave_signals_to_the_parent,
     )
 
+    # 4. Where it is published
+    repo_id = args.hub_model_id or (output_dir.resolve().name if args.push_to_hub else str(output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        disable_progress_bars()
+        repo_id = prepare_repository(repo_id, private=args.hub_private_repo or None)
+
     # 5. From here on the folder holds this run
     metrics_path = output_dir / "metrics.jsonl"
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            remove_folder(output_dir / "checkpoints")
-            metrics_path.unlink(missing_ok=True)
-        else:
-            keep_metrics(metrics_path, progress["metrics_size"], args.resume_with_changes)
-            forget_newer(output_dir / "checkpoints", checkpoint)
-        write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        take_folder(output_dir, config, ["checkpoints"], checkpoint, args.resume_with_changes)
         rows = {"base": draw(pipeline, prompts, args, accelerator)}  # a new adapter changes nothing
-    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in config.items()}
-    accelerator.init_trackers("train_lora", config=plain)
+    start_trackers(accelerator, "train_lora", config)
 
     # 6. What trains
     trained, everything = sum(parameter.numel() for parameter in parameters), unet.num_parameters()

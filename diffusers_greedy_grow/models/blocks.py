@@ -37,9 +37,10 @@ class GreedyGrowOutput(UNet2DConditionOutput):
         sample (`torch.Tensor` of shape `(B, C, H, W)`):
             The flow velocity `u = e - x0` at the given state.
         pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`):
-            The clean picture that the network predicts; `sample` is computed from it. Our models always give it.
+            The clean picture that the network predicts; `sample` is computed from it. Given by our models but for a
+            core inside one grown with `init="random"`, which has `features` alone.
         features (`torch.Tensor` of shape `(B, D, h, w)`):
-            The last features before the exit, which a growth stage around this model starts from. Always given, too.
+            The last features before the exit, which a growth stage around this model starts from. Always given.
     """
 
     pred_original_sample: torch.Tensor | None = None
@@ -93,17 +94,20 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 class TextCache:
     """
-    What only the text decides: its keys and values in each of the core's layers. Pass the same one, new at first, in each
-    call with the same text: the first call fills it, the others skip computing them.
+    What only the text decides: its keys and values in each layer that attends to it, and what a stage takes from its sum. Pass
+    the same one, new at first, in each call with the same text: what a call finds in it, it does not compute.
     """
 
     def __init__(self):
-        self.key_values: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}  # `None` without text
+        self.values: dict[nn.Module, tuple[torch.Tensor, ...] | None] = {}  # by whose they are; `None` without text
+        self.copied: set[nn.Module] = set()
 
     def copy_out(self) -> None:
         """Into memory of its own: what compiled blocks leave in that of their CUDA graphs, the next step overwrites."""
-        for i, key_value in self.key_values.items():
-            self.key_values[i] = key_value and (key_value[0].clone(), key_value[1].clone())
+        for module in self.values.keys() - self.copied:
+            values = self.values[module]
+            self.values[module] = values and tuple(value.clone() for value in values)
+            self.copied.add(module)
 
 
 class GreedyGrowAttnProcessor:
@@ -321,16 +325,23 @@ class TextAttention(nn.Module):
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None,
         cross_attention_kwargs: dict | None,
-    ) -> torch.Tensor:
+        text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Returns the features, and the text's keys and values, to be given as `text_key_value` in further calls with the
+        same text.
+        """
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
+        if text_key_value is None:
+            text_key_value = self.attn.project_text(self.norm_encoder(encoder_hidden_states))
         attn_output = self.attn(
             self.norm(hidden_states).flatten(2).transpose(1, 2),
-            encoder_hidden_states=self.norm_encoder(encoder_hidden_states),
             attention_mask=encoder_attention_mask,
+            text_key_value=text_key_value,
             **(cross_attention_kwargs or {}),
         )
-        return hidden_states + attn_output.transpose(1, 2).reshape_as(hidden_states)
+        return hidden_states + attn_output.transpose(1, 2).reshape_as(hidden_states), text_key_value
 
 
 class GrowthEncoder(nn.Module):
@@ -422,13 +433,17 @@ class GrowthDecoder(nn.Module):
         encoder_hidden_states: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         cross_attention_kwargs: dict | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the detail `(B, C, H, W)` and the last features `(B, block_out_channels[0], h, w)`."""
+        text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """
+        Returns the detail `(B, C, H, W)`, the last features `(B, block_out_channels[0], h, w)`, and what [`TextAttention`]
+        returns of the text.
+        """
         hidden_states = torch.cat([self.norm_inner(inner_features), hidden_states], dim=1)
         hidden_states = self.conv_inner(hidden_states)
         if self.text_attn is not None:
             text = (encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs)
-            hidden_states = self.text_attn(hidden_states, *text)
+            hidden_states, text_key_value = self.text_attn(hidden_states, *text, text_key_value)
 
         for block, skip in zip(self.up_blocks, reversed(skips)):
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
@@ -440,7 +455,7 @@ class GrowthDecoder(nn.Module):
                     hidden_states = resnet(hidden_states, temb)
 
         detail = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
-        return F.pixel_shuffle(detail, self.patch_size), hidden_states
+        return F.pixel_shuffle(detail, self.patch_size), hidden_states, text_key_value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

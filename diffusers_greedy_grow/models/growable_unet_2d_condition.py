@@ -96,18 +96,24 @@ class GrowthStage(nn.Module):
         encoder_hidden_states: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         dtype: torch.dtype,
+        text_cache: TextCache,
     ) -> torch.Tensor:
         """What conditions the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the text."""
         time_dtype = get_parameter_dtype(self.time_embedding)
         temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
         if encoder_hidden_states is None:
             return temb
+        if cached := text_cache.values.get(self.text_proj):
+            return temb + cached[0]
         if encoder_attention_mask is not None:
             encoder_hidden_states = encoder_hidden_states * encoder_attention_mask.to(dtype).unsqueeze(-1)
-        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it. In float32: float16
-        # has no numbers for the sums that some encoders' outliers come to.
+        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it. In float32, since
+        # float16 has no numbers for what some encoders' outliers add up to; hence diffusers' norm, which takes it beside
+        # weights in float16 where torch's warns.
         text = self.norm_text(encoder_hidden_states.sum(dim=1, dtype=torch.float32))
-        return temb + self.text_proj(text.to(dtype))
+        text = self.text_proj(text.to(dtype))
+        text_cache.values[self.text_proj] = (text,)
+        return temb + text
 
     def forward(
         self,
@@ -118,6 +124,7 @@ class GrowthStage(nn.Module):
         cross_attention_kwargs: dict | None,
         inner: Callable,
         dtype: torch.dtype,
+        text_cache: TextCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
@@ -125,23 +132,32 @@ class GrowthStage(nn.Module):
         """
         if encoder_hidden_states is not None:
             encoder_hidden_states = encoder_hidden_states.to(dtype)
-        temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype)
-        text = (encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs)
+        temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype, text_cache)
         inner_state = descend(sample, sigma, self.factor)
-        if not self.preserves:
+
+        # 1. The inner model and the encoder around it. By a device map, what is inside may come from another device.
+        if self.preserves:
+            # The state of its own level is all that it hears. Encoder features added to its first ones, with a weight that
+            # starts at zero, undid what it had learned as soon as everything trained: an eighth of the loss.
+            pred_original_sample, features = inner(*inner_state, None)
+            picture = enlarge(pred_original_sample.to(sample.device), self.factor)
+            hidden_states, skips = self.encoder(torch.cat([sample, picture], dim=1).to(dtype), temb)
+        else:
+            picture = torch.zeros_like(sample)
             hidden_states, skips = self.encoder(sample.to(dtype), temb)
             _, features = inner(*inner_state, self.conv_to_inner(hidden_states))
-            detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb, *text)
-            return detail.to(sample.dtype), features
 
-        # 1. The inner model, on the state of its own level and nothing else. Encoder features added to its first ones, with a
-        # weight that starts at zero, undid what it had learned as soon as everything trained: an eighth of the loss.
-        pred_original_sample, features = inner(*inner_state, None)
-
-        # 2. Around it: detail, drawn from the state and from the picture so far. By a device map, that may come from another device
-        picture = enlarge(pred_original_sample.to(sample.device), self.factor)
-        hidden_states, skips = self.encoder(torch.cat([sample, picture], dim=1).to(dtype), temb)
-        detail, features = self.decoder(features.to(sample.device), hidden_states, skips, temb, *text)
+        # 2. Detail, drawn from the state and from the picture so far
+        detail, features, text_cache.values[self.decoder] = self.decoder(
+            features.to(sample.device),
+            hidden_states,
+            skips,
+            temb,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            cross_attention_kwargs,
+            text_cache.values.get(self.decoder),
+        )
         return picture + detail.to(sample.dtype), features
 
 
@@ -524,6 +540,8 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         dtype = self.stages[0].encoder.conv_in.weight.dtype  # of all weights; `self.dtype` looks for it
         grad_enabled = torch.is_grad_enabled()
+        if grad_enabled:
+            text_cache = None
         # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
         # But adapters, wherever they are, are there to be trained.
         nothing_trains_inside = self.core_frozen and self.stages[-1].preserves and not self._hf_peft_config_loaded
@@ -543,6 +561,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                     cross_attention_kwargs,
                     inner=partial(run, level - 1),
                     dtype=dtype,
+                    text_cache=text_cache or TextCache(),
                 )
 
         def run_core(state: torch.Tensor, state_sigma: torch.Tensor, features: torch.Tensor | None):

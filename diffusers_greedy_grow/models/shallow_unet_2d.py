@@ -221,14 +221,14 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
 
         # 3. Transformer, on tokens (B, N, hidden_size)
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()
-        if encoder_hidden_states is not None and not (text_cache and text_cache.key_values):
+        if encoder_hidden_states is not None and not (text_cache and self.transformer_blocks[0] in text_cache.values):
             encoder_hidden_states = self.norm_encoder(encoder_hidden_states.to(dtype))
         if encoder_attention_mask is not None:
             encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         image_rotary_emb = get_image_rotary_emb(head_dim, grid_height, grid_width, sample.device, hidden_states.dtype)
 
-        for i, block in enumerate(self.transformer_blocks):
+        for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
                     block,
@@ -240,14 +240,14 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
                     cross_attention_kwargs,
                 )
             elif text_cache is not None:
-                hidden_states, text_cache.key_values[i] = block(
+                hidden_states, text_cache.values[block] = block(
                     hidden_states,
                     modulation,
                     encoder_hidden_states,
                     encoder_attention_mask,
                     image_rotary_emb,
                     cross_attention_kwargs,
-                    text_key_value=text_cache.key_values.get(i),
+                    text_key_value=text_cache.values.get(block),
                     return_text=True,
                 )
             else:

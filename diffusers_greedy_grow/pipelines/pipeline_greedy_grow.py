@@ -769,7 +769,6 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
                 latent_model_input = torch.cat([latents, latents]) if guided and not at_core else latents
                 kwargs = texts[guided] | ({"num_stages": num_stages[i]} if handover_sigmas else {})
-                text_is_new = not kwargs["text_cache"].key_values
                 if compiled:  # with `mode="reduce-overhead"` all blocks of a step are one series of CUDA graphs
                     torch.compiler.cudagraph_mark_step_begin()
                 pred_original_sample = self.unet(
@@ -778,7 +777,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     cross_attention_kwargs=cross_attention_kwargs,
                     **kwargs,
                 ).pred_original_sample
-                if compiled and text_is_new:
+                if compiled:
                     kwargs["text_cache"].copy_out()
                 if guided and not at_core:
                     pred_original_sample = self.guide(*pred_original_sample.chunk(2))

@@ -36,7 +36,7 @@ from .checkpoints import (
     save_checkpoint,
     save_pipeline,
     sorted_checkpoints,
-    write_text,
+    take_folder,
 )
 from .data import (
     BrokenRows,
@@ -60,6 +60,7 @@ from .loop import (
     save_interrupted,
     set_attention_backend,
     set_up,
+    start_trackers,
     take_step,
 )
 from .losses import FlowLoss, LossMeter, draw_noise, flow_loss

@@ -372,12 +372,15 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
             parser.error(f"--{name} {value}: has to be {span}.")
 
 
-def check_common(parser: HfArgumentParser, pictures: PictureArguments, loop: LoopArguments) -> None:
+def check_common(
+    parser: HfArgumentParser, pictures: PictureArguments, loop: "TrainingArguments | LoraArguments"
+) -> None:
     """Stops at a value that no training can have."""
     check_ranges(
         parser,
         (loop, "train_batch_size", 1, math.inf),
         (loop, "learning_rate", 0, math.inf),
+        (loop, "logit_std", 0, math.inf),
         (loop, "validation_steps", 1, math.inf),
         (loop, "logging_steps", 1, math.inf),
         (loop, "checkpointing_steps", 1, math.inf),
@@ -456,7 +459,6 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (training, "detail_steps", 0, math.inf),
         (training, "joint_steps", 0, math.inf),
         (training, "core_lr_scale", 0, math.inf),
-        (training, "logit_std", 0, math.inf),
         (training, "sample_steps", 1, math.inf),
         (training, "hub_steps", 1, math.inf),
         (training, "low_res_loss_weight", 0, math.inf),

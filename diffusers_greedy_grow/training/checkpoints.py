@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils.constants import SCALER_NAME
 from diffusers import DiffusionPipeline
@@ -29,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from .report import keep_metrics
 from .sharding import gather, scatter_as
 
 
@@ -207,6 +209,25 @@ def check_replaced(output_dir: Path, names: Iterable[str]) -> None:
             f"`output_dir={str(output_dir)!r}` holds {', '.join(found)}, which this run would replace, but no `config.yaml` of "
             "an earlier run: name another folder."
         )
+
+
+def take_folder(
+    output_dir: Path, config: dict, replaced: Iterable[str], checkpoint: Path | None, resume_with_changes: bool
+) -> None:
+    """
+    From here on `output_dir` holds this run, and `config.yaml` its arguments. Of an earlier run, a new one removes the
+    folders named in `replaced` and the metrics; one that goes on removes what came after its `checkpoint`.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_path = output_dir / "metrics.jsonl"
+    if checkpoint is None:
+        for name in replaced:
+            remove_folder(output_dir / name)
+        metrics_path.unlink(missing_ok=True)
+    else:
+        keep_metrics(metrics_path, read_progress(checkpoint)["metrics_size"], resume_with_changes)
+        forget_newer(output_dir / "checkpoints", checkpoint)
+    write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def read_progress(checkpoint: Path) -> dict:

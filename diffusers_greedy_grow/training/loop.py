@@ -46,13 +46,17 @@ logger = get_logger(__name__)
 
 
 def set_up(args: LoopArguments) -> Accelerator:
-    """What places and launches the run, by its arguments and `accelerate launch`'s. Logs above the progress bars, and seeds."""
+    """
+    The run's `Accelerator`, from its arguments and those of `accelerate launch`. Also sends log lines above the progress
+    bars, and seeds.
+    """
+    output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         step_scheduler_with_optimizer=False,  # it would step once for each process
         # The others wait while the main process draws samples.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
@@ -68,8 +72,14 @@ def set_up(args: LoopArguments) -> Accelerator:
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    """That of `mixed_precision`."""
+    """What layers compute in, by `mixed_precision`."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def start_trackers(accelerator: Accelerator, name: str, config: dict) -> None:
+    """Those of `report_to`, told of the run's `config`."""
+    plain = {name: value if isinstance(value, (int, float)) else str(value) for name, value in config.items()}
+    accelerator.init_trackers(name, config=plain)
 
 
 def make_optimizer(
@@ -77,7 +87,9 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW for parameter `groups`, each with its peak `lr`, and the schedule of their rates over `num_steps`."""
     betas = (0.9, args.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=args.adam_weight_decay, fused=True)
+    # With a rate of its own besides those of the groups: the polynomial schedule asks for it.
+    lr = groups[0]["lr"]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=args.adam_weight_decay, fused=True)
     warmup_steps = min(args.lr_warmup_steps, num_steps // 10)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=num_steps

@@ -19,7 +19,7 @@ Batches come from *lanes*. The files are dealt to the lanes, anew for each epoch
 through a shuffle buffer, and batch `g` of a phase is the next one of lane `g % lanes`. There are as many lanes as a run
 has processes times workers, so each reads its own files and nothing else; with fewer files than lanes, some share one. As
 a batch depends on its lane alone, a phase goes on from a checkpoint with the same batches on any number of processes and
-workers that divides the number of lanes. Where batches are larger or smaller now they hold other rows, but no row is repeated
+workers that divides the number of lanes. Where batches are larger or smaller now, they hold other rows, but no row is repeated
 or lost.
 
 In each of its epochs a lane shows every row once, and the lanes of an epoch together every row of the data. Lanes with fewer

@@ -227,31 +227,38 @@ class TextEmbeddings:
         about: dict = {}
         seen: set[int] = set()
         temporary.mkdir(parents=True)
-        with open(temporary / "embeddings.bin", "wb") as file:
+        try:
+            with open(temporary / "embeddings.bin", "wb") as file:
 
-            def write() -> None:
-                conditions = encode(batch)
-                hidden_states, mask = conditions["encoder_hidden_states"].cpu(), conditions["encoder_attention_mask"]
-                about.update(
-                    dtype=str(hidden_states.dtype).removeprefix("torch."),
-                    bytes=hidden_states.shape[-1] * hidden_states.itemsize,
-                )
-                counts.extend(mask.sum(dim=1).tolist())
-                file.write(hidden_states[mask.cpu()].contiguous().view(torch.uint8).numpy().tobytes())
-                batch.clear()
+                def write() -> None:
+                    conditions = encode(batch)
+                    hidden_states, mask = (
+                        conditions["encoder_hidden_states"].cpu(),
+                        conditions["encoder_attention_mask"],
+                    )
+                    about.update(
+                        dtype=str(hidden_states.dtype).removeprefix("torch."),
+                        bytes=hidden_states.shape[-1] * hidden_states.itemsize,
+                    )
+                    counts.extend(mask.sum(dim=1).tolist())
+                    file.write(hidden_states[mask.cpu()].contiguous().view(torch.uint8).numpy().tobytes())
+                    batch.clear()
 
-            for caption in captions:
-                key = hash_caption(caption)
-                if key in seen:
-                    continue
-                seen.add(key)
-                if self.find(caption) is None:
-                    hashes.append(key)
-                    batch.append(caption)
-                if len(batch) == batch_size:
+                for caption in captions:
+                    key = hash_caption(caption)
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    if self.find(caption) is None:
+                        hashes.append(key)
+                        batch.append(caption)
+                    if len(batch) == batch_size:
+                        write()
+                if batch:
                     write()
-            if batch:
-                write()
+        except BaseException:  # Ctrl-C, too
+            shutil.rmtree(temporary)
+            raise
         if not hashes:
             shutil.rmtree(temporary)
             return 0

@@ -58,8 +58,8 @@ def test_a_stage_hears_all_of_a_long_text_in_float16():
     """Whose sum float16 has no number for."""
     stage = make_grown().stages[0]
     text, mask = 600 * (1 + torch.rand(1, 128, TEXT_DIM)), torch.ones(1, 128, dtype=torch.bool)
-    expected = stage.embed(torch.tensor([500.0]), text, mask, torch.float32)
-    temb = stage.half().embed(torch.tensor([500.0]), text.half(), mask, torch.float16)
+    expected = stage.embed(torch.tensor([500.0]), text, mask, torch.float32, TextCache())
+    temb = stage.half().embed(torch.tensor([500.0]), text.half(), mask, torch.float16, TextCache())
     assert temb.dtype == torch.float16
     torch.testing.assert_close(temb.float(), expected, atol=5e-3, rtol=5e-3)
 
@@ -116,7 +116,8 @@ def test_guidance_at_the_core(num_stages):
         text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
         sigma, features = inputs["timestep"] / 1000, grown(**inputs, num_stages=0).features
         inner = (expected, features)
-        expected, _ = grown.stages[0](inputs["sample"], sigma, *text, None, lambda *state: inner, torch.float32)
+        state = inputs["sample"], sigma
+        expected, _ = grown.stages[0](*state, *text, None, lambda *state: inner, torch.float32, TextCache())
     torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -127,29 +128,30 @@ def test_a_stage_sees_the_picture_so_far():
     details = []
     for picture in (torch.zeros(2, 3, 16, 16), make_inputs(seed=1)["sample"]):
         inner = (picture, torch.zeros(2, 32, 4, 4))
-        answer, _ = stage(
-            inputs["sample"], inputs["timestep"] / 1000, *text, None, lambda *state, inner=inner: inner, torch.float32
-        )
+        state = inputs["sample"], inputs["timestep"] / 1000
+        answer, _ = stage(*state, *text, None, lambda *state, inner=inner: inner, torch.float32, TextCache())
         details.append(answer - enlarge(picture, 2))
     assert (details[0] - details[1]).abs().mean() > 0.01
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("init", ["preserve", "random"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_text_cache_saves_the_projections(fused):
-    grown = make_grown()
+def test_the_text_cache_saves_the_projections(fused, init):
+    grown = make_grown(init=init)
     if fused:
         grown.fuse_qkv_projections()
     inputs = make_inputs(height=32, width=32)
     other_state = make_inputs(height=32, width=32, seed=1)["sample"]
     cache, calls = TextCache(), []
-    for block in grown.core.transformer_blocks:
-        (block.attn2.to_kv if fused else block.attn2.to_k).register_forward_hook(lambda *args: calls.append(args))
+    attentions = [block.attn2 for block in grown.core.transformer_blocks] + [grown.stages[0].decoder.text_attn.attn]
+    for layer in [attn.to_kv if fused else attn.to_k for attn in attentions] + [grown.stages[0].text_proj]:
+        layer.register_forward_hook(lambda *args: calls.append(args))
     for i, sample in enumerate((inputs["sample"], other_state)):
         expected = grown(**{**inputs, "sample": sample}).sample
         calls.clear()
         torch.testing.assert_close(grown(**{**inputs, "sample": sample}, text_cache=cache).sample, expected)
-        assert len(calls) == (len(grown.core.transformer_blocks) if i == 0 else 0)
+        assert len(calls) == (len(attentions) + 1 if i == 0 else 0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

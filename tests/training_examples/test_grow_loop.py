@@ -194,8 +194,10 @@ def test_held_out_losses_compare(seen):
 def test_every_phase_draws_from_the_same_noise(seen):
     assert all(kwargs["num_inference_steps"] == 3 for _, kwargs in seen.pictures)
     assert all(kwargs["guidance_scale"] == 2.5 for _, kwargs in seen.pictures)
-    noise = {size: kwargs["latents"] for size, kwargs in seen.pictures}
-    torch.testing.assert_close(noise[8], descend(noise[32], torch.ones(1), 4)[0])
+    noise = [kwargs["latents"] for size, kwargs in seen.pictures]
+    assert [len(one[0, 0]) for one in noise] == [8, 32, 32]
+    torch.testing.assert_close(noise[0], descend(noise[1], torch.ones(1), 4)[0])
+    assert torch.equal(noise[1], noise[2])
 
 
 def test_operations_are_counted(seen):

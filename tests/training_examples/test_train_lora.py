@@ -345,7 +345,10 @@ def test_arguments_from_a_file(tmp_path):
         ("core", {}, "holds a pipeline, and this run another card"),
     ],
 )
-def test_what_does_not_fit_is_told_before_training(grown, data, adapter, tmp_path, output_dir, others, message):
+def test_what_does_not_fit_is_told_before_training(
+    grown, data, adapter, tmp_path, monkeypatch, output_dir, others, message
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     folder = {"new": tmp_path / "new", "adapter": adapter, "core": grown / "core"}[output_dir]
     arguments = {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data, "output_dir": folder}
     files = sorted(folder.rglob("*"))
@@ -354,12 +357,13 @@ def test_what_does_not_fit_is_told_before_training(grown, data, adapter, tmp_pat
     assert sorted(folder.rglob("*")) == files and (folder.exists() or output_dir == "new")
 
 
-def test_a_model_without_text_is_refused(data, tmp_path):
+def test_a_model_without_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     unet = make_core(cross_attention_dim=None)
     GreedyGrowPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "model")
     arguments = {
         "pretrained_model_name_or_path": tmp_path / "model",
-        "train_data_dir": data,
+        "train_data_dir": "nowhere",
         "output_dir": tmp_path / "output",
         "push_to_hub": True,  # which is not asked for anything before
     }
