@@ -470,6 +470,15 @@ def test_kept_embeddings(tmp_path, dtype):
         embeddings(["a cat"], torch.device("cpu"))
 
 
+def test_nothing_is_left_of_embeddings_that_were_interrupted(tmp_path):
+    def encode(captions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TextEmbeddings(tmp_path).add(["a circle"], encode)
+    assert not list(tmp_path.iterdir())
+
+
 def test_embeddings_are_of_one_encoder():
     pipeline = make_pipeline()
     names = {name_encoder(pipeline, "no"), name_encoder(make_pipeline(), "no")}

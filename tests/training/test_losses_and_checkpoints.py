@@ -33,6 +33,7 @@ from diffusers_greedy_grow.training import (
     GradientGuard,
     Interrupt,
     LossMeter,
+    TrainingArguments,
     check_replaced,
     describe_parts,
     draw_losses,
@@ -43,6 +44,7 @@ from diffusers_greedy_grow.training import (
     format_plan,
     keep_metrics,
     load_checkpoint,
+    make_optimizer,
     plan_phase,
     read_progress,
     remove_folder,
@@ -145,6 +147,18 @@ def test_gradient_guard():
         with pytest.raises(FloatingPointError, match="for 3 steps in a row; the last one was 12"):
             one.accept(12)
         assert one.accept(9) and one.skipped_in_a_row == 0 and one.skipped_steps == 3
+
+
+def test_rates_by_a_polynomial_start_from_their_own():
+    """That schedule asks the optimizer for one rate, of all groups."""
+    args = TrainingArguments(lr_scheduler="polynomial", lr_warmup_steps=0)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.5, 0.25)]
+    optimizer, lr_scheduler = make_optimizer(args, groups, num_steps=10)
+    assert lr_scheduler.get_last_lr() == [0.5, 0.25]
+    for _ in range(5):
+        optimizer.step()
+        lr_scheduler.step()
+    assert lr_scheduler.get_last_lr() == pytest.approx([0.25, 0.125], rel=1e-3)
 
 
 def test_the_gradient_guard_remembers_a_hundred_norms():
