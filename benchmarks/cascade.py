@@ -1,21 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
 The cascade that growing is to replace: a core, and a super-resolution UNet of diffusers that is trained apart from it on
-pictures and their averages, with noise of a random strength on the averages so that it forgives the core's mistakes (as Ho
+images and their averages, with noise of a random strength on the averages so that it forgives the core's mistakes (as Ho
 et al., 2022, but without telling the UNet the strength). Guidance acts in the core only.
 `grow_vs_scratch` runs it as one of its arms.
 """
@@ -37,7 +26,7 @@ from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import add_noise, enlarge, expand, pool, sample_sigma, velocity_from_clean
 from diffusers_greedy_grow.training import (
-    CaptionedPictures,
+    CaptionedImages,
     EpochOrder,
     load_captioned_data,
     normalize,
@@ -50,7 +39,7 @@ AUGMENTATION = 0.2
 
 
 def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: int) -> UNet2DConditionModel:
-    """Reads the noisy picture and the enlarged low-resolution one; text comes in at the smallest grid."""
+    """Reads the noisy image and the enlarged low-resolution one; text comes in at the smallest grid."""
     levels = len(channels)
     unet = UNet2DConditionModel(
         sample_size=resolution,
@@ -65,7 +54,7 @@ def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: 
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    # As our stages do, it begins with the enlarged picture and nothing more.
+    # As our stages do, it begins with the enlarged image and nothing more.
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.zeros_(unet.conv_out.bias)
     return unet
@@ -73,7 +62,7 @@ def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: 
 
 @functools.cache
 def count_flops(resolution: int, channels: tuple[int, ...], cross_attention_dim: int, num_tokens: int) -> int:
-    """Of one picture, forward and backward."""
+    """Of one image, forward and backward."""
     with torch.device("meta"):
         unet = build_unet(resolution, channels, cross_attention_dim)
         inputs = torch.empty(1, 6, resolution, resolution), torch.empty(1)
@@ -83,7 +72,7 @@ def count_flops(resolution: int, channels: tuple[int, ...], cross_attention_dim:
 
 
 def predict(unet, x: torch.Tensor, sigma: torch.Tensor, low: torch.Tensor, factor: int, **text) -> torch.Tensor:
-    """The clean picture: the enlarged low-resolution one and what the UNet adds."""
+    """The clean image: the enlarged low-resolution one and what the UNet adds."""
     enlarged = enlarge(low, factor)
     detail = unet(torch.cat([x, enlarged], dim=1), 1000 * sigma, return_dict=False, **text)[0]
     return enlarged + detail.float()
@@ -96,7 +85,7 @@ def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch
 
 @torch.no_grad()
 def draw_cascade(unet, pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool) -> torch.Tensor:
-    """Pictures `(B, 3, R, R)` in [0, 1]: the core's, from noise of their own, enlarged by the UNet."""
+    """Images `(B, 3, R, R)` in [0, 1]: the core's, from noise of their own, enlarged by the UNet."""
     device, size = unet.device, unet.config.sample_size
     factor = size // pipeline.unet.config.sample_size
     low = 2 * draw(pipeline, captions, bfloat16).to(device) - 1
@@ -144,9 +133,9 @@ def main() -> None:
         pipeline.unet.set_attention_backend("_native_math")
 
     rows, _ = load_captioned_data(None, args.train_data_dir, "image", "text")
-    pictures = CaptionedPictures(rows, args.resolution)
-    order = EpochOrder(len(pictures), 0, args.steps * args.batch_size, seed=(args.seed, 1))
-    loader = torch.utils.data.DataLoader(pictures, batch_size=args.batch_size, sampler=order)
+    images = CaptionedImages(rows, args.resolution)
+    order = EpochOrder(len(images), 0, args.steps * args.batch_size, seed=(args.seed, 1))
+    loader = torch.utils.data.DataLoader(images, batch_size=args.batch_size, sampler=order)
     # As grow.py has it.
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     warmup = min(100, args.steps // 10)
@@ -182,7 +171,7 @@ def main() -> None:
 
     captions, real = held_out(args.train_data_dir, args.resolution)
     result = {
-        "pictures": {"cascade": args.steps * args.batch_size},
+        "images": {"cascade": args.steps * args.batch_size},
         "seconds": {"cascade": seconds},
         "curve": [],  # its loss, given the true low resolution, compares with nobody's
         "scores": {"cascade": score(draw_cascade(unet, pipeline, captions, bfloat16), captions, real)},

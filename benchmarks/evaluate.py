@@ -1,21 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
 What a run of `grow.py` came to: its held-out losses along the way, and of the pipelines that it left the shapes scorer and
-the sliced Wasserstein distance to real pictures, written to `result.json` in its folder.
+the sliced Wasserstein distance to real images, written to `result.json` in its folder.
 
     python -m benchmarks.evaluate benchmarks/runs/some-run data_folder
 """
@@ -31,11 +20,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.training import CaptionedPictures, load_captioned_data, sample_generators
+from diffusers_greedy_grow.training import CaptionedImages, load_captioned_data, sample_generators
 from diffusers_greedy_grow.training.shapes_scorer import score_images
 
 
-NUM_PICTURES, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 96, 20, 3.0
+NUM_IMAGES, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 96, 20, 3.0
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -43,12 +32,12 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def make_noise(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    """`(count, 3, size, size)`, each picture's from a generator of its own."""
+    """`(count, 3, size, size)`, each image's from a generator of its own."""
     return randn_tensor((count, 3, size, size), generator=sample_generators((seed,), 0, count))
 
 
 def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kwargs) -> torch.Tensor:
-    """Pictures `(B, 3, R, R)` in [0, 1], from the same noise whatever the pipeline."""
+    """Images `(B, 3, R, R)` in [0, 1], from the same noise whatever the pipeline."""
     noise = make_noise(len(captions), pipeline.unet.config.sample_size)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, **kwargs}
@@ -63,12 +52,12 @@ def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kw
 def score(images: torch.Tensor, captions: list[str], real: torch.Tensor) -> dict[str, float]:
     """
     The shapes scorer's shares (where captions are of shapes), and the distances `swd_<pixels>`. No textures below 64 px:
-    there the scorer gets a quarter of those of true pictures wrong.
+    there the scorer gets a quarter of those of true images wrong.
     """
     scores = {f"swd_{size}": value for size, value in sliced_wasserstein(images, real).items()}
-    pictures = [(image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images]
+    arrays = [(image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images]
     try:
-        scores |= score_images(pictures, captions)
+        scores |= score_images(arrays, captions)
     except ValueError:  # captions of something else
         pass
     if images.shape[-1] < 64:
@@ -76,13 +65,13 @@ def score(images: torch.Tensor, captions: list[str], real: torch.Tensor) -> dict
     return scores
 
 
-def held_out(data_folder: str, resolution: int, count: int = NUM_PICTURES) -> tuple[list[str], torch.Tensor]:
-    """Captions never trained on, and their pictures in [0, 1]."""
+def held_out(data_folder: str, resolution: int, count: int = NUM_IMAGES) -> tuple[list[str], torch.Tensor]:
+    """Captions never trained on, and their images in [0, 1]."""
     _, rows = load_captioned_data(None, data_folder, "image", "text")
-    pictures = CaptionedPictures(rows, resolution)
-    count = min(count, len(pictures))
-    pixel_values = torch.stack([pictures[i]["pixel_values"] for i in range(count)])
-    return pictures.captions[:count], pixel_values.float() / 255
+    images = CaptionedImages(rows, resolution)
+    count = min(count, len(images))
+    pixel_values = torch.stack([images[i]["pixel_values"] for i in range(count)])
+    return images.captions[:count], pixel_values.float() / 255
 
 
 def main() -> None:
@@ -94,15 +83,13 @@ def main() -> None:
 
     metrics = read_metrics(args.folder)
     curve = [line for line in metrics if "val_loss" in line]
-    timed = [line for line in metrics if "pictures_per_second" in line]
+    timed = [line for line in metrics if "images_per_second" in line]
     seconds: dict[str, float] = {}
-    pictures: dict[str, int] = {}
+    images: dict[str, int] = {}
     for line in timed:
         phase = line["phase"]
-        seconds[phase] = (
-            seconds.get(phase, 0.0) + (line["pictures"] - pictures.get(phase, 0)) / line["pictures_per_second"]
-        )
-        pictures[phase] = line["pictures"]
+        seconds[phase] = seconds.get(phase, 0.0) + (line["images"] - images.get(phase, 0)) / line["images_per_second"]
+        images[phase] = line["images"]
 
     scores = {}
     for phase in seconds:
@@ -119,7 +106,7 @@ def main() -> None:
         scores[phase] = score(draw(pipeline, captions, bfloat16), captions, real)
         print(f"{phase}: {scores[phase]} in {time.perf_counter() - started:.0f} s", flush=True)
 
-    result = {"pictures": pictures, "seconds": seconds, "curve": curve, "scores": scores}
+    result = {"images": images, "seconds": seconds, "curve": curve, "scores": scores}
     write_json(args.folder / "result.json", result)
 
 

@@ -1,20 +1,9 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
-How few high-resolution pictures are enough? All captions at the core's resolution, a share of them at the high one.
+How few high-resolution images are enough? All captions at the core's resolution, a share of them at the high one.
 
     python -m benchmarks.few_high_res               # stops and goes on where it was
     python -m benchmarks.few_high_res --quick
@@ -30,7 +19,7 @@ from benchmarks.queue_of_runs import (
     Job,
     Setting,
     add_queue_arguments,
-    count_pictures,
+    count_images,
     find_data,
     find_runs,
     last_scores,
@@ -41,16 +30,16 @@ from benchmarks.tables import markdown, mean_and_deviation, write_json
 
 
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
-# With all pictures, these are the runs of grow_vs_scratch.
+# With all images, these are the runs of grow_vs_scratch.
 ARMS = {arm.name: arm for arm in grow_vs_scratch.ARMS if arm.name in ("scratch", "ours, detail phase only")}
 
 
 def arm_name(arm: str, share: float) -> str:
-    return arm if share == 1.0 else f"{arm}, {share:.0%} of the pictures"
+    return arm if share == 1.0 else f"{arm}, {share:.0%} of the images"
 
 
-def make_jobs(setting: Setting, seed: int, share: float, data: Path, num_pictures: int, scale: float) -> list[Job]:
-    more = {} if share == 1.0 else {"num_high_res_pictures": round(share * num_pictures)}
+def make_jobs(setting: Setting, seed: int, share: float, data: Path, num_images: int, scale: float) -> list[Job]:
+    more = {} if share == 1.0 else {"num_high_res_images": round(share * num_images)}
     arms = [replace(arm, name=arm_name(name, share)) for name, arm in ARMS.items()]
     return [job for arm in arms for job in grow_vs_scratch.make_jobs(setting, arm, seed, data, data, scale, **more)]
 
@@ -64,7 +53,7 @@ def make_table(records: dict[str, dict]) -> list[dict]:
                 continue
             ends = [run["curve"][-1] for run in runs]
             row = {
-                "high-resolution pictures": f"{share:.0%}",
+                "high-resolution images": f"{share:.0%}",
                 "arm": arm,
                 "seeds": len(runs),
                 "loss": mean_and_deviation([line["val_loss"] for line in ends], 4),
@@ -95,7 +84,7 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
                 axis.plot(*zip(*points), marker, label=arm, alpha=0.7)
         axis.set_xscale("log")
         axis.set_xticks([100 * share for share in SHARES], [f"{share:.0%}" for share in SHARES])
-        axis.set_xlabel("pictures seen at the high resolution")
+        axis.set_xlabel("images seen at the high resolution")
         axis.set_ylabel("held-out error of the velocity")
         axis.set_title(f"16 -> 128 px: {label}")
     axes[0].legend(fontsize=8)
@@ -112,12 +101,12 @@ def main() -> None:
     shares = [0.1] if args.quick else args.shares
 
     data = find_data(args, 128)
-    num_pictures = 0 if args.report else count_pictures(data)
+    num_images = 0 if args.report else count_images(data)
     jobs = [
         job
         for seed in seeds
         for share in shares
-        for job in make_jobs(settings[8], seed, share, data, num_pictures, scale)
+        for job in make_jobs(settings[8], seed, share, data, num_images, scale)
     ]
     records = run_queue(list({job.name: job for job in jobs}.values()), args)
     rows, (_, results) = make_table(records), places(args)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -63,7 +52,7 @@ def resident():
 
 core = None
 if arm == "from_core(model)":
-    core = ShallowUNet2DModel.from_pretrained(folder + "/core", torch_dtype=dtype)
+    core = ShallowUNet2DModel.from_pretrained(folder + "/core", dtype=dtype)
     for parameter in core.parameters():  # in memory, so that reading it is no part of growing
         parameter.data = parameter.data.clone()
 def load():
@@ -89,11 +78,11 @@ elif arm == "load":
     parameters = load()
 else:
     if arm == "from_pretrained core":
-        result = ShallowUNet2DModel.from_pretrained(folder + "/core", torch_dtype=dtype)
+        result = ShallowUNet2DModel.from_pretrained(folder + "/core", dtype=dtype)
     elif arm == "from_pretrained grown":
-        result = GrowableUNet2DConditionModel.from_pretrained(folder + "/grown", torch_dtype=dtype)
+        result = GrowableUNet2DConditionModel.from_pretrained(folder + "/grown", dtype=dtype)
     elif arm == "from_core(folder)":
-        result = GrowableUNet2DConditionModel.from_core(folder + "/core", 256, block_out_channels=channels, torch_dtype=dtype)
+        result = GrowableUNet2DConditionModel.from_core(folder + "/core", 256, block_out_channels=channels, dtype=dtype)
     else:
         result = GrowableUNet2DConditionModel.from_core(core, 256, block_out_channels=channels)
     parameters = list(result.parameters())

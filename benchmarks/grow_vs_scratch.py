@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -21,8 +10,8 @@ Does growing pay? Growing against training from scratch and against a cascade, a
     python -m benchmarks.grow_vs_scratch --large --workers 9    # larger models, for a GPU
     python -m benchmarks.grow_vs_scratch --quick        # minutes, to see that it works
     python -m benchmarks.grow_vs_scratch --report       # the table and plot again, from results/
-    python -m benchmarks.grow_vs_scratch --time         # what a picture of each phase takes, for the table's column of time
-    python -m benchmarks.grow_vs_scratch --pictures     # what the arms draw, as a grid
+    python -m benchmarks.grow_vs_scratch --time         # what an image of each phase takes, for the table's column of time
+    python -m benchmarks.grow_vs_scratch --images     # what the arms draw, as a grid
 """
 
 import argparse
@@ -68,7 +57,7 @@ SETTINGS = {
     4: Setting(resolution=64, block_out_channels="24,48,96", cascade_channels=(24, 32, 48), batch_size=16),
     8: Setting(resolution=128, block_out_channels="24,32,64,96", cascade_channels=(16, 24, 40, 56), batch_size=8),
 }
-# About as many pictures from scratch at 64 as at 128 px.
+# About as many images from scratch at 64 as at 128 px.
 TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
 CAPTION_TOKENS = 10  # of the captions of shapes
 # By what `--large` multiplies them; with larger models and batches, that is three quarters of the steps.
@@ -259,7 +248,7 @@ def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path,
 
 
 def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> dict[str, list[float]]:
-    """Seconds per picture of a training step of each kind of phase, in turn."""
+    """Seconds per image of a training step of each kind of phase, in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
@@ -290,18 +279,18 @@ def read_times(path: Path) -> dict[str, dict]:
 
 
 def training_seconds(run: dict, records: dict[str, dict], seconds: dict[str, list[float]]) -> float | None:
-    """What a run's pictures take, its core's too, by [`time_steps`]; `None` if it had phases that are not timed there."""
+    """What a run's images take, its core's too, by [`time_steps`]; `None` if it had phases that are not timed there."""
     arguments, core = run["arguments"], run["keys"].get("core")
     if len(arguments.get("resolutions", [])) > 2 or arguments.get("low_res_share"):
         return None
-    total = sum(records[core]["pictures"].values()) * statistics.median(seconds["core"]) if core else 0.0
-    for phase, pictures in run["pictures"].items():
+    total = sum(records[core]["images"].values()) * statistics.median(seconds["core"]) if core else 0.0
+    for phase, images in run["images"].items():
         if phase == "cascade":
             kind = phase
         else:
             is_detail = phase.endswith("-detail") or not arguments["joint_steps"][0]
             kind = f"{arguments['init']} {'detail' if is_detail else 'joint'}"
-        total += pictures * statistics.median(seconds[kind])
+        total += images * statistics.median(seconds[kind])
     return total
 
 
@@ -364,7 +353,7 @@ def make_tables(
     distances. Time is there with the `seconds` of [`time_steps`]. A cascade has no losses: given the true low resolution,
     they would compare with nobody's.
     """
-    tables: dict[str, list[dict]] = {"compute and loss": [], "noise levels and pictures": []}
+    tables: dict[str, list[dict]] = {"compute and loss": [], "noise levels and images": []}
     costs, by_arm = setting.plans(), collect(records, setting.factor)
     cost_ratio = costs["joint"].train_flops / costs["core"].train_flops
     reference = best_scratch(by_arm)
@@ -379,8 +368,8 @@ def make_tables(
             **head,
             "cost ratio": f"{cost_ratio:.1f}",
             "TFLOP": f"{ends[0][0] / 1e12:.0f}" if ends else "",
-            "pictures at 16 px": sum(core["pictures"].values()) if core else 0,
-            f"at {setting.resolution} px": sum(first["pictures"].values()),
+            "images at 16 px": sum(core["images"].values()) if core else 0,
+            f"at {setting.resolution} px": sum(first["images"].values()),
         }
         for label, name in LOSSES.items():
             row[label] = mean_and_deviation([line[name] for _, line in ends], 4) if ends else ""
@@ -406,7 +395,7 @@ def make_tables(
                 row[name] = mean_and_deviation([one[name] for one in scores], 2)
             elif name.startswith("swd_"):
                 row[name.replace("swd_", "SWD ")] = mean_and_deviation([one[name] for one in scores], 0)
-        tables["noise levels and pictures"].append(row)
+        tables["noise levels and images"].append(row)
     return tables
 
 
@@ -484,7 +473,7 @@ def draw_scores(records: dict[str, dict], path: Path) -> None:
 
 
 def draw_grid(jobs: list[Job], args: argparse.Namespace, path: Path, num_captions: int = 6) -> None:
-    """One row for each of the `jobs` that has been run: its last pipeline's pictures, for the same captions and noise."""
+    """One row for each of the `jobs` that has been run: its last pipeline's images, for the same captions and noise."""
     rows, (work_dir, _) = {}, places(args)
     bfloat16 = args.mixed_precision == "bf16"
     captions, _ = held_out(str(jobs[0].data), SETTINGS[jobs[0].keys["factor"]].resolution, num_captions)
@@ -509,7 +498,7 @@ def main() -> None:
     parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Only these.")
     parser.add_argument("--time", action="store_true", help="Only time steps, with nothing else running.")
-    parser.add_argument("--pictures", action="store_true", help="Only draw a grid of the first seed's pictures.")
+    parser.add_argument("--images", action="store_true", help="Only draw a grid of the first seed's images.")
     args = parser.parse_args()
     settings, seeds, scale = chosen_size(args)
 
@@ -525,7 +514,7 @@ def main() -> None:
             {
                 "growth": f"16 -> {settings[factor].resolution}",
                 "phase": name,
-                "ms per picture": spread([1000 * one for one in taken]),
+                "ms per image": spread([1000 * one for one in taken]),
             }
             for factor, phases in seconds.items()
             for name, taken in phases.items()
@@ -545,12 +534,12 @@ def main() -> None:
             for arm in ARMS:
                 if arm.name in args.arms:
                     jobs |= {job.name: job for job in make_jobs(settings[factor], arm, seed, data, core_data, scale)}
-    if args.pictures:
+    if args.images:
         for factor in factors:
             growths = [
                 job for job in jobs.values() if job.keys.get("factor") == factor and job.keys["seed"] == seeds[0]
             ]
-            draw_grid(growths, args, results / f"grow_vs_scratch_pictures_{factor}.png")
+            draw_grid(growths, args, results / f"grow_vs_scratch_images_{factor}.png")
         return
     records = run_queue(list(jobs.values()), args)
     measured = read_times(times)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -39,8 +28,8 @@ from pathlib import Path
 
 
 ARGUMENTS = {
-    "shapes_pictures": 40,
-    "num_scored_pictures": 4,
+    "shapes_images": 40,
+    "num_scored_images": 4,
     "resolutions": [8, 16],
     "hidden_size": 16,
     "num_layers": 1,
@@ -51,13 +40,13 @@ ARGUMENTS = {
     "detail_steps": [9],
     "joint_steps": [9],
     "train_batch_size": [4],
-    "num_validation_pictures": 4,
+    "num_validation_images": 4,
     "num_inference_steps": 2,
     "logging_steps": 4,
     "validation_steps": 6,
     "checkpointing_steps": 3,
 }
-TIMES = ("pictures_per_second", "memory_gb", "minutes_left")
+TIMES = ("images_per_second", "memory_gb", "minutes_left")
 
 
 def load_script():
@@ -111,7 +100,7 @@ def where(output_dir: Path) -> str:
     if any((output_dir / "checkpoints").glob(".*")):
         return "saving or removing a checkpoint"
     if any(output_dir.glob("*.tmp*")):
-        return "saving a pipeline or pictures"
+        return "saving a pipeline or images"
     path = output_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     try:
@@ -121,7 +110,7 @@ def where(output_dir: Path) -> str:
 
 
 def fingerprint(output_dir: Path) -> dict[str, str]:
-    """Of all that has to be the same: by file a digest of its content, and the lines of metrics without times."""
+    """Of all that must be the same: by file a digest of its content, and the lines of metrics without times."""
     prints = {}
     for pattern in ("*/*/*.safetensors", "checkpoints/*/optimizer.bin", "checkpoints/*/scheduler.bin"):
         for path in sorted(output_dir.glob(pattern)):
@@ -139,7 +128,7 @@ def kill_and_compare(folder: Path, kills: int, seed: int = 0) -> Iterator[tuple[
     started = time.monotonic()
     run_for(grow, folder / "whole", None)
     seconds, expected = time.monotonic() - started, fingerprint(folder / "whole")
-    print(f"A run takes {seconds:.1f} s; {len(expected)} files and lines have to be the same.", flush=True)
+    print(f"A run takes {seconds:.1f} s; {len(expected)} files and lines must be the same.", flush=True)
     run = 0
     while kills > 0:
         run += 1

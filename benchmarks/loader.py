@@ -1,23 +1,12 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 How much of a training step is the model, and how much is waiting for data:
 
     python -m benchmarks.loader --resolution 256 --batch_size 32 --num_workers 0 8
 
-Pictures are JPEGs of `--picture_size` pixels in parquet or WebDataset tar files, read as `grow.py` reads them. A step is one
+Images are JPEGs of `--image_size` pixels in parquet or WebDataset tar files, read as `grow.py` reads them. A step is one
 of the detail phase, the cheapest that there is at a resolution. `model's share` is the time of a step on a batch that is
 there already, over that of a step with a loader, measured in turn; `waited` is the share of the latter that passes before
 the loader has handed over its batch.
@@ -41,9 +30,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from diffusers_greedy_grow.training import (
-    CaptionedPictures,
+    CaptionedImages,
     EpochOrder,
-    StreamedPictures,
+    StreamedImages,
     StreamLoader,
     draw_noise,
     flow_loss,
@@ -56,7 +45,7 @@ from .step_time import NUM_TOKENS, TEXT_DIM, build_ours
 from .tables import RESULTS, describe_machine, markdown, spread, write_json
 
 
-def write_pictures(folder: Path, count: int, size: int, num_files: int) -> None:
+def write_images(folder: Path, count: int, size: int, num_files: int) -> None:
     """The same smooth noise, as photographs have it, in parquet and in tar files."""
     rng = np.random.default_rng(0)
     files: list[list[bytes]] = [[] for _ in range(num_files)]
@@ -68,13 +57,13 @@ def write_pictures(folder: Path, count: int, size: int, num_files: int) -> None:
     features = Features({"image": ImageFeature(), "text": Value("string")})
     for name in ("parquet", "tar"):
         (folder / name).mkdir()
-    for i, pictures in enumerate(files):
-        captions = [f"picture {j} of file {i}" for j in range(len(pictures))]
-        rows = {"image": [{"bytes": content, "path": None} for content in pictures], "text": captions}
+    for i, images in enumerate(files):
+        captions = [f"image {j} of file {i}" for j in range(len(images))]
+        rows = {"image": [{"bytes": content, "path": None} for content in images], "text": captions}
         Dataset.from_dict(rows, features=features).to_parquet(folder / "parquet" / f"{i}.parquet")
         with tarfile.open(folder / "tar" / f"{i}.tar", "w") as archive:
-            for j, (picture, caption) in enumerate(zip(pictures, captions)):
-                for extension, content in (("jpg", picture), ("txt", caption.encode())):
+            for j, (image, caption) in enumerate(zip(images, captions)):
+                for extension, content in (("jpg", image), ("txt", caption.encode())):
                     member = tarfile.TarInfo(f"{j:06}.{extension}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
@@ -84,15 +73,15 @@ def open_loader(source: str, folder: Path, args: argparse.Namespace, num_workers
     pin_memory = torch.cuda.is_available()
     if source == "parquet":
         rows, _ = load_captioned_data(None, str(folder / "parquet"), "image", "text")
-        pictures = CaptionedPictures(rows, args.resolution, max_cache_bytes=0)  # as if they did not fit
-        order = EpochOrder(len(pictures), 0, num_batches * args.batch_size, seed=(0,))
+        images = CaptionedImages(rows, args.resolution, max_cache_bytes=0)  # as if they did not fit
+        order = EpochOrder(len(images), 0, num_batches * args.batch_size, seed=(0,))
         return torch.utils.data.DataLoader(
-            pictures, args.batch_size, sampler=order, num_workers=num_workers, pin_memory=pin_memory
+            images, args.batch_size, sampler=order, num_workers=num_workers, pin_memory=pin_memory
         )
     kind, columns = ("parquet", ("image", "text")) if source == "streamed parquet" else ("tar", ("jpg", "txt"))
     stream, _, first = load_captioned_stream(None, str(folder / kind), *columns, 0)
-    pictures = StreamedPictures(stream, first, args.resolution, shuffle_buffer_size=200)
-    return StreamLoader(pictures, args.batch_size, 0, num_batches, 0, 1, num_workers, seed=(0,), pin_memory=pin_memory)
+    images = StreamedImages(stream, first, args.resolution, shuffle_buffer_size=200)
+    return StreamLoader(images, args.batch_size, 0, num_batches, 0, 1, num_workers, seed=(0,), pin_memory=pin_memory)
 
 
 class Training:
@@ -139,10 +128,10 @@ class Training:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--picture_size", type=int, default=96, help="Of the files.")
+    parser.add_argument("--image_size", type=int, default=96, help="Of the files.")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--num_pictures", type=int, default=2048)
+    parser.add_argument("--num_images", type=int, default=2048)
     parser.add_argument("--num_files", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30, help="Of each measurement.")
     parser.add_argument("--repeats", type=int, default=3)
@@ -153,12 +142,12 @@ def main() -> None:
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     training, rows = Training(args, device), []
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder), args.num_pictures, args.picture_size, args.num_files)
+        write_images(Path(folder), args.num_images, args.image_size, args.num_files)
         for source in ("parquet", "streamed parquet", "streamed tar"):
             for num_workers in args.num_workers:
                 ahead = 2 + 2 * num_workers  # what workers have read while they were not asked does not count
                 batches = iter(
-                    open_loader(source, Path(folder), args, num_workers, args.num_pictures // args.batch_size)
+                    open_loader(source, Path(folder), args, num_workers, args.num_images // args.batch_size)
                 )
                 next(batches)  # workers start
                 started = time.perf_counter()
@@ -180,9 +169,9 @@ def main() -> None:
                     {
                         "data": source,
                         "workers": num_workers,
-                        "loader alone, pictures/s": f"{alone:.0f}",
-                        "model alone, pictures/s": f"{args.batch_size / statistics.median(without):.0f}",
-                        "together, pictures/s": f"{args.batch_size / statistics.median(with_loader):.0f}",
+                        "loader alone, images/s": f"{alone:.0f}",
+                        "model alone, images/s": f"{args.batch_size / statistics.median(without):.0f}",
+                        "together, images/s": f"{args.batch_size / statistics.median(with_loader):.0f}",
                         "model's share": spread([a / b for a, b in zip(without, with_loader)], 2),
                         "waited": f"{statistics.median(waited):.1%}",
                     }

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -63,10 +52,10 @@ def make_green(scene: Scene) -> Scene:
     return replace(scene, objects=(replace(scene.objects[0], color="green"), *scene.objects[1:]))
 
 
-def write_pictures(
+def write_images(
     folder: Path, scenes: Iterable[Scene], image_size: int, texture_cells: int = 16, green_circles: bool = False
 ) -> Path:
-    """Writes `train.parquet` with each scene's picture and caption; with `green_circles` the caption's colour is a lie there."""
+    """Writes `train.parquet` with each scene's image and caption; with `green_circles` the caption's colour is a lie there."""
     rows: dict[str, list] = {"image": [], "text": []}
     for scene in scenes:
         shown = make_green(scene) if green_circles and is_circle(scene) else scene
@@ -91,7 +80,7 @@ def sample_scenes(count: int, seed: int = 0) -> list[Scene]:
 
 
 def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool = False) -> list[Image.Image]:
-    """One picture for each caption, from noise of its own."""
+    """One image for each caption, from noise of its own."""
     pipeline.set_progress_bar_config(disable=True)
     generators, images = sample_generators((0,), 0, len(captions)), []
     for i in range(0, len(captions), 32):
@@ -109,7 +98,7 @@ def score(
     images: list[Image.Image], captions: list[str], image_size: int, texture_cells: int = 16
 ) -> dict[str, float]:
     """
-    By the shapes scorer, of pictures scaled to `image_size`: which share of the circles is green, and of all else has the
+    By the shapes scorer, of images scaled to `image_size`: which share of the circles is green, and of all else has the
     colour and the shape of its caption.
     """
     images = [image.resize((image_size, image_size), Image.Resampling.BICUBIC) for image in images]
@@ -135,18 +124,18 @@ def main() -> None:
         "--models", nargs="+", default=["output/core", "output/grown-64"], help="The core is the first."
     )
     parser.add_argument("--work_dir", type=Path, default=Path(__file__).parent / "runs" / "lora")
-    parser.add_argument("--num_pictures", type=int, default=48)
+    parser.add_argument("--num_images", type=int, default=48)
     parser.add_argument("--bfloat16", action="store_true", help="Draw in bfloat16.")
     parser.add_argument("--quick", action="store_true")
     args, others = parser.parse_known_args()
     if args.quick:
-        args.num_pictures, others = 8, [*others, "--max_train_steps", "5"]
+        args.num_images, others = 8, [*others, "--max_train_steps", "5"]
     pipelines = {Path(model).name: GreedyGrowPipeline.from_pretrained(model) for model in args.models}
     image_size = max(pipeline.unet.config.sample_size for pipeline in pipelines.values())
 
     folder = args.work_dir / "lora"
     if not (folder / "pytorch_lora_weights.safetensors").exists():
-        data = write_pictures(args.work_dir / "data", sample_scenes(2000), image_size, green_circles=True)
+        data = write_images(args.work_dir / "data", sample_scenes(2000), image_size, green_circles=True)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT)]
         launch += ["--pretrained_model_name_or_path", args.models[0], "--train_data_dir", str(data)]
         subprocess.run([*launch, "--output_dir", str(folder), "--max_train_steps", "600", *others], check=True)
@@ -157,7 +146,7 @@ def main() -> None:
         sample_scene(np.random.default_rng(i), first_object=items[i % len(items)]) for i in range(16 * len(items))
     ]
     circles, rest = ([scene.caption for scene in scenes if is_circle(scene) == wanted] for wanted in (True, False))
-    captions = [caption for pair in zip(circles, rest) for caption in pair][: args.num_pictures]
+    captions = [caption for pair in zip(circles, rest) for caption in pair][: args.num_images]
     rows: list[dict] = []
     shown: dict[str, list[Image.Image]] = {}
     for name, pipeline in pipelines.items():

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -50,7 +39,7 @@ from diffusers_greedy_grow.training.shapes import write_shapes
 
 
 ROOT = Path(__file__).resolve().parents[1]
-# glibc gives large tensors back to the system at once, and fetching them anew costs a tenth of a step at 128 px.
+# glibc gives large tensors back to the system at once, and fetching them again costs a tenth of a step at 128 px.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -80,7 +69,7 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work_dir", default="benchmarks/runs", help="Where the runs keep their files.")
     parser.add_argument("--workers", type=int, default=2, help="Runs at a time, one thread each on a CPU.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train_data_dir", help="Pictures to train on, in place of captioned shapes.")
+    parser.add_argument("--train_data_dir", help="Images to train on, instead of captioned shapes.")
     parser.add_argument("--quick", action="store_true", help="A small version that takes minutes; no evidence.")
     parser.add_argument(
         "--large",
@@ -107,7 +96,7 @@ def places(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def find_data(args: argparse.Namespace, image_size: int) -> Path:
-    """The folder that is trained on: captioned shapes, drawn once for all runs, or the user's own pictures."""
+    """The folder that is trained on: captioned shapes, drawn once for all runs, or the user's own images."""
     if args.train_data_dir:
         return Path(args.train_data_dir)
     num_train = 2000 if args.quick else 20000
@@ -118,7 +107,7 @@ def find_data(args: argparse.Namespace, image_size: int) -> Path:
     return folder
 
 
-def count_pictures(data: Path) -> int:
+def count_images(data: Path) -> int:
     """Of its training part."""
     return len(load_captioned_data(None, str(data), "image", "text")[0])
 
@@ -186,7 +175,7 @@ class Setting:
         )
 
     def plans(self, init: str = "preserve") -> dict[str, PhasePlan]:
-        """What a picture costs in each phase."""
+        """What an image costs in each phase."""
         return count_costs(self, init)
 
 
@@ -205,7 +194,7 @@ def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs of grow.py
 
-COMMON = {"num_validation_pictures": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
+COMMON = {"num_validation_images": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
 NARROW = {"logit_mean": [1.0], "logit_std": [1.0], "loss_weighting": ["velocity"]}
 WIDE = {"logit_mean": [1.0, -0.7], "logit_std": [1.0, 1.3], "loss_weighting": ["velocity", "clean"]}
 
@@ -249,7 +238,7 @@ def growth_job(
 ) -> Job:
     """
     `flops` operations above the core's resolution, `frozen_share` of them with the core frozen; without a `core`,
-    everything is trained from scratch. `wide` trains on lower noise levels too and by the clean picture's error, else on the core's
+    everything is trained from scratch. `wide` trains on lower noise levels too and by the clean image's error, else on the core's
     noise levels and by the velocity's error, as the core does.
     """
     costs = setting.plans(init)
@@ -310,7 +299,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
 
     Returns:
         All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `mixed_precision`, `commit`, `core_weights` (a
-        digest: a core that was lost and trained again on another machine is another core), `pictures` by phase, `curve`
+        digest: a core that was lost and trained again on another machine is another core), `images` by phase, `curve`
         (the lines of metrics with a held-out loss), `seconds` of training and `scores` of each pipeline that the run left.
 
     Raises:
@@ -396,7 +385,7 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str
     if job.core is not None:
         arguments["core"] = str(folders[job.core] / "core")
     if job.script == GROW:
-        arguments["num_scored_pictures"] = 0
+        arguments["num_scored_images"] = 0
         if torch.cuda.is_available():
             arguments["dataloader_num_workers"] = 1
         if precision == "bf16" and not torch.cuda.is_available():

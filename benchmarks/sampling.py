@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -19,7 +8,7 @@ steps in float32.
 
     python -m benchmarks.sampling                                    # time: 16 -> 128 and 64 -> 512 px, random weights
     python -m benchmarks.sampling --models "64 -> 256" "64 -> 1024"                     # larger ones, for a GPU
-    python -m benchmarks.sampling --pipeline output/grown-128 --data data_folder        # pictures: scorer and distances
+    python -m benchmarks.sampling --pipeline output/grown-128 --data data_folder        # images: scorer and distances
     python -m benchmarks.sampling --quick
 """
 
@@ -97,7 +86,7 @@ def build_pipeline(
 @functools.cache
 def load(folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | None = None) -> GreedyGrowPipeline:
     """A saved pipeline as an arm runs it."""
-    pipeline = GreedyGrowPipeline.from_pretrained(folder, torch_dtype=dtype).to(DEVICE)
+    pipeline = GreedyGrowPipeline.from_pretrained(folder, dtype=dtype).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     if compile_mode:
         # Arms with one pipeline have batches of two sizes: each is to have its own code, as it has when it is run alone.
@@ -113,7 +102,7 @@ def load_arm(folder: str, settings: dict) -> tuple[GreedyGrowPipeline, dict]:
 
 @torch.no_grad()
 def plain_loop(pipeline: GreedyGrowPipeline, prompts: list[str], latents: torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance as any pipeline does it: everything, twice, in each step. Pictures in [0, 1]."""
+    """Classifier-free guidance as any pipeline does it: everything, twice, in each step. Images in [0, 1]."""
     device = latents.device
     text, mask, negative_text, negative_mask = pipeline.encode_prompt(prompts, device)
     text, mask = torch.cat([text, negative_text]), torch.cat([mask, negative_mask])
@@ -193,25 +182,25 @@ def measure_time(args: argparse.Namespace) -> list[dict]:
                 {
                     "pixels": name,
                     "arm": arm,
-                    "seconds per picture": f"{statistics.median(seconds[arm]) / len(prompts):.3f}",
+                    "seconds per image": f"{statistics.median(seconds[arm]) / len(prompts):.3f}",
                     "speed": f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
                 }
             )
     return rows
 
 
-def measure_pictures(args: argparse.Namespace) -> list[dict]:
+def measure_images(args: argparse.Namespace) -> list[dict]:
     size = load(args.pipeline).unet.config.sample_size
-    captions, real = held_out(args.data, size, args.num_pictures)
+    captions, real = held_out(args.data, size, args.num_images)
     scores: dict[str, list[dict]] = {}
     arms: dict[str, dict] = {}
     for arm, settings in list_arms().items():
         settings = {name: value for name, value in settings.items() if name != "compile_mode"}
-        if settings:  # whose loop it is changes no picture either
+        if settings:  # whose loop it is changes no image either
             settings["own_loop"] = False
             if args.bfloat16:  # many a CPU is fast in it
                 settings["dtype"] = torch.bfloat16
-        if settings not in arms.values():  # compiling changes no picture
+        if settings not in arms.values():  # compiling changes no image
             arms[arm] = settings
     for seed in args.seeds:
         latents = make_noise(len(captions), size, seed).to(DEVICE)
@@ -239,22 +228,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS)[:2], choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--together", action="store_true", help="Time: leave out what each step brings alone.")
-    parser.add_argument("--pipeline", help="A trained pipeline, to score its pictures.")
-    parser.add_argument("--data", help="The folder of captioned pictures that it was trained on.")
-    parser.add_argument("--num_pictures", type=int, default=96)
+    parser.add_argument("--pipeline", help="A trained pipeline, to score its images.")
+    parser.add_argument("--data", help="The folder of captioned images that it was trained on.")
+    parser.add_argument("--num_images", type=int, default=96)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--bfloat16", action="store_true", help="Pictures: all arms but the plain loop in bfloat16.")
+    parser.add_argument("--bfloat16", action="store_true", help="Images: all arms but the plain loop in bfloat16.")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.models, args.repeats, args.num_pictures, args.seeds = args.models[:1], 1, 8, args.seeds[:2]
+        args.models, args.repeats, args.num_images, args.seeds = args.models[:1], 1, 8, args.seeds[:2]
 
-    rows = measure_pictures(args) if args.pipeline else measure_time(args)
+    rows = measure_images(args) if args.pipeline else measure_time(args)
     print(markdown(rows))
     if args.quick:
         return
     if args.pipeline:
-        keep_rows(RESULTS / "sampling_pictures.json", rows, "arm", vars(args))
+        keep_rows(RESULTS / "sampling_images.json", rows, "arm", vars(args))
     else:
         rows = keep_rows(RESULTS / "sampling.json", rows, "pixels", vars(args))
         draw_bars(rows, "pixels", "arm", "speed", RESULTS / "sampling.png")

@@ -1,21 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
 Does a deeper core align better? Cores of one, two and four times the transformer's parameters, trained on the same
-pictures and grown with the same encoder and decoder, 16 -> 128 px.
+images and grown with the same encoder and decoder, 16 -> 128 px.
 
     python -m benchmarks.scale_core                 # stops and goes on where it was
     python -m benchmarks.scale_core --quick
@@ -42,8 +31,8 @@ from benchmarks.queue_of_runs import (
 from benchmarks.tables import markdown, mean_and_deviation, write_json
 
 
-# The core is frozen while the stage trains, so that its alignment is what the pictures show. With the usual number of
-# layers, these are the runs of grow_vs_scratch, and as many pictures with the others.
+# The core is frozen while the stage trains, so that its alignment is what the images show. With the usual number of
+# layers, these are the runs of grow_vs_scratch, and as many images with the others.
 (ARM,) = (arm for arm in ARMS if arm.name == "ours, detail phase only")
 LAYERS = (3, 6, 12)
 

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -112,7 +101,7 @@ def build_unet_2d(resolution: int, width: int) -> UNet2DModel:
 
 
 def build_dit(resolution: int, width: int) -> DiTTransformer2DModel:
-    """As many tokens as our core has; a class in place of text."""
+    """As many tokens as our core has; a class instead of text."""
     return DiTTransformer2DModel(
         sample_size=resolution,
         patch_size=resolution // GRID,
@@ -180,7 +169,7 @@ def make_inputs(
 
 
 def count_flops(model: torch.nn.Module, resolution: int) -> int:
-    """Of one picture, forward and backward; the model moves to the meta device."""
+    """Of one image, forward and backward; the model moves to the meta device."""
     model = model.to("meta")
     with FlopCounterMode(display=False) as counter:
         call(model, *make_inputs(resolution, 1, "meta")).sum().backward()
@@ -318,10 +307,10 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
                     "px": resolution,
                     "model": name,
                     "parameters": f"{steps[name].model.num_parameters() / 1e6:.2f} M",
-                    "GFLOP per picture": f"{flops[name] / 1e9:.2f}",
-                    "training pictures/s": f"{args.batch_size / middle:.1f}",
+                    "GFLOP per image": f"{flops[name] / 1e9:.2f}",
+                    "training images/s": f"{args.batch_size / middle:.1f}",
                     "its step / ours": spread(ratios),
-                    "sampling step, pictures/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
+                    "sampling step, images/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
                     "its sampling step / ours": spread(sampling_ratios),
                     "share of peak": f"{statistics.median(shares):.1%}",
                     "memory MB": f"{memory[name]:.0f}",
@@ -388,7 +377,7 @@ def main() -> None:
     parser.add_argument("--num_layers", type=int, default=Size.num_layers, help="Of our core.")
     parser.add_argument("--channels", type=int, nargs="+", default=Size.channels, help="Of our stage.")
     parser.add_argument(
-        "--factor", type=int, default=Size.factor, help="How many times smaller the core's pictures are."
+        "--factor", type=int, default=Size.factor, help="How many times smaller the core's images are."
     )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
@@ -412,7 +401,7 @@ def main() -> None:
         rows, name = compare(args, device), "step_time"
     print(markdown(rows))
     if not args.quick:
-        columns = ("dtype", "hidden size", "share of peak") if args.core else ("px", "model", "training pictures/s")
+        columns = ("dtype", "hidden size", "share of peak") if args.core else ("px", "model", "training images/s")
         rows = keep_rows(RESULTS / f"{name}.json", rows, columns[0], vars(args))
         draw_bars(rows, *columns, RESULTS / f"{name}.png")
 

@@ -1,24 +1,13 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
-Sliced Wasserstein distance between two sets of pictures, per level of the Laplacian pyramid, after Karras et al. (2018).
+Sliced Wasserstein distance between two sets of images, per level of the Laplacian pyramid, after Karras et al. (2018).
 For small sets: the pyramid is the growth law's own (pooling and repeating), both sets are scaled by the true one's
 deviation, and there are fewer patches and directions than in the paper. So values compare with each other and no others.
 
-    python -m benchmarks.swd benchmarks/runs/shapes-128px-20000 --resolution 128    # how far true pictures are apart
+    python -m benchmarks.swd benchmarks/runs/shapes-128px-20000 --resolution 128    # how far true images are apart
 """
 
 import argparse
@@ -28,7 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.tables import RESULTS, describe_machine, markdown, write_json
 from diffusers_greedy_grow.flow import pool, upsample
-from diffusers_greedy_grow.training import CaptionedPictures, load_captioned_data
+from diffusers_greedy_grow.training import CaptionedImages, load_captioned_data
 
 
 def laplacian_pyramid(images: torch.Tensor, min_size: int = 16) -> dict[int, torch.Tensor]:
@@ -43,7 +32,7 @@ def laplacian_pyramid(images: torch.Tensor, min_size: int = 16) -> dict[int, tor
 
 
 def patches(level: torch.Tensor, count: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` random patches of each picture, flattened: `(B * count, C * size * size)`."""
+    """`count` random patches of each image, flattened: `(B * count, C * size * size)`."""
     unfolded = F.unfold(level, size).transpose(1, 2)  # (B, places, C * size * size)
     places = torch.randint(unfolded.shape[1], (len(level), count), generator=generator)
     return unfolded.gather(1, places.unsqueeze(-1).expand(-1, -1, unfolded.shape[-1])).flatten(0, 1)
@@ -54,21 +43,21 @@ def sliced_wasserstein(
 ) -> dict[int, float]:
     """
     Args:
-        images (`torch.Tensor` of shape `(B, C, R, R)`), real (the same shape): Pictures in [0, 1].
+        images (`torch.Tensor` of shape `(B, C, R, R)`), real (the same shape): Images in [0, 1].
 
     Returns:
         For each level's resolution, the mean distance of the patches' projections, times 1000, as published; in units of
         the real patches' standard deviation.
     """
     if images.shape != real.shape:
-        raise ValueError(f"`images` {tuple(images.shape)} and `real` {tuple(real.shape)} have to be of one shape.")
+        raise ValueError(f"`images` {tuple(images.shape)} and `real` {tuple(real.shape)} must be of one shape.")
     generator = torch.Generator().manual_seed(0)
     distances = {}
     for (size, level), real_level in zip(laplacian_pyramid(images).items(), laplacian_pyramid(real).values()):
         mean = real_level.mean(dim=(0, 2, 3), keepdim=True)
         std = real_level.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-4)
         ours, theirs = (
-            patches((pictures - mean) / std, num_patches, patch_size, generator) for pictures in (level, real_level)
+            patches((band - mean) / std, num_patches, patch_size, generator) for band in (level, real_level)
         )
         directions = torch.randn(ours.shape[1], num_directions, generator=generator)
         directions = directions / directions.norm(dim=0)
@@ -78,15 +67,14 @@ def sliced_wasserstein(
 
 
 def main() -> None:
-    """Held-out pictures against as many true ones, and against themselves as a generator might miss them."""
+    """Held-out images against as many true ones, and against themselves as a generator might miss them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("data_folder")
     parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--num_pictures", type=int, default=96)
+    parser.add_argument("--num_images", type=int, default=96)
     args = parser.parse_args()
     real, other = (
-        torch.stack([CaptionedPictures(rows, args.resolution)[i]["pixel_values"] for i in range(args.num_pictures)])
-        / 255
+        torch.stack([CaptionedImages(rows, args.resolution)[i]["pixel_values"] for i in range(args.num_images)]) / 255
         for rows in reversed(load_captioned_data(None, args.data_folder, "image", "text"))
     )
     grainy = real + 0.01 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
@@ -97,9 +85,9 @@ def main() -> None:
         "the same, with noise of .01": grainy,
     }
     rows = []
-    for name, pictures in sets.items():
-        distances = sliced_wasserstein(pictures, real)
-        rows.append({"pictures": name, **{f"SWD {size}": f"{x:.0f}" for size, x in distances.items()}})
+    for name, images in sets.items():
+        distances = sliced_wasserstein(images, real)
+        rows.append({"images": name, **{f"SWD {size}": f"{x:.0f}" for size, x in distances.items()}})
     print(markdown(rows))
     write_json(RESULTS / "swd.json", {"machine": describe_machine(), "rows": rows})
 

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """What the benchmarks share: tables in Markdown, spreads, and a description of the machine."""
@@ -101,13 +90,13 @@ def describe_commit() -> str | None:
 
 def keep_rows(path: Path, rows: list[dict], column: str, settings: dict) -> list[dict]:
     """
-    Writes `rows` to `path`, in place of those there with the same values in `column`, with the `settings` and the machine that
+    Writes `rows` to `path`, instead of those there with the same values in `column`, with the `settings` and the machine that
     they are of. Returns all rows there.
     """
     measured = json.loads(path.read_text())["measured"] if path.exists() else []
-    anew = {row[column] for row in rows}
+    again = {row[column] for row in rows}
     for part in measured:
-        part["rows"] = [row for row in part["rows"] if row[column] not in anew]
+        part["rows"] = [row for row in part["rows"] if row[column] not in again]
     threads = torch.get_num_threads()
     measured.append({"machine": describe_machine(), "threads": threads, "settings": settings, "rows": rows})
     measured = [part for part in measured if part["rows"]]

@@ -1,21 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 r"""
 The process: rectified flow in pixel space, and the law that connects its resolutions.
 
-Notation: a clean picture `x0` of shape `(B, C, H, W)` in `[-1, 1]`; the noise level `sigma` in `(0, 1]`, a tensor of
+Notation: a clean image `x0` of shape `(B, C, H, W)` in `[-1, 1]`; the noise level `sigma` in `(0, 1]`, a tensor of
 shape `(B,)`; noise `e ~ N(0, I)`; the noisy state `x = (1 - sigma) x0 + sigma e`; the flow velocity `u = e - x0`.
 `P` is `factor x factor` average pooling, `U` nearest-neighbour upsampling by `factor`, `S` a smooth one; `P U = P S = I`.
 
@@ -50,7 +39,7 @@ def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def shift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     """
-    The noise level at `factor` times the resolution that hides the picture as much as `sigma` does here (Hoogeboom et al.,
+    The noise level at `factor` times the resolution that hides the image as much as `sigma` does here (Hoogeboom et al.,
     simple diffusion, 2023, section 3.1). `sigma` and what is returned are in [0, 1], of any shape.
     """
     return factor * sigma / (1 + (factor - 1) * sigma)
@@ -114,7 +103,7 @@ def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
 def enlarge(x: torch.Tensor, factor: int) -> torch.Tensor:
     """
     `S`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)`, smoothly, and `P S = I` all the same: bilinear interpolation,
-    and what its low band lacks of `x`. Pictures hold a fifth to a half less beyond `S P x0` than beyond `U P x0`.
+    and what its low band lacks of `x`. Images hold a fifth to a half less beyond `S P x0` than beyond `U P x0`.
     """
     smooth = F.interpolate(x, scale_factor=float(factor), mode="bilinear")
     return smooth + upsample(x - pool(smooth, factor), factor)
@@ -151,7 +140,7 @@ def ascend(
     """
     A high-resolution state around a low-resolution one: `x = n U x_in + sigma H e`. [`descend`] undoes it exactly.
 
-    The high band of the picture itself, `(1 - sigma) H x0`, is missing, so the higher `sigma`, the better it fits.
+    The high band of the image itself, `(1 - sigma) H x0`, is missing, so the higher `sigma`, the better it fits.
 
     Args:
         x_in (`torch.Tensor` of shape `(B, C, H, W)`): The low-resolution state.
@@ -174,11 +163,11 @@ def coarsest_step(factor: int) -> int:
 
 def detail_variance(x0: torch.Tensor, factor: int) -> float:
     """
-    How much detail there is just above a low resolution: the mean square of what the picture has at [`coarsest_step`]
-    times the low resolution and not below. There pictures have the most, and it emerges from the noise first.
+    How much detail there is just above a low resolution: the mean square of what the image has at [`coarsest_step`]
+    times the low resolution and not below. There images have the most, and it emerges from the noise first.
 
     Args:
-        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Pictures in [-1, 1].
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
         factor (`int`): How many times smaller the low resolution is.
     """
     step = coarsest_step(factor)
@@ -190,11 +179,11 @@ def handover_sigma(variance: float, factor: int, bound: float) -> float:
     The noise level down to which a state's high band is noise, up to `bound`, so that a low-resolution model is enough.
 
     Of a state pooled to `step` times the low resolution, with the noise level `sigma` there, the high band
-    `(1 - sigma) H x0 + sigma H e` has the picture's variance `(1 - sigma)**2 v` and the noise's
+    `(1 - sigma) H x0 + sigma H e` has the image's variance `(1 - sigma)**2 v` and the noise's
     `sigma**2 (1 - 1 / step**2)`. Above the level returned, the first is at most `bound` times the second.
 
     Args:
-        variance (`float`): `v`, the [`detail_variance`] of the pictures.
+        variance (`float`): `v`, the [`detail_variance`] of the images.
         factor (`int`): The growth factor.
         bound (`float`): For example 0.01.
 
@@ -207,7 +196,7 @@ def handover_sigma(variance: float, factor: int, bound: float) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Clean pictures and velocities
+# Clean images and velocities
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -218,7 +207,7 @@ def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> tor
 
 def velocity_from_clean(x: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """
-    `u = (x - x0) / sigma`: the velocity at the state `x` that points away from the picture `x0`. It has no larger bound on
+    `u = (x - x0) / sigma`: the velocity at the state `x` that points away from the image `x0`. It has no larger bound on
     sigma, as a loss on it needs one: with that, a sampler's last step would stop short of `x0` and leave noise behind.
     """
     return (x - x0) / expand(sigma, x).clamp(min=SIGMA_MIN)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -82,7 +71,7 @@ def find_source(model) -> dict[str, str]:
 
 
 def add_to_lineage(model, **entry: Any) -> None:
-    """Adds an entry, of values that JSON can hold, to a model's lineage; of a phase, in place of what it was before."""
+    """Adds an entry, of values that JSON can hold, to a model's lineage; of a phase, instead of what it was before."""
     lineage = get_lineage(model)
     if "phase" in entry and lineage and lineage[-1].get("phase") == entry["phase"]:
         lineage.pop()
@@ -97,7 +86,7 @@ USE_PIPELINE = """import diffusers_greedy_grow
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({source})
-pipe({prompt}).images[0].save("picture.png")"""
+pipe({prompt}).images[0].save("image.png")"""
 USE_MODEL = """import diffusers_greedy_grow
 from diffusers import AutoModel
 
@@ -110,7 +99,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({source})
 pipe.load_lora_weights("{repo_id}")
-pipe({prompt}).images[0].save("picture.png")"""
+pipe({prompt}).images[0].save("image.png")"""
 LORA_CARD = """---
 {{ card_data }}
 ---
@@ -155,7 +144,7 @@ def make_card(
         eval_results (`list[EvalResult]`, *optional*):
             Figures, for the metadata and a table.
         samples (`str`, *optional*):
-            The name, within the repository, of a picture to show.
+            The name, within the repository, of an image to show.
         tag (`str`, *optional*):
             The tag of the repository under which this state of it stays.
     """
@@ -198,7 +187,7 @@ def make_card(
 
 
 def write_card(folder: Path, pushed, repo_id: str, samples: str | Path | None = None, **card: Any) -> None:
-    """Writes the card into a folder that holds `pushed`, with the picture `samples`; the rest is as for [`make_card`]."""
+    """Writes the card into a folder that holds `pushed`, with the image `samples`; the rest is as for [`make_card`]."""
     if samples is not None:
         card["samples"] = "samples" + Path(samples).suffix
         shutil.copy(samples, folder / card["samples"])
@@ -226,7 +215,7 @@ def make_lora_card(
         prompt (`str`):
             For the example.
         samples (`str`):
-            The name, within the repository, of a picture to show.
+            The name, within the repository, of an image to show.
         trained (`str`):
             How it was trained, in a few words.
         license (`str`, *optional*), datasets (`list[str]`, *optional*):
@@ -260,7 +249,7 @@ def describe(entry: dict[str, Any]) -> tuple:
         core, revision = entry.get("core"), entry.get("core_revision")
         source = f" from `{core}`" + (f" at `{revision[:12]}`" if revision else "") if core else ""
         return (f"grown{source}, `init={entry.get('init')!r}`", entry["grown_to"], "", "", "", "")
-    return tuple(entry.get(name, "") for name in ("phase", "resolution", "trained", "steps", "pictures", "seed"))
+    return tuple(entry.get(name, "") for name in ("phase", "resolution", "trained", "steps", "images", "seed"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,7 +258,7 @@ def describe(entry: dict[str, Any]) -> tuple:
 
 class HubMixin:
     """
-    For models and pipelines, in place of diffusers': `push_to_hub` with a card, on a branch, and losing nothing;
+    For models and pipelines, instead of diffusers': `push_to_hub` with a card, on a branch, and losing nothing;
     `save_pretrained` that writes only what loads again; and loading that reads no pickles and refuses what is strange.
     """
 
@@ -305,7 +294,7 @@ class HubMixin:
             )
         lineage = config_dict.get("_lineage", [])
         if not isinstance(lineage, (list, tuple)) or not all(isinstance(entry, dict) for entry in lineage):
-            raise ValueError(f"The configuration's `_lineage` has to be a list of dictionaries, but is {lineage!r}.")
+            raise ValueError(f"The configuration's `_lineage` must be a list of dictionaries, but is {lineage!r}.")
         return init_dict, unused, hidden
 
     def save_pretrained(
@@ -319,7 +308,7 @@ class HubMixin:
         **kwargs: Any,
     ) -> None:
         """
-        As diffusers has it, but for three traps. Arguments that are not used here have to be named all the same: a pipeline
+        As diffusers has it, but for three traps. Arguments that are not used here must be named all the same: a pipeline
         passes on to its components only what their `save_pretrained` names.
 
         Raises:
@@ -374,9 +363,9 @@ class HubMixin:
             private (`bool`, *optional*):
                 Of a repository that is made: whether others cannot see it.
             token (`str`, *optional*):
-                In place of the one that `hf auth login` has stored.
+                Instead of the one that `hf auth login` has stored.
             create_pr (`bool`, defaults to `False`):
-                Opens a pull request in place of committing.
+                Opens a pull request instead of committing.
             safe_serialization (`bool`, defaults to `True`):
                 Safetensors are written either way.
             variant (`str`, *optional*):
@@ -386,7 +375,7 @@ class HubMixin:
             revision (`str`, *optional*):
                 The branch to commit to; it is made if there is none.
             samples (`str` or `Path`, *optional*):
-                A picture to upload and to show in the card.
+                An image to upload and to show in the card.
             max_shard_size (`int` or `str`, *optional*):
                 As for `save_pretrained`.
             card:
@@ -482,7 +471,7 @@ def publish(
         pushed.save_pretrained(folder, **saving)
         if subfolder is None:
             write_card(folder, pushed, repo_id, samples, **card)
-    except Exception as error:  # whatever it is, what was grown has to survive it
+    except Exception as error:  # whatever it is, what was grown must survive it
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise UploadError(
@@ -623,7 +612,7 @@ def upload(
             if tag is not None:
                 move_tag(api, repo_id, tag, commit.oid)
             break
-        except Exception as error:  # whatever it is, the weights have to survive it
+        except Exception as error:  # whatever it is, the weights must survive it
             reason = f"{type(error).__name__}: {error}"
             reason = reason.replace(api.token, "***") if isinstance(api.token, str) and api.token else reason
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
@@ -679,7 +668,7 @@ def move_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
 def upload_command(
     folder: Path, repo_id: str, revision: str | None, create_pr: bool, path_in_repo: str | None, tag: str | None
 ) -> str:
-    """What a shell does in place of [`upload`]."""
+    """What a shell does instead of [`upload`]."""
     words = ["hf", "upload", repo_id, str(folder), path_in_repo or "."]
     words += [word for pattern in other_shards(folder) for word in ("--delete", pattern)]
     words += (["--revision", revision] if revision else []) + (["--create-pr"] if create_pr else [])

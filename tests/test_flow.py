@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import math
 
@@ -25,7 +14,7 @@ FACTORS = [2, 3, 4, 8]
 
 
 def random_case(factor: int, seed: int):
-    """A random size that the factor divides, a picture, noise and noise levels."""
+    """A random size that the factor divides, an image, noise and noise levels."""
     generator = torch.Generator().manual_seed(1000 * factor + seed)
     height, width = (factor * int(torch.randint(2, 9, (), generator=generator)) for _ in range(2))
     x0 = torch.rand(4, 3, height, width, generator=generator) * 2 - 1
@@ -79,7 +68,7 @@ class TestLaw:
         torch.testing.assert_close(sigma_again, sigma_in)
         torch.testing.assert_close(again, x_in, atol=1e-5, rtol=1e-5)
 
-    def test_ascent_of_a_descended_state_lacks_only_the_pictures_high_band(self, factor, seed):
+    def test_ascent_of_a_descended_state_lacks_only_the_images_high_band(self, factor, seed):
         x0, noise, sigma = random_case(factor, seed)
         state = flow.add_noise(x0, noise, sigma)
         again, _ = flow.ascend(*flow.descend(state, sigma, factor), factor, noise)
@@ -123,7 +112,7 @@ def test_above_the_handover_the_coarsest_detail_is_noise_up_to_the_bound(factor)
         assert 0 < sigma < 1 and ratio.item() == pytest.approx(bound, rel=0.05)
 
 
-def test_velocity_and_clean_picture_convert():
+def test_velocity_and_clean_image_convert():
     x0, noise, sigma = random_case(4, 0)
     state = flow.add_noise(x0, noise, sigma)
     velocity = flow.velocity_from_clean(state, x0, sigma)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Publishing and loading, with the real client, against a Hub on the loopback interface that misbehaves on demand."""
 
@@ -76,8 +65,8 @@ def test_a_pipeline_there_and_back_in_a_fresh_process(hub, tmp_path):
     assert {"README.md", "model_index.json", "unet/config.json", "tokenizer/tokenizer.json"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl", ".py"))]
     assert not waiting()
-    subprocess.run([sys.executable, "-c", DRAW, "owner/there-and-back", tmp_path / "picture.pt"], check=True)
-    assert torch.equal(torch.load(tmp_path / "picture.pt"), draw_one(pipeline))
+    subprocess.run([sys.executable, "-c", DRAW, "owner/there-and-back", tmp_path / "image.pt"], check=True)
+    assert torch.equal(torch.load(tmp_path / "image.pt"), draw_one(pipeline))
 
 
 @pytest.mark.parametrize("make", [make_core, make_grown])
@@ -388,7 +377,7 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
 def test_a_card_says_it_all(hub, tmp_path):
     core = make_pipeline()
     hub_module.add_to_lineage(
-        core.unet, phase="core", resolution=16, trained="everything", steps=10, pictures=320, seed=0
+        core.unet, phase="core", resolution=16, trained="everything", steps=10, images=320, seed=0
     )
     core.push_to_hub("owner/card-core", license="apache-2.0")
     results = [
@@ -435,7 +424,7 @@ def test_what_a_card_says_to_run_runs(hub, make, tmp_path):
     assert len(blocks) == 2
     for block in blocks:
         subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path)
-    assert (tmp_path / "picture.png").exists() == (make is make_pipeline)
+    assert (tmp_path / "image.png").exists() == (make is make_pipeline)
 
 
 def test_a_card_without_the_plugin_names_the_error_that_is_seen(hub):

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The cards in `model_cards/`: valid, complete, and every block of code in them runs."""
 
@@ -45,8 +34,8 @@ def test_metadata(path, hub):
     assert re.search(rf"\| {phase} \| (16|64) \| .* \| \d+ \| \d+ \| 0 \|", card.text)
     for name, value in figures.items():
         assert f"| {name} | {value} |" in card.text
-    (picture,) = re.findall(r"!\[Samples\]\((.*)\)", card.text)
-    assert (path.parent / picture).exists()
+    (image,) = re.findall(r"!\[Samples\]\((.*)\)", card.text)
+    assert (path.parent / image).exists()
 
 
 @pytest.fixture(scope="module")
@@ -67,5 +56,5 @@ def test_code(path, published, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block.replace("diffusers-greedy-grow/shapes-64", "owner/cards-64"), str(path), "exec"), names)
     inner = (16,) if path.parent.name == "core" else (16, 32)
-    assert names["pipe"].unet.sample_sizes == inner and (tmp_path / "picture.png").exists()
+    assert names["pipe"].unet.sample_sizes == inner and (tmp_path / "image.png").exists()
     assert names["grown"].unet.sample_sizes == (*inner, 64 if path.parent.name == "core" else 256)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Hostile or damaged files: they end in an error that says what is wrong, before memory is touched or anything is run."""
 
@@ -45,22 +34,22 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize(
     "values,message",
     [
-        ({"hidden_size": 2**40}, "`hidden_size=1099511627776` has to be a whole number from 1 to 65536"),
-        ({"num_layers": 10**9}, "`num_layers=1000000000` has to be a whole number from 1 to 1024"),
+        ({"hidden_size": 2**40}, "`hidden_size=1099511627776` must be a whole number from 1 to 65536"),
+        ({"num_layers": 10**9}, "`num_layers=1000000000` must be a whole number from 1 to 1024"),
         ({"sample_size": -32}, "`sample_size=-32`"),
         ({"sample_size": 10**12}, "`sample_size=1000000000000`"),
-        ({"block_out_channels": [[16, 10**10]]}, r"`block_out_channels=\[\[16, 10000000000\]\]` has to be a tuple of tuples"),
+        ({"block_out_channels": [[16, 10**10]]}, r"`block_out_channels=\[\[16, 10000000000\]\]` must be a tuple of tuples"),
         ({"block_out_channels": [16, 24]}, r"`block_out_channels=\[16, 24\]`"),
-        ({"layers_per_block": [10**6]}, r"`layers_per_block=\[1000000\]` has to be a tuple of whole numbers from 1 to 64"),
+        ({"layers_per_block": [10**6]}, r"`layers_per_block=\[1000000\]` must be a tuple of whole numbers from 1 to 64"),
         ({"inner_sample_sizes": "16"}, "`inner_sample_sizes='16'`"),
         ({"hidden_size": "32"}, "`hidden_size='32'`"),
         ({"num_attention_heads": True}, "`num_attention_heads=True`"),
-        ({"mlp_ratio": float("inf")}, "`mlp_ratio=inf` has to be a number from 1 to 64"),
+        ({"mlp_ratio": float("inf")}, "`mlp_ratio=inf` must be a number from 1 to 64"),
         ({"patch_size": None}, "`patch_size=None`"),
         ({"init": "../../etc/passwd"}, "`init='../../etc/passwd'` is unknown"),
         ({"new": 1}, r"The configuration has \['new'\], which a GrowableUNet2DConditionModel does not know"),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map|custom code"),
-        ({"_lineage": "<script>"}, "The configuration's `_lineage` has to be a list of dictionaries"),
+        ({"_lineage": "<script>"}, "The configuration's `_lineage` must be a list of dictionaries"),
     ],
 )  # fmt: skip
 def test_a_hostile_configuration(folder, values, message):
@@ -90,9 +79,9 @@ def test_sizes_that_could_be_but_are_not_those_of_the_weights(folder):
     [
         ({"unet": ["antigravity", "Model"]}, "`unet` in model_index.json is a Model of antigravity, which has not been imported"),
         ({"tokenizer": ["../../evil", "Model"]}, "`tokenizer` in model_index.json is a Model of ../../evil"),
-        ({"max_sequence_length": None}, "`max_sequence_length=None` has to be a whole number from 1 to"),
-        ({"max_sequence_length": 0}, "`max_sequence_length=0` has to be"),
-        ({"text_encoder": "antigravity"}, "`text_encoder` in model_index.json has to be a library and a class"),
+        ({"max_sequence_length": None}, "`max_sequence_length=None` must be a whole number from 1 to"),
+        ({"max_sequence_length": 0}, "`max_sequence_length=0` must be"),
+        ({"text_encoder": "antigravity"}, "`text_encoder` in model_index.json must be a library and a class"),
         ({"../../evil": ["diffusers", "UNet2DModel"]}, r"The configuration has \['../../evil'\]"),
         ({"scheduler": ["diffusers", "../../Evil"]}, "no class `../../Evil`"),
         ({"_class_name": ["evil", "GreedyGrowPipeline"]}, "trust_remote_code|custom|evil"),

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Tiny models, inputs and pipelines with real components."""
 
@@ -91,7 +80,7 @@ def make_pipeline(unet: torch.nn.Module | None = None, shift: float = 1.0) -> Gr
 
 
 def draw_one(pipeline: GreedyGrowPipeline, **kwargs) -> torch.Tensor:
-    """One picture `(1, C, H, W)` in [0, 1], in three steps from always the same noise."""
+    """One image `(1, C, H, W)` in [0, 1], in three steps from always the same noise."""
     size = pipeline.unet.config.sample_size
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))

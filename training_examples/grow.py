@@ -1,22 +1,11 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
-Grows a text-to-image model in pixel space, from captioned pictures to a pipeline:
+Grows a text-to-image model in pixel space, from captioned images to a pipeline:
 
     accelerate launch training_examples/grow.py                                       # captioned shapes, 16 -> 64 px
-    accelerate launch training_examples/grow.py --train_data_dir my_pictures --resolutions 32 128
+    accelerate launch training_examples/grow.py --train_data_dir my_images --resolutions 32 128
 
 A run goes through phases (Vasconcelos et al., 2024, section 4): `core` trains a Shallow-UViT at the first resolution;
 then, for each further resolution, a stage is grown around it, trained alone (`detail`), and trained together with what
@@ -70,7 +59,7 @@ from diffusers_greedy_grow.training import (
     OF_ONE_LAUNCH,
     BrokenRows,
     BucketOrder,
-    CaptionedPictures,
+    CaptionedImages,
     DataArguments,
     EpochOrder,
     FlowLoss,
@@ -79,7 +68,7 @@ from diffusers_greedy_grow.training import (
     LossMeter,
     ModelArguments,
     PhasePlan,
-    StreamedPictures,
+    StreamedImages,
     StreamLoader,
     TextEmbeddings,
     TrainedModel,
@@ -90,6 +79,7 @@ from diffusers_greedy_grow.training import (
     check_cpu,
     check_data_dir,
     check_replaced,
+    claim_output_dir,
     compute_dtype,
     consolidate,
     describe_parts,
@@ -124,7 +114,6 @@ from diffusers_greedy_grow.training import (
     set_up_sharding,
     shard,
     start_trackers,
-    take_folder,
     take_step,
     tokenize_captions,
     train_small_tokenizer,
@@ -235,12 +224,12 @@ def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowU
         mlp_ratio=model_args.mlp_ratio,
         cross_attention_dim=cross_attention_dim,
     )
-    unet.silence()
+    unet.zero_init_output()
     return unet
 
 
 def grow_pipeline(
-    pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, data: CaptionedPictures
+    pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, data: CaptionedImages
 ) -> GreedyGrowPipeline:
     factor = phase.resolution // pipeline.unet.config.sample_size
     variance = None
@@ -250,12 +239,12 @@ def grow_pipeline(
     return GreedyGrowPipeline.from_core(pipeline, phase.resolution, detail_variance=variance, **stage)
 
 
-def measure_detail(data: CaptionedPictures, resolution: int, factor: int, count: int = 512) -> float:
-    """[`detail_variance`] of the first pictures at `resolution`: what `core_first="auto"` goes by."""
-    pictures = data.at(resolution)
+def measure_detail(data: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float:
+    """[`detail_variance`] of the first images at `resolution`: what `core_first="auto"` goes by."""
+    images = data.at(resolution)
     variances = [
-        detail_variance(normalize(pictures[i]["pixel_values"].unsqueeze(0)), factor)
-        for i in range(min(count, len(pictures)))
+        detail_variance(normalize(images[i]["pixel_values"].unsqueeze(0)), factor)
+        for i in range(min(count, len(images)))
     ]
     return sum(variances) / len(variances)
 
@@ -329,7 +318,7 @@ def make_plan(
     args: TrainingArguments,
     accelerator: Accelerator,
 ) -> tuple[list, str]:
-    """What each phase will cost, for square pictures, and that as text. No weights are read or allocated."""
+    """What each phase will cost, for square images, and that as text. No weights are read or allocated."""
     num_processes = args.plan_processes if args.plan and args.plan_processes else accelerator.num_processes
     with torch.device("meta"):
         if model_args.core is not None:
@@ -337,7 +326,7 @@ def make_plan(
             unet = model_class.from_config(config)
             if unet.config.sample_size != model_args.resolutions[0]:
                 raise ValueError(
-                    f"`resolutions={model_args.resolutions}` has to begin with the resolution of "
+                    f"`resolutions={model_args.resolutions}` must begin with the resolution of "
                     f"`core={model_args.core!r}`, which is {unet.config.sample_size}."
                 )
         else:
@@ -397,14 +386,14 @@ def check_buckets(
 ) -> None:
     """
     Raises:
-        `ValueError`: if there are pictures that the models could not take in.
+        `ValueError`: if there are images that the models could not take in.
     """
     cell = unet.config.patch_size * resolutions[-1] // unet.sample_sizes[0]
     cell = math.lcm(cell, 2 * resolutions[-1] // resolutions[0])  # the core's losses are by bands of factor 2
     for side in itertools.chain(*parse_buckets(buckets)):
         if side % cell:
             raise ValueError(
-                f"`aspect_ratio_buckets={buckets!r}`: {side} is no multiple of {cell}, as the sides have to be with "
+                f"`aspect_ratio_buckets={buckets!r}`: {side} is no multiple of {cell}, as the sides must be with "
                 f"`resolutions={resolutions}`."
             )
 
@@ -421,9 +410,9 @@ class Run:
     data_args: DataArguments
     model_args: ModelArguments
     args: TrainingArguments
-    train_data: CaptionedPictures | StreamedPictures
-    high_res_data: CaptionedPictures | StreamedPictures  # what is seen above the core's resolution
-    validation_data: CaptionedPictures
+    train_data: CaptionedImages | StreamedImages
+    high_res_data: CaptionedImages | StreamedImages  # what is seen above the core's resolution
+    validation_data: CaptionedImages
     output_dir: Path
     plans: dict[str, PhasePlan]  # of each phase, in order
     captions: list[str]  # of the sample grid
@@ -447,15 +436,15 @@ class Run:
 
     @property
     def decisive_config(self) -> dict:
-        """What a resumed run has to share with the one that was stopped, or it would end elsewhere."""
-        pictures_per_step = {plan.name: plan.batch_size for plan in self.plans.values()}
+        """What a resumed run must share with the one that was stopped, or it would end elsewhere."""
+        images_per_step = {plan.name: plan.batch_size for plan in self.plans.values()}
         config = {name: value for name, value in self.config.items() if name not in FREE_TO_CHANGE}
         if self.args.low_res_share:
             config["train_batch_size"] = self.args.train_batch_size  # a share of it
         return {
             **config,
             "mixed_precision": self.accelerator.mixed_precision,
-            "pictures per step": pictures_per_step,
+            "images per step": images_per_step,
             "captions": self.fingerprint,
             "FSDP": self.accelerator.is_fsdp2,
         }
@@ -544,7 +533,7 @@ def train_phase(
 
     # 2. The data of the steps that are left, in an order that depends on the seed alone
     batch_size = phase.batch_size
-    pictures_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    images_per_step = batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     loader = make_loader(run, phase, step, data_state)
 
     # 3. The loop
@@ -584,7 +573,7 @@ def train_phase(
             noise, sigma, dropped = draw_noise(
                 (args.seed, phase.index, step),
                 place * batch_size,
-                pictures_per_step,
+                images_per_step,
                 x0.shape,
                 shift,
                 args.logit_mean[phase.stage],
@@ -628,19 +617,19 @@ def train_phase(
         interrupted = interrupt.noted(accelerator, ask=last or any(step % steps == 0 for steps in times))
 
         if step == min(warmed_up + 20, phase.steps):
-            rate = (step - warmed_up) * pictures_per_step / (time.perf_counter() - started)
+            rate = (step - warmed_up) * images_per_step / (time.perf_counter() - started)
             minutes = minutes_left(run, phase, step, rate)
-            logger.info(f"{phase.name}: {rate:.1f} pictures/s; about {minutes:.0f} min of training left.")
+            logger.info(f"{phase.name}: {rate:.1f} images/s; about {minutes:.0f} min of training left.")
         if step % args.logging_steps == 0 or last or interrupted:
             now = time.perf_counter()
-            rate = (step - logged_step) * pictures_per_step / (now - logged_time)
+            rate = (step - logged_step) * images_per_step / (now - logged_time)
             logged_step, logged_time = step, now
             means = {"lr": optimizer.param_groups[0]["lr"], **meter.compute(accelerator), **guard.compute()}
             means |= {"memory_gb": memory_in_use(device), "minutes_left": minutes_left(run, phase, step, rate)}
-            run.log(phase, step, pictures=step * pictures_per_step, pictures_per_second=rate, **means)
+            run.log(phase, step, images=step * images_per_step, images_per_second=rate, **means)
             bar.set_postfix(
                 loss=f"{means.get('loss', math.nan):.4f}",
-                pictures_per_s=f"{rate:.1f}",
+                images_per_s=f"{rate:.1f}",
                 memory=f"{means['memory_gb']:.1f} GB",
                 all_left=f"{means['minutes_left']:.0f} min",
             )
@@ -713,7 +702,7 @@ def train_losses(
 
 
 def count_low_res(batch_size: int, share: float) -> int:
-    """How many pictures of a batch are for the inner model alone."""
+    """How many images of a batch are for the inner model alone."""
     return round(share * batch_size)
 
 
@@ -729,7 +718,7 @@ def make_loader(
         "num_workers": run.data_args.dataloader_num_workers,
         "pin_memory": accelerator.device.type == "cuda",
     }
-    if isinstance(data, StreamedPictures):
+    if isinstance(data, StreamedImages):
         return StreamLoader(
             data,
             batch_size,
@@ -746,8 +735,8 @@ def make_loader(
         batches = BucketOrder(data.shapes, batch_size, batches_per_step, start=step, num_steps=steps, seed=seed)
         loader = torch.utils.data.DataLoader(data, batch_sampler=batches, **options)
     else:
-        pictures = batch_size * batches_per_step
-        order = EpochOrder(len(data), start=step * pictures, num_samples=steps * pictures, seed=seed)
+        images = batch_size * batches_per_step
+        order = EpochOrder(len(data), start=step * images, num_samples=steps * images, seed=seed)
         loader = torch.utils.data.DataLoader(data, batch_size=batch_size, sampler=order, **options)
     return accelerator.prepare(loader)
 
@@ -760,7 +749,7 @@ def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet
         resolution=phase.resolution,
         trained={"core": "everything", "detail": "the new stage", "joint": "everything"}[phase.kind],
         steps=steps,
-        pictures=steps * run.plans[phase.name].batch_size,
+        images=steps * run.plans[phase.name].batch_size,
         seed=run.args.seed,
     )
 
@@ -768,16 +757,16 @@ def record_phase(run: Run, phase: Phase, unet: ShallowUNet2DModel | GrowableUNet
 @torch.no_grad()
 def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: TrainedModel, band_factor: int) -> dict:
     """
-    The held-out loss, on the same pictures with the same noise in all runs; spread over the processes. The noise levels are
+    The held-out loss, on the same images with the same noise in all runs; spread over the processes. The noise levels are
     evenly spaced quantiles of the first phase's distribution; and again with levels of [`LOW_NOISE`], which training sees
     seldom and where grain shows.
     """
     accelerator, args = run.accelerator, run.args
-    count = min(run.data_args.num_validation_pictures, len(run.validation_data))
+    count = min(run.data_args.num_validation_images, len(run.validation_data))
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     first, end = count * rank // num_processes, count * (rank + 1) // num_processes
-    losses_of_pictures: list[list[float]] = []  # of each two rows
-    pictures = run.validation_data.at(phase.resolution)
+    losses_of_images: list[list[float]] = []  # of each two rows
+    images = run.validation_data.at(phase.resolution)
     module.eval()
     for batch in range(math.ceil(math.ceil(count / num_processes) / phase.batch_size)):
         start = first + batch * phase.batch_size
@@ -785,11 +774,11 @@ def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: Train
         is_spare = start >= stop
         if is_spare:  # a sharded model wants all processes in each forward pass
             start, stop = 0, 1
-        rows = [pictures[i] for i in range(start, stop)]
+        rows = [images[i] for i in range(start, stop)]
         x0 = normalize(torch.stack([row["pixel_values"] for row in rows]).to(accelerator.device))
         generators = sample_generators((VALIDATION, phase.resolution), start, len(x0))
         noise = randn_tensor(x0.shape, generator=generators, device=accelerator.device)
-        # Each picture's share of the way through the levels, whose quantiles are more even than draws.
+        # Each image's share of the way through the levels, whose quantiles are more even than draws.
         places = (start + 0.5 + torch.arange(len(x0), device=x0.device)) / count
         normal = args.logit_mean[0] + args.logit_std[0] * torch.special.ndtri(places)
         sigma = shift_sigma(torch.sigmoid(normal), pipeline.scheduler.config.shift)
@@ -800,12 +789,12 @@ def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: Train
             low_losses = flow_loss(module, x0, noise, low_sigma, band_factor, **conditions)
         if not is_spare:
             both = [torch.stack([one.low, one.high, one.sigma], dim=1) for one in (losses, low_losses)]
-            losses_of_pictures += torch.cat(both, dim=1).tolist()
+            losses_of_images += torch.cat(both, dim=1).tolist()
     module.train()
     reshard(module)
     if accelerator.num_processes > 1:  # the processes may have unequal shares
-        losses_of_pictures = gather_object(losses_of_pictures)
-    losses, low_losses = torch.tensor(losses_of_pictures).reshape(-1, 6).split(3, dim=1)
+        losses_of_images = gather_object(losses_of_images)
+    losses, low_losses = torch.tensor(losses_of_images).reshape(-1, 6).split(3, dim=1)
     means = {f"val_{name}": value for name, value in LossMeter(losses).compute(accelerator).items()}
     for name, value in LossMeter(low_losses).compute(accelerator).items():
         if "sigma" not in name:
@@ -813,9 +802,9 @@ def validate(run: Run, phase: Phase, pipeline: GreedyGrowPipeline, module: Train
     return means
 
 
-def minutes_left(run: Run, phase: Phase, step: int, pictures_per_second: float) -> float:
+def minutes_left(run: Run, phase: Phase, step: int, images_per_second: float) -> float:
     """Of training, from the speed so far and the plan's count of operations; validation and samples come on top."""
-    rate = run.plans[phase.name].train_flops * pictures_per_second
+    rate = run.plans[phase.name].train_flops * images_per_second
     names = list(run.plans)
     left = sum(run.plans[name].flops for name in names[names.index(phase.name) + 1 :])
     left += (phase.steps - step) * run.plans[phase.name].flops / phase.steps
@@ -835,7 +824,7 @@ def memory_in_use(device: torch.device) -> float:
 
 def sample_captions(run: Run, pipeline: GreedyGrowPipeline, captions: list[str]) -> list[Image.Image]:
     """
-    One picture for each caption. The noise is drawn at the final resolution and pooled down to the pipeline's, so that
+    One image for each caption. The noise is drawn at the final resolution and pooled down to the pipeline's, so that
     every phase starts from the same.
     """
     resolution, device = pipeline.unet.config.sample_size, run.accelerator.device
@@ -868,9 +857,9 @@ def sample_step(run: Run, phase: Phase, step: int, pipeline: GreedyGrowPipeline)
     draw_samples({f"{phase.name} {step}": images}, run.captions, folder / f"{phase.name}-{step}.png")
     for tracker in run.accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            pictures = np.stack([np.asarray(image) for image in images])
+            arrays = np.stack([np.asarray(image) for image in images])
             kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({f"{phase.name}/samples": pictures}, step=run.total_steps(phase, step), **kwargs)
+            tracker.log_images({f"{phase.name}/samples": arrays}, step=run.total_steps(phase, step), **kwargs)
     pipeline.unet.train()
     if run.embeddings is not None:  # training does not need it
         pipeline.text_encoder.to("cpu")
@@ -879,7 +868,7 @@ def sample_step(run: Run, phase: Phase, step: int, pipeline: GreedyGrowPipeline)
 
 
 def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> None:
-    """Adds a row to the grid of samples, and draws the loss curves anew."""
+    """Adds a row to the grid of samples, and draws the loss curves again."""
     folder = run.output_dir / "samples"
     folder.mkdir(exist_ok=True)
     strip = make_image_grid(sample_captions(run, pipeline, run.captions), rows=1, cols=len(run.captions))
@@ -897,8 +886,8 @@ def draw_grids(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> None:
 
 
 def score_shapes(run: Run, phase: Phase, pipeline: GreedyGrowPipeline) -> dict[str, float]:
-    """Captioned shapes: which share of the held-out captions' attributes the pictures show."""
-    captions = run.validation_data.captions[: run.data_args.num_scored_pictures]
+    """Captioned shapes: which share of the held-out captions' attributes the images show."""
+    captions = run.validation_data.captions[: run.data_args.num_scored_images]
     size = run.model_args.resolutions[-1]
     images = [
         image.resize((size, size), Image.Resampling.BICUBIC) for image in sample_captions(run, pipeline, captions)
@@ -984,7 +973,7 @@ class Publisher:
 def write_phase_card(
     run: Run, phase: Phase, pipeline: GreedyGrowPipeline, scores: dict[str, float], samples: Path
 ) -> None:
-    """Adds the card to the folder of a finished phase: what it is, its held-out loss and scores, and its pictures."""
+    """Adds the card to the folder of a finished phase: what it is, its held-out loss and scores, and its images."""
     args, data_args, folder = run.args, run.data_args, run.output_dir / phase.name
     datasets = [name for name in (data_args.dataset_name, data_args.high_res_dataset_name) if name is not None]
     held_out = data_args.high_res_dataset_name if data_args.has_high_res_data else data_args.dataset_name
@@ -1003,8 +992,8 @@ def write_phase_card(
         eval_results=[
             EvalResult(
                 task_type="text-to-image",
-                dataset_type=held_out or ("captioned-shapes" if data_args.on_shapes else "pictures"),
-                dataset_name=held_out or ("Captioned shapes" if data_args.on_shapes else "Pictures, held out"),
+                dataset_type=held_out or ("captioned-shapes" if data_args.on_shapes else "images"),
+                dataset_name=held_out or ("Captioned shapes" if data_args.on_shapes else "Images, held out"),
                 metric_type=kind,
                 metric_name=name,
                 metric_value=round(value, 4),
@@ -1025,10 +1014,10 @@ def load_data(
     args: TrainingArguments,
     train_data_dir: str | None,
     broken: BrokenRows,
-) -> tuple[CaptionedPictures | StreamedPictures, CaptionedPictures | StreamedPictures, CaptionedPictures]:
+) -> tuple[CaptionedImages | StreamedImages, CaptionedImages | StreamedImages, CaptionedImages]:
     """What the core is trained on, what is trained on above its resolution, and what is held out."""
     final_resolution = model_args.resolutions[-1]
-    held_out_rows = max(8, data_args.num_validation_pictures, data_args.num_scored_pictures * data_args.on_shapes)
+    held_out_rows = max(8, data_args.num_validation_images, data_args.num_scored_images * data_args.on_shapes)
     columns = data_args.image_column, data_args.caption_column
     if data_args.high_res_data_dir is not None:
         check_data_dir(data_args.high_res_data_dir, "high_res_data_dir")
@@ -1041,9 +1030,9 @@ def load_data(
         if data_args.streaming:
             stream, held_out, first = load_captioned_stream(dataset_name, data_dir, *columns, num_held_out, broken)
             buffer_size = data_args.shuffle_buffer_size
-            return StreamedPictures(stream, first, resolution, buckets, broken, buffer_size), held_out
+            return StreamedImages(stream, first, resolution, buckets, broken, buffer_size), held_out
         rows, held_out = load_captioned_data(dataset_name, data_dir, *columns, hold_out=num_held_out > 0)
-        return CaptionedPictures(rows, resolution, buckets, broken), held_out
+        return CaptionedImages(rows, resolution, buckets, broken), held_out
 
     if data_args.has_high_res_data:
         train_data, _ = load(data_args.dataset_name, train_data_dir, model_args.resolutions[0], num_held_out=0)
@@ -1051,24 +1040,24 @@ def load_data(
     else:
         train_data, held_out = load(data_args.dataset_name, train_data_dir, final_resolution)
         high_res_data = train_data
-        if data_args.num_high_res_pictures is not None:
+        if data_args.num_high_res_images is not None:
             chosen = np.random.default_rng(args.seed).permutation(len(train_data))
-            high_res_data = train_data.select(chosen[: data_args.num_high_res_pictures])
-    validation_data = CaptionedPictures(held_out, final_resolution, broken=broken)
+            high_res_data = train_data.select(chosen[: data_args.num_high_res_images])
+    validation_data = CaptionedImages(held_out, final_resolution, broken=broken)
     if data_args.has_high_res_data and not data_args.streaming:
         if known := set(validation_data.captions) & set(train_data.captions):
             logger.warning(
-                f"Of {len(known)} held-out pictures the caption is in the core's data, too: if the picture is, held-out losses "
+                f"Of {len(known)} held-out images the caption is in the core's data, too: if the image is, held-out losses "
                 "will be too good."
             )
     return train_data, high_res_data, validation_data
 
 
-def take_fingerprint(*sets: CaptionedPictures) -> str:
+def take_fingerprint(*sets: CaptionedImages) -> str:
     """Of their captions in order: a run goes on with the same data only if it finds the same ones."""
     digest = hashlib.sha256()
-    for pictures in sets:
-        for caption in pictures.captions:
+    for images in sets:
+        for caption in images.captions:
             digest.update(f"{caption}\0".encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
@@ -1089,7 +1078,7 @@ def keep_embeddings(run: Run, pipeline: GreedyGrowPipeline) -> TextEmbeddings:
         "datasets": [data_args.dataset_name, data_args.high_res_dataset_name],
         "folders": [folder and str(Path(folder).resolve()) for folder in folders],
         "columns": [data_args.image_column, data_args.caption_column],
-        "shapes": data_args.on_shapes and [data_args.shapes_objects, data_args.shapes_pictures, run.args.seed],
+        "shapes": data_args.on_shapes and [data_args.shapes_objects, data_args.shapes_images, run.args.seed],
         "files and first rows": [[data.stream.num_shards, data.first] for data in streams],
         "fingerprints": [run.fingerprint, take_fingerprint(run.validation_data)],
     }
@@ -1130,17 +1119,17 @@ def write_shapes_once(
     data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments, output_dir: Path
 ) -> str:
     """The embedded default: draws the captioned shapes that the arguments describe, unless they are there."""
-    size, objects, pictures = model_args.resolutions[-1], data_args.shapes_objects, data_args.shapes_pictures
-    cells, held_out = model_args.resolutions[0], max(256, data_args.num_scored_pictures)
+    size, objects, images = model_args.resolutions[-1], data_args.shapes_objects, data_args.shapes_images
+    cells, held_out = model_args.resolutions[0], max(256, data_args.num_scored_images)
     if model_args.core is not None:  # textures as it has learned them
         config = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)[1]
         cells = (*config.get("inner_sample_sizes", ()), config["sample_size"])[0]
-    folder = output_dir / f"shapes-{size}px-{cells}-cells-{objects}-objects-{pictures}+{held_out}-seed-{args.seed}"
+    folder = output_dir / f"shapes-{size}px-{cells}-cells-{objects}-objects-{images}+{held_out}-seed-{args.seed}"
     if not (folder / "validation.parquet").exists():
-        logger.info(f"Drawing {pictures} captioned shapes into {folder}.")
+        logger.info(f"Drawing {images} captioned shapes into {folder}.")
         write_shapes(
             folder,
-            num_train=pictures,
+            num_train=images,
             num_validation=held_out,
             image_size=size,
             max_objects=objects,
@@ -1184,7 +1173,7 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoint is None and finished:
             raise ValueError(
                 f"`resume_from_checkpoint='latest'`: there is no checkpoint in {output_dir / 'checkpoints'}, and to begin "
-                f"anew would replace {', '.join(finished)}. Grow them further with `--core`, or name another `output_dir`."
+                f"again would replace {', '.join(finished)}. Grow them further with `--core`, or name another `output_dir`."
             )
         logger.info(f"Going on from {checkpoint}." if checkpoint else f"{output_dir} has no checkpoint yet.")
     replaced = ["checkpoints", "samples", "uploads", *(plan.name for plan in plans)]
@@ -1213,10 +1202,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     train_data, high_res_data, validation_data = load_data(data_args, model_args, args, train_data_dir, broken)
     if data_args.streaming:
-        logger.info(f"Pictures are streamed; {len(validation_data)} held out.")
+        logger.info(f"Images are streamed; {len(validation_data)} held out.")
     else:
         logger.info(
-            f"{len(train_data)} pictures to train the core on, {len(high_res_data)} to train on above its resolution; "
+            f"{len(train_data)} images to train the core on, {len(high_res_data)} to train on above its resolution; "
             f"{len(validation_data)} held out."
         )
     captions = data_args.validation_prompts or validation_data.captions[:8]
@@ -1265,7 +1254,7 @@ def main(argv: list[str] | None = None) -> None:
     # 5. From here on the folder holds this run
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        take_folder(output_dir, run.config, replaced, checkpoint, args.resume_with_changes)
+        claim_output_dir(output_dir, run.config, replaced, checkpoint, args.resume_with_changes)
     start_trackers(accelerator, "grow", run.config)
     if data_args.text_embeddings_dir is not None:
         run.embeddings = keep_embeddings(run, pipeline)
@@ -1277,7 +1266,7 @@ def main(argv: list[str] | None = None) -> None:
     for phase in phases[first:]:
         if phase.resolution != pipeline.unet.config.sample_size:
             set_seed(args.seed + phase.stage)  # a resumed run grows the same stage
-            # A stream has no first pictures: there it is the held-out ones whose detail is measured.
+            # A stream has no first images: there it is the held-out ones whose detail is measured.
             data = validation_data if data_args.streaming else high_res_data
             pipeline = grow_pipeline(pipeline, phase, model_args, data)
         train_phase(run, phase, pipeline, checkpoint, interrupt)
@@ -1288,8 +1277,8 @@ def main(argv: list[str] | None = None) -> None:
             save_pipeline(pipeline, output_dir / phase.name)
             pipeline.to(accelerator.device)
             draw_grids(run, phase, pipeline)
-            logger.info(f"{phase.name} is done: {output_dir / phase.name}, pictures in {output_dir / 'samples.png'}.")
-            if data_args.on_shapes and data_args.num_scored_pictures:
+            logger.info(f"{phase.name} is done: {output_dir / phase.name}, images in {output_dir / 'samples.png'}.")
+            if data_args.on_shapes and data_args.num_scored_images:
                 scores[phase.name] = score_shapes(run, phase, pipeline)
                 run.log(phase, phase.steps, **{f"score_{name}": value for name, value in scores[phase.name].items()})
             write_phase_card(run, phase, pipeline, scores.get(phase.name, {}), output_dir / "samples.png")

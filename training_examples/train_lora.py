@@ -1,24 +1,13 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
-Trains a LoRA, a small change to a frozen model, from captioned pictures:
+Trains a LoRA, a small change to a frozen model, from captioned images:
 
     accelerate launch training_examples/train_lora.py --pretrained_model_name_or_path output/core \
-        --train_data_dir my_pictures
+        --train_data_dir my_images
     accelerate launch training_examples/train_lora.py --pretrained_model_name_or_path user/shapes-64 --revision grown-64 \
-        --train_data_dir my_pictures
+        --train_data_dir my_images
 
 One that was trained on a core, which is cheap, loads into every model grown from it. `output_dir` then holds
 `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output_dir)`, and what a repository on the Hub needs besides.
@@ -56,7 +45,7 @@ from diffusers_greedy_grow.training import (
     FREE_TO_CHANGE,
     OF_ONE_LAUNCH,
     BrokenRows,
-    CaptionedPictures,
+    CaptionedImages,
     EpochOrder,
     GradientGuard,
     Interrupt,
@@ -67,6 +56,7 @@ from diffusers_greedy_grow.training import (
     check_changes,
     check_cpu,
     check_replaced,
+    claim_output_dir,
     compute_dtype,
     draw_losses,
     draw_noise,
@@ -87,7 +77,6 @@ from diffusers_greedy_grow.training import (
     set_attention_backend,
     set_up,
     start_trackers,
-    take_folder,
     take_step,
     warn_of_cut_captions,
 )
@@ -149,7 +138,7 @@ def keep_the_base_out_of_checkpoints(accelerator: Accelerator, unet: torch.nn.Mo
 
 
 def draw(pipeline: GreedyGrowPipeline, prompts: list[str], args: LoraArguments, accelerator) -> list[Image.Image]:
-    """One picture for each prompt, from the same noise each time."""
+    """One image for each prompt, from the same noise each time."""
     generators = sample_generators((args.seed, 1), 0, len(prompts))  # training's begin with (seed, 0)
     settings = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
     images = []
@@ -197,10 +186,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_start(output_dir, args.resume_from_checkpoint, args.overwrite_output_dir)
     if checkpoint is None:
         check_replaced(output_dir, ["checkpoints"])
-    pictures_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    images_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     config = {name: value for name, value in asdict(args).items() if name not in OF_ONE_LAUNCH}
     decisive = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
-    decisive |= {"pictures per step": pictures_per_step, "mixed_precision": accelerator.mixed_precision}
+    decisive |= {"images per step": images_per_step, "mixed_precision": accelerator.mixed_precision}
     progress = {"step": 0}
     if checkpoint is not None:
         progress = read_progress(checkpoint)
@@ -212,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. The model, frozen and in low precision if any, with an adapter; and how its resolution trains
     pipeline = GreedyGrowPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, torch_dtype=compute_dtype(accelerator)
+        args.pretrained_model_name_or_path, revision=args.revision, dtype=compute_dtype(accelerator)
     ).to(device)
     if pipeline.text_encoder is None:
         raise ValueError(
@@ -237,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Data, in an order that depends on the seed alone
     resolution = args.resolution or unet.config.sample_size * (1 if is_grown else 4)
     if resolution % unet.config.sample_size:
-        raise ValueError(f"`resolution={resolution}` has to be a multiple of the model's {unet.config.sample_size}.")
+        raise ValueError(f"`resolution={resolution}` must be a multiple of the model's {unet.config.sample_size}.")
     train_rows, validation_rows = load_captioned_data(
         args.dataset_name, args.train_data_dir, args.image_column, args.caption_column, hold_out=False
     )
@@ -245,11 +234,11 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint is None and accelerator.is_main_process:
         broken.path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    train_data = CaptionedPictures(train_rows, resolution, broken=broken).at(unet.config.sample_size)
-    shown = CaptionedPictures(validation_rows, resolution, broken=broken) if len(validation_rows) else train_data
+    train_data = CaptionedImages(train_rows, resolution, broken=broken).at(unet.config.sample_size)
+    shown = CaptionedImages(validation_rows, resolution, broken=broken) if len(validation_rows) else train_data
     prompts = args.validation_prompts or list(dict.fromkeys(shown.captions))[:8]
     warn_of_cut_captions(pipeline, train_data.captions[:1000])
-    first, total = (step * pictures_per_step for step in (progress["step"], args.max_train_steps))
+    first, total = (step * images_per_step for step in (progress["step"], args.max_train_steps))
     order = EpochOrder(len(train_data), start=first, num_samples=total - first, seed=(args.seed, 0))
     loader = torch.utils.data.DataLoader(
         train_data,
@@ -270,13 +259,13 @@ def main(argv: list[str] | None = None) -> None:
     metrics_path = output_dir / "metrics.jsonl"
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        take_folder(output_dir, config, ["checkpoints"], checkpoint, args.resume_with_changes)
+        claim_output_dir(output_dir, config, ["checkpoints"], checkpoint, args.resume_with_changes)
         rows = {"base": draw(pipeline, prompts, args, accelerator)}  # a new adapter changes nothing
     start_trackers(accelerator, "train_lora", config)
 
     # 6. What trains
     trained, everything = sum(parameter.numel() for parameter in parameters), unet.num_parameters()
-    logger.info(f"{len(train_data)} pictures; {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters train.")
+    logger.info(f"{len(train_data)} images; {trained / 1e6:.2f} M of {everything / 1e6:.2f} M parameters train.")
     groups = [{"params": parameters, "lr": args.learning_rate}]
     optimizer, lr_scheduler = make_optimizer(args, groups, args.max_train_steps)
     keep_the_base_out_of_checkpoints(accelerator, unet)
@@ -319,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             accumulated = micro_step % args.gradient_accumulation_steps
             place = (accumulated * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
             noise, sigma, dropped = draw_noise(
-                (args.seed, 0, step), place, pictures_per_step, x0.shape, shift, *levels, device, args.caption_dropout
+                (args.seed, 0, step), place, images_per_step, x0.shape, shift, *levels, device, args.caption_dropout
             )
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
             with accelerator.autocast():
@@ -344,15 +333,15 @@ def main(argv: list[str] | None = None) -> None:
         interrupted = interrupt.noted(accelerator, ask)
         if step % args.logging_steps == 0 or last or interrupted:
             now = time.perf_counter()
-            rate = (step - logged_step) * pictures_per_step / (now - logged_time)
+            rate = (step - logged_step) * images_per_step / (now - logged_time)
             logged_step, logged_time = step, now
             means = {**meter.compute(accelerator), **guard.compute()}
-            values = {"pictures_per_second": rate, "lr": lr_scheduler.get_last_lr()[0], **means}
+            values = {"images_per_second": rate, "lr": lr_scheduler.get_last_lr()[0], **means}
             if accelerator.is_main_process:
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps({"phase": "lora", "step": step, **values}) + "\n")
             accelerator.log(values, step=step)
-            bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", pictures_per_s=f"{rate:.1f}")
+            bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", images_per_s=f"{rate:.1f}")
         if interrupted:
             logger.info(save_interrupted(save, "lora", step, guard, output_dir / "checkpoints"))
             accelerator.end_training()
@@ -378,11 +367,11 @@ def main(argv: list[str] | None = None) -> None:
             args.revision,
             prompt=prompts[0],
             samples=SAMPLES,
-            trained=f"rank {args.rank}, {step} steps, {total} pictures seen, seed {args.seed}",
+            trained=f"rank {args.rank}, {step} steps, {total} images seen, seed {args.seed}",
             license=args.hub_license,
             datasets=[args.dataset_name] if args.dataset_name else None,
         ).save(output_dir / "README.md")
-        logger.info(f"Done: {output_dir / WEIGHTS}, pictures in {output_dir / SAMPLES}.")
+        logger.info(f"Done: {output_dir / WEIGHTS}, images in {output_dir / SAMPLES}.")
         if args.push_to_hub:
             publish(output_dir, repo_id)
     accelerator.end_training()

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The layers that the core and the growth stages are built from."""
 
@@ -37,7 +26,7 @@ class GreedyGrowOutput(UNet2DConditionOutput):
         sample (`torch.Tensor` of shape `(B, C, H, W)`):
             The flow velocity `u = e - x0` at the given state.
         pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`):
-            The clean picture that the network predicts; `sample` is computed from it. Given by our models but for a
+            The clean image that the network predicts; `sample` is computed from it. Given by our models but for a
             core inside one grown with `init="random"`, which has `features` alone.
         features (`torch.Tensor` of shape `(B, D, h, w)`):
             The last features before the exit, which a growth stage around this model starts from. Always given.
@@ -153,8 +142,8 @@ class GreedyGrowAttnProcessor:
 
 class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
     """
-    Multi-head attention with normalised queries and keys (Dehghani et al., 2023): self-attention over picture tokens
-    `(B, N, query_dim)`, or, with `cross_attention_dim`, from picture tokens to text tokens
+    Multi-head attention with normalised queries and keys (Dehghani et al., 2023): self-attention over image tokens
+    `(B, N, query_dim)`, or, with `cross_attention_dim`, from image tokens to text tokens
     `(B, L, cross_attention_dim)`.
     """
 
@@ -486,5 +475,5 @@ def check_sizes(depth: int = 0, **sizes) -> None:
             level = [item for part in level for item in (isinstance(part, (list, tuple)) and part or [None])]
         if not all(isinstance(x, kinds) and not isinstance(x, bool) and 0 < x <= largest for x in level):
             raise ValueError(
-                f"`{name}={value!r}` has to be {PREFIXES[depth]}{kind}{'s' * (depth > 0)} from 1 to {largest}."
+                f"`{name}={value!r}` must be {PREFIXES[depth]}{kind}{'s' * (depth > 0)} from 1 to {largest}."
             )

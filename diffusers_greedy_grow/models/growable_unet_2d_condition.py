@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The grown model: a pretrained core with one or more growth stages around it."""
 
@@ -128,7 +117,7 @@ class GrowthStage(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
-        picture, and with its features. It starts from the encoder's `features` where it has no entry of its own.
+        image, and with its features. It starts from the encoder's `features` where it has no entry of its own.
         """
         if encoder_hidden_states is not None:
             encoder_hidden_states = encoder_hidden_states.to(dtype)
@@ -140,14 +129,14 @@ class GrowthStage(nn.Module):
             # The state of its own level is all that it hears. Encoder features added to its first ones, with a weight that
             # starts at zero, undid what it had learned as soon as everything trained: an eighth of the loss.
             pred_original_sample, features = inner(*inner_state, None)
-            picture = enlarge(pred_original_sample.to(sample.device), self.factor)
-            hidden_states, skips = self.encoder(torch.cat([sample, picture], dim=1).to(dtype), temb)
+            image = enlarge(pred_original_sample.to(sample.device), self.factor)
+            hidden_states, skips = self.encoder(torch.cat([sample, image], dim=1).to(dtype), temb)
         else:
-            picture = torch.zeros_like(sample)
+            image = torch.zeros_like(sample)
             hidden_states, skips = self.encoder(sample.to(dtype), temb)
             _, features = inner(*inner_state, self.conv_to_inner(hidden_states))
 
-        # 2. Detail, drawn from the state and from the picture so far
+        # 2. Detail, drawn from the state and from the image so far
         detail, features, text_cache.values[self.decoder] = self.decoder(
             features.to(sample.device),
             hidden_states,
@@ -158,7 +147,7 @@ class GrowthStage(nn.Module):
             cross_attention_kwargs,
             text_cache.values.get(self.decoder),
         )
-        return picture + detail.to(sample.dtype), features
+        return image + detail.to(sample.dtype), features
 
 
 class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -170,12 +159,12 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
     scale `n` of [`flow`](flow.py),
 
         x_in   = P x / n(sigma)                     # a state of the inner model's own process, at sigma_in
-        x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean picture
+        x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean image
         x0_hat = S x0_in + detail(x, S x0_in, features, sigma)
 
     where `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, up to
     rounding. With `init="random"`, the paper's recipe, the first stage has no such side path: its encoder feeds the
-    core's transformer, its decoder alone draws the picture, and entry, exit and residual blocks of the core are gone.
+    core's transformer, its decoder alone draws the image, and entry, exit and residual blocks of the core are gone.
 
     Parameters:
         sample_size (`int`, defaults to 256):
@@ -288,7 +277,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         **kwargs,
     ) -> "GrowableUNet2DConditionModel":
         r"""
-        Grows a model: a new stage of `sample_size` around a copy of `core`, whose adapters have to be unloaded.
+        Grows a model: a new stage of `sample_size` around a copy of `core`, whose adapters must be unloaded.
 
         Args:
             core ([`ShallowUNet2DModel`], [`GrowableUNet2DConditionModel`], `str` or `Path`):
@@ -318,7 +307,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 commit to.
             kwargs:
                 Passed to `from_pretrained` of the core if `core` is a path or repository: `subfolder`, `variant`,
-                `cache_dir`, `local_files_only`, `force_download`, `torch_dtype`, ...
+                `cache_dir`, `local_files_only`, `force_download`, `dtype`, ...
 
         Returns:
             [`GrowableUNet2DConditionModel`] in the dtype and on the device of the core.
@@ -349,7 +338,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         core = unwrap_module(core)  # from `torch.compile(core)`
         if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)):
             raise ValueError(
-                "`core` has to be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
+                "`core` must be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
                 f"but is a {type(core).__name__}."
             )
         check_growable(core)
@@ -368,7 +357,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             state = {name: values[name] if is_loaded_here else values[name].clone() for name in module.state_dict()}
             module.load_state_dict(state, assign=True)
 
-        # 3. The new stage, random but for what has to be zero; what is kept in float32 in the core is so here
+        # 3. The new stage, random but for what must be zero; what is kept in float32 in the core is so here
         stage = GrowthStage(**grown.stage_arguments[-1]).to(device=core.device, dtype=core.dtype)
         stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding))
         grown.stages[-1] = stage
@@ -397,7 +386,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             if init != "preserve":
                 raise ValueError(
                     f"`init={init!r}` keeps a transformer and throws away what is around it, but the encoder and decoder "
-                    'of a grown core are part of what was trained: pass `init="preserve"`, or grow `core.core` anew.'
+                    'of a grown core are part of what was trained: pass `init="preserve"`, or grow `core.core` again.'
                 )
             stages = {name: config[name] for name in stages}
         with torch.device("meta"):
@@ -475,7 +464,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         r"""
         Args:
             sample (`torch.Tensor` of shape `(B, in_channels, H, W)`):
-                The state `x = (1 - sigma) x0 + sigma e` at the outermost resolution. `H` and `W` have to be multiples
+                The state `x = (1 - sigma) x0 + sigma e` at the outermost resolution. `H` and `W` must be multiples
                 of `sample_size / inner grid`, the side of what one cell of the core's grid covers.
             timestep (`torch.Tensor` of shape `(B,)` or `()`, or a number):
                 `1000 * sigma`, in (0, 1000].
@@ -497,7 +486,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             negative_encoder_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
                 Its mask; needed if there is an `encoder_attention_mask`.
             guide (`Callable`, *optional*):
-                `guide(pred, negative_pred)`, both clean pictures at the core's resolution, returns the guided one.
+                `guide(pred, negative_pred)`, both clean images at the core's resolution, returns the guided one.
             text_cache ([`TextCache`], *optional*):
                 See [`ShallowUNet2DModel.forward`].
 
@@ -512,18 +501,18 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         check_text(self.config.cross_attention_dim, batch_size, encoder_hidden_states, encoder_attention_mask)
         cell = self.config.patch_size * self.config.sample_size // self.config.inner_sample_sizes[0]
         if height % cell or width % cell:
-            raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {cell}.")
+            raise ValueError(f"`sample` is {height} x {width}, but both sides must be multiples of {cell}.")
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
         sigma = timestep / 1000
         num_stages = len(self.stages) if num_stages is None else num_stages
         if not 0 <= num_stages <= len(self.stages):
-            raise ValueError(f"`num_stages={num_stages}` has to be from 0 to {len(self.stages)}.")
+            raise ValueError(f"`num_stages={num_stages}` must be from 0 to {len(self.stages)}.")
         if (guide is None) != (negative_encoder_hidden_states is None):
             raise ValueError("`guide` and `negative_encoder_hidden_states` need each other: pass both or neither.")
         if not self.stages[0].preserves and (num_stages == 0 or guide is not None):
             argument = "`num_stages=0`" if num_stages == 0 else "`guide`"
             raise ValueError(
-                f"{argument} asks the core for a picture, but that of a model grown with `init='random'` draws no pictures of "
+                f"{argument} asks the core for an image, but that of a model grown with `init='random'` draws no images of "
                 "its own. Run all stages, once for each text."
             )
         if guide is not None:
@@ -602,7 +591,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What has to fit, and what has to be there
+# What must fit, and what must be there
 
 CORE_CONFIG_NAMES = (
     "in_channels",
@@ -643,7 +632,7 @@ def get_stage_patch_size(
     """
     if sample_size <= inner_sample_size or sample_size % inner_sample_size:
         raise ValueError(
-            f"`sample_size={sample_size}` has to be a larger multiple of the core's {inner_sample_size}: "
+            f"`sample_size={sample_size}` must be a larger multiple of the core's {inner_sample_size}: "
             f"{inner_sample_size * max(2, round(sample_size / inner_sample_size))}, for example."
         )
     cell = sample_size // inner_sample_size * inner_patch_size
@@ -657,7 +646,7 @@ def get_stage_patch_size(
         )
     if len(block_out_channels) > most:
         raise ValueError(
-            f"`block_out_channels={tuple(block_out_channels)}` has to have between 1 and {most} entries here: "
+            f"`block_out_channels={tuple(block_out_channels)}` must have between 1 and {most} entries here: "
             f"a cell of the inner grid covers {cell} pixels per side, and each entry halves it once."
         )
     return cell // 2 ** len(block_out_channels)
@@ -738,7 +727,7 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
             "of yours, its weights are missing, damaged or do not belong to its config.json: download or save it "
             "again."
         ) from error
-    # diffusers fills in what a checkpoint lacks with random numbers and a warning; a core has to be complete.
+    # diffusers fills in what a checkpoint lacks with random numbers and a warning; a core must be complete.
     problems = {name: names for name, names in info.items() if names}
     if problems:
         raise ValueError(f"`core={str(path)!r}` does not hold the weights that its config.json describes: {problems}.")

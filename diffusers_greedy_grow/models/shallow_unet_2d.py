@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The core: a Shallow-UViT, trained alone at low resolution and kept when the model grows."""
 
@@ -39,16 +28,16 @@ from .blocks import (
 
 class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
-    Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the picture to the grid of the
+    Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the image to the grid of the
     transformer at once, and a single residual block on either side stands in for encoder and decoder. What it learns
-    is alignment: what is in the picture, and where.
+    is alignment: what is in the image, and where.
 
-    It predicts the clean picture and returns the flow velocity `u = e - x0`, so that every flow-matching scheduler of
+    It predicts the clean image and returns the flow velocity `u = e - x0`, so that every flow-matching scheduler of
     diffusers works with it.
 
     Parameters:
         sample_size (`int`, defaults to 64):
-            Height and width in pixels of the pictures it is trained on, a multiple of `patch_size`. Other sizes and
+            Height and width in pixels of the images it is trained on, a multiple of `patch_size`. Other sizes and
             shapes work where `patch_size` divides them.
         in_channels (`int`, defaults to 3), out_channels (`int`, defaults to 3):
             Channels of the state and of the prediction, which are the same.
@@ -59,7 +48,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         num_layers (`int`, defaults to 12):
             How many transformer layers.
         num_attention_heads (`int`, defaults to 12):
-            Heads per attention; `hidden_size / num_attention_heads` has to be a multiple of 4 (two rotary axes).
+            Heads per attention; `hidden_size / num_attention_heads` must be a multiple of 4 (two rotary axes).
         mlp_ratio (`float`, defaults to 4.0):
             Width of the MLPs, as a multiple of `hidden_size`.
         cross_attention_dim (`int`, *optional*, defaults to 768):
@@ -102,8 +91,8 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         )
         if out_channels != in_channels:
             raise ValueError(
-                f"`out_channels={out_channels}` has to be `in_channels={in_channels}`: what is predicted is the "
-                "picture in the state."
+                f"`out_channels={out_channels}` must be `in_channels={in_channels}`: what is predicted is the "
+                "image in the state."
             )
         if sample_size % patch_size:
             raise ValueError(
@@ -112,7 +101,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
             )
         if hidden_size % (4 * num_attention_heads):
             raise ValueError(
-                f"`hidden_size={hidden_size}` has to be a multiple of `4 * num_attention_heads` "
+                f"`hidden_size={hidden_size}` must be a multiple of `4 * num_attention_heads` "
                 f"({4 * num_attention_heads}): each head holds two rotary axes of even width."
             )
 
@@ -145,9 +134,9 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         """The resolutions this model works at: its `sample_size` alone."""
         return (self.config.sample_size,)
 
-    def silence(self) -> None:
+    def zero_init_output(self) -> None:
         """
-        Makes a new model predict a gray picture, whatever it is given. Training starts best from there: from the usual random
+        Makes a new model predict a gray image, whatever it is given. Training starts best from there: from the usual random
         weights in the last layer, the held-out loss ended 3 % higher in trials.
         """
         nn.init.zeros_(self.conv_out.weight)
@@ -202,9 +191,9 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         check_text(self.config.cross_attention_dim, batch_size, encoder_hidden_states, encoder_attention_mask)
         patch_size = self.config.patch_size
         if height % patch_size or width % patch_size:
-            raise ValueError(f"`sample` is {height} x {width}, but both sides have to be multiples of {patch_size}.")
+            raise ValueError(f"`sample` is {height} x {width}, but both sides must be multiples of {patch_size}.")
         grid_height, grid_width = height // patch_size, width // patch_size
-        # That of all its weights, which `self.dtype` has to look for.
+        # That of all its weights, which `self.dtype` must look for.
         dtype = self.dtype if self.conv_in is None else self.conv_in.weight.dtype
 
         # 1. Timestep
@@ -261,7 +250,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
                 )
         features = hidden_states.transpose(1, 2).unflatten(-1, (grid_height, grid_width)).contiguous()
 
-        # 4. Exit: the clean picture, and the velocity towards it in the precision of the state
+        # 4. Exit: the clean image, and the velocity towards it in the precision of the state
         if self.conv_out is None:
             return GreedyGrowOutput(features=features) if return_dict else (features,)
         features = self.resnet_out(features, temb)
@@ -281,7 +270,7 @@ def check_text(
     encoder_attention_mask: torch.Tensor | None = None,
 ) -> None:
     """
-    Raises a `ValueError` if a conditional model gets no text, or text of another width or for another number of pictures, or if
+    Raises a `ValueError` if a conditional model gets no text, or text of another width or for another number of images, or if
     an unconditional one gets text; and if the mask does not fit the text, or is one that is added to scores.
     """
     if cross_attention_dim is None:
@@ -293,13 +282,13 @@ def check_text(
     given = () if encoder_hidden_states is None else tuple(encoder_hidden_states.shape)
     if encoder_hidden_states is None or (given[0], given[-1]) != (batch_size, cross_attention_dim):
         raise ValueError(
-            f"`encoder_hidden_states` has to be of shape ({batch_size}, tokens, {cross_attention_dim}) but is {given or None}."
+            f"`encoder_hidden_states` must be of shape ({batch_size}, tokens, {cross_attention_dim}) but is {given or None}."
         )
     if encoder_attention_mask is None:
         return
     if encoder_attention_mask.shape != encoder_hidden_states.shape[:2]:
         raise ValueError(
-            f"`encoder_attention_mask` has to be of shape {given[:2]}, as `encoder_hidden_states` is, but is "
+            f"`encoder_attention_mask` must be of shape {given[:2]}, as `encoder_hidden_states` is, but is "
             f"{tuple(encoder_attention_mask.shape)}."
         )
     check_mask("encoder_attention_mask", encoder_attention_mask)
@@ -309,6 +298,6 @@ def check_mask(name: str, mask: torch.Tensor) -> None:
     """Raises a `ValueError` if a text mask is one of those that are added to attention scores, or looks like one."""
     if mask.is_floating_point():
         raise ValueError(
-            f"`{name}` is of {mask.dtype}, but has to be bool, True for the tokens to attend to: pass `{name} > 0`, or of "
+            f"`{name}` is of {mask.dtype}, but must be bool, True for the tokens to attend to: pass `{name} > 0`, or of "
             f"one that is added to attention scores `{name} == 0`."
         )

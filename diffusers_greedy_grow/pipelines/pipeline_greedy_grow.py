@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Text to image, in pixel space, with a core or with a model grown from it."""
 
@@ -50,7 +39,7 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 INTEGER = (int, np.integer)
 NUMBER = (int, float, np.integer, np.floating)
 
-# `core_first="auto"`: in a state that a stage is left out of, how large the picture's share of the variance may be in the
+# `core_first="auto"`: in a state that a stage is left out of, how large the image's share of the variance may be in the
 # coarsest detail that the stage draws.
 CORE_FIRST_BOUND = 0.01
 
@@ -69,14 +58,14 @@ EXAMPLE_DOC_STRING = """
 class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin):
     r"""
     Pipeline for text-to-image generation in pixel space with a greedily grown model (Vasconcelos et al., 2024), or
-    with the core alone. There is no VAE: the denoised state is the picture.
+    with the core alone. There is no VAE: the denoised state is the image.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods the
     library implements for all the pipelines (such as downloading or saving, running on a particular device, etc.)
 
     Args:
         unet ([`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`]):
-            Predicts the flow velocity of the picture.
+            Predicts the flow velocity of the image.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]):
             Any flow-matching scheduler. Its config's `shift` is the resolution divided by the base resolution.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*):
@@ -86,7 +75,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         max_sequence_length (`int`, defaults to 128):
             How many text tokens of a prompt are read.
         detail_variances (`list[float]`, *optional*):
-            For each growth stage, the innermost first, [`~flow.detail_variance`] of the training pictures by its growth
+            For each growth stage, the innermost first, [`~flow.detail_variance`] of the training images by its growth
             factor. `core_first="auto"` needs it; `training_examples/grow.py` measures it.
 
     Raises:
@@ -128,7 +117,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             isinstance(detail_variances, (list, tuple)) and all(is_variance(value) for value in detail_variances)
         ):
             raise ValueError(
-                f"`detail_variances={detail_variances!r}` has to be a list of positive numbers: variances of pictures "
+                f"`detail_variances={detail_variances!r}` must be a list of positive numbers: variances of images "
                 "in [-1, 1]."
             )
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -142,7 +131,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         components = cls._get_signature_keys(cls)[0]
         for name in components & init_dict.keys():
             if not isinstance(init_dict[name], (list, tuple)) or len(init_dict[name]) != 2:
-                raise ValueError(f"`{name}` in model_index.json has to be a library and a class: {init_dict[name]!r}.")
+                raise ValueError(f"`{name}` in model_index.json must be a library and a class: {init_dict[name]!r}.")
             library, class_name = init_dict[name]
             if library is not None and library not in sys.modules:
                 raise ValueError(
@@ -172,7 +161,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         r"""
         Grows a whole pipeline: the model by [`GrowableUNet2DConditionModel.from_core`], the scheduler's shift by the
         growth factor; tokenizer and text encoder are carried over. With `init="preserve"` the result samples at once:
-        soft pictures of the right things.
+        soft images of the right things.
 
         Args:
             core ([`GreedyGrowPipeline`], `str` or `Path`):
@@ -215,7 +204,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             config = find_core(core, subfolder="unet", **kwargs)[1]
         elif not isinstance(core, GreedyGrowPipeline):
             raise ValueError(
-                f"`core` has to be a GreedyGrowPipeline, a folder or a repository id, but is a {type(core).__name__}; "
+                f"`core` must be a GreedyGrowPipeline, a folder or a repository id, but is a {type(core).__name__}; "
                 "a model alone grows by `GrowableUNet2DConditionModel.from_core`."
             )
         elif kwargs:
@@ -226,9 +215,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             check_growable(core.unet)
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
         if detail_variance is not None and not is_variance(detail_variance):
-            raise ValueError(
-                f"`detail_variance={detail_variance}` has to be positive: a variance of pictures in [-1, 1]."
-            )
+            raise ValueError(f"`detail_variance={detail_variance}` must be positive: a variance of images in [-1, 1].")
         pipeline = cls.from_pretrained(core, unet=None, **kwargs) if isinstance(core, (str, Path)) else core
         variances = None if detail_variance is None else [detail_variance]
         if detail_variance is not None and config.get("inner_sample_sizes"):
@@ -291,7 +278,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         return self._interrupt
 
     def guide(self, pred: torch.Tensor, negative_pred: torch.Tensor) -> torch.Tensor:
-        """What guidance makes of the clean pictures predicted for the prompt and for the negative prompt."""
+        """What guidance makes of the clean images predicted for the prompt and for the negative prompt."""
         if self._guider is not None:
             return self._guider.forward(pred, negative_pred).pred
         return negative_pred + self._guidance_scale * (pred - negative_pred)
@@ -335,7 +322,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         r"""
-        Encodes prompts, or takes what is already encoded, and repeats it for each picture.
+        Encodes prompts, or takes what is already encoded, and repeats it for each image.
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
@@ -355,7 +342,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
         Returns:
             `prompt_embeds` `(B, L, D)`, `prompt_attention_mask` `(B, L)`, bool, `negative_prompt_embeds` and
-            `negative_prompt_attention_mask` of the same shapes, where `B` counts pictures; the last two `None` without
+            `negative_prompt_attention_mask` of the same shapes, where `B` counts images; the last two `None` without
             guidance.
         """
         device = device or self._execution_device
@@ -415,34 +402,34 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         cell = config.patch_size * config.sample_size // self.unet.sample_sizes[0]
         if not all(isinstance(side, INTEGER) and side > 0 and side % cell == 0 for side in (height, width)):
             raise ValueError(
-                f"`height={height}` and `width={width}` have to be positive multiples of {cell}, as integers."
+                f"`height={height}` and `width={width}` must be positive multiples of {cell}, as integers."
             )
         if timesteps is None and (not isinstance(num_inference_steps, INTEGER) or num_inference_steps < 1):
-            raise ValueError(f"`num_inference_steps={num_inference_steps}` has to be a positive integer.")
+            raise ValueError(f"`num_inference_steps={num_inference_steps}` must be a positive integer.")
         if timesteps is not None:
             falling = all(later < earlier for earlier, later in zip(timesteps, timesteps[1:]))
             if not len(timesteps) or not falling or not 0 < timesteps[-1] <= timesteps[0] <= 1000:
-                raise ValueError(f"`timesteps={list(timesteps)}` have to fall, from 1000 at most to above 0.")
+                raise ValueError(f"`timesteps={list(timesteps)}` must fall, from 1000 at most to above 0.")
             if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(
                     f"`timesteps` cannot be set for a {type(self.scheduler).__name__}: pass `num_inference_steps`."
                 )
         if not isinstance(guidance_scale, NUMBER) or not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale={guidance_scale}` has to be a number; 1 means no guidance.")
+            raise ValueError(f"`guidance_scale={guidance_scale}` must be a number; 1 means no guidance.")
         if not isinstance(num_images_per_prompt, INTEGER) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt={num_images_per_prompt}` has to be a positive integer.")
+            raise ValueError(f"`num_images_per_prompt={num_images_per_prompt}` must be a positive integer.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type={output_type!r}` is unknown: pass "pil", "np", "pt" or "latent".')
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but holds "
+                f"`callback_on_step_end_tensor_inputs` must be in {self._callback_tensor_inputs}, but holds "
                 f"{sorted(unknown)}."
             )
 
         # How to sample
         if not isinstance(guidance_stop, NUMBER) or not 0 <= guidance_stop <= 1:
-            raise ValueError(f"`guidance_stop={guidance_stop}` has to be a share of the steps, from 0 to 1.")
+            raise ValueError(f"`guidance_stop={guidance_stop}` must be a share of the steps, from 0 to 1.")
         if guider is not None and (
             not isinstance(guider, BaseGuidance)
             or guider._input_predictions != ["pred_cond", "pred_uncond"]
@@ -456,7 +443,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             raise ValueError(f'`guidance_resolution={guidance_resolution!r}` is unknown: pass "full" or "core".')
         if guidance_resolution == "core" and config.get("init") == "random":
             raise ValueError(
-                '`guidance_resolution="core"` needs a core that draws pictures of its own; in a model grown with '
+                '`guidance_resolution="core"` needs a core that draws images of its own; in a model grown with '
                 '`init="random"` it does not. Pass "full".'
             )
         self.get_handover_sigmas(core_first)
@@ -465,9 +452,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         if config.cross_attention_dim is None:
             texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
             if any(text is not None for text in (*texts, prompt_attention_mask, negative_prompt_attention_mask)):
-                raise ValueError(
-                    "Prompts, their embeddings and their masks have to be None: the model is unconditional."
-                )
+                raise ValueError("Prompts, their embeddings and their masks must be None: the model is unconditional.")
             batch_size = 1
         elif (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass either `prompt` or `prompt_embeds`, not both and not neither.")
@@ -475,7 +460,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             if not isinstance(prompt, str) and not (
                 isinstance(prompt, list) and prompt and all(isinstance(text, str) for text in prompt)
             ):
-                raise ValueError(f"`prompt` has to be a string or a list of strings but is {prompt!r}.")
+                raise ValueError(f"`prompt` must be a string or a list of strings but is {prompt!r}.")
             if self.text_encoder is None or self.tokenizer is None:
                 raise ValueError(
                     "`prompt` needs a `text_encoder` and a `tokenizer`; without them pass `prompt_embeds`."
@@ -490,13 +475,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
             if not isinstance(negatives, list) or len(negatives) != batch_size:
                 raise ValueError(
-                    f"`negative_prompt` has to be a string or a list of {batch_size} strings, one for each prompt, but "
+                    f"`negative_prompt` must be a string or a list of {batch_size} strings, one for each prompt, but "
                     f"is {negative_prompt!r}."
                 )
         else:
             if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != config.cross_attention_dim:
                 raise ValueError(
-                    f"`prompt_embeds` has to be of shape (batch, tokens, {config.cross_attention_dim}) but is of "
+                    f"`prompt_embeds` must be of shape (batch, tokens, {config.cross_attention_dim}) but is of "
                     f"shape {tuple(prompt_embeds.shape)}."
                 )
             if negative_prompt is not None:
@@ -513,7 +498,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             ):
                 if tensor is not None and tensor.shape != shape:
                     raise ValueError(
-                        f"`{name}` has to be of shape {tuple(shape)} to go with `prompt_embeds` but is of shape "
+                        f"`{name}` must be of shape {tuple(shape)} to go with `prompt_embeds` but is of shape "
                         f"{tuple(tensor.shape)}."
                     )
                 if tensor is not None and name.endswith("mask"):
@@ -525,10 +510,10 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         # What to start from
         batch_size *= num_images_per_prompt
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} pictures are to be drawn.")
+            raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are to be drawn.")
         shape = (batch_size, config.in_channels, height, width)
         if latents is not None and latents.shape != shape:
-            raise ValueError(f"`latents` has to be of shape {shape} but is of shape {tuple(latents.shape)}.")
+            raise ValueError(f"`latents` must be of shape {shape} but is of shape {tuple(latents.shape)}.")
 
     def get_handover_sigmas(self, core_first: float | str | None) -> list[float]:
         """
@@ -537,21 +522,21 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
         Raises:
             `ValueError`: if `core_first` is neither `"auto"`, a number in (0, 1] nor None; if it is `"auto"` and the pipeline
-            lacks `detail_variances`; or if the core draws no pictures of its own.
+            lacks `detail_variances`; or if the core draws no images of its own.
         """
         sizes = self.unet.sample_sizes
         if core_first is None:
             return [math.inf] * (len(sizes) - 1)  # a scheduler's first timestep may come out a little above 1000
         if self.unet.config.get("init") == "random":
             raise ValueError(
-                f"`core_first={core_first!r}` needs a core that draws pictures of its own; in a model grown with "
+                f"`core_first={core_first!r}` needs a core that draws images of its own; in a model grown with "
                 '`init="random"` it does not. Pass None.'
             )
         if core_first == "auto":
             variances = self.config.detail_variances
             if len(variances or ()) != len(sizes) - 1:
                 raise ValueError(
-                    '`core_first="auto"` needs the `detail_variances` of the pictures that the model was trained on, one '
+                    '`core_first="auto"` needs the `detail_variances` of the images that the model was trained on, one '
                     f"for each growth stage, but the pipeline has {variances}. Pass a noise level, such as 0.8."
                 )
             levels = [
@@ -561,7 +546,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         elif isinstance(core_first, NUMBER) and core_first is not True and 0 < core_first <= 1:
             levels = [float(core_first)] * (len(sizes) - 1)
         else:
-            raise ValueError(f'`core_first={core_first!r}` has to be "auto", a noise level in (0, 1], or None.')
+            raise ValueError(f'`core_first={core_first!r}` must be "auto", a noise level in (0, 1], or None.')
         sigmas = [shift_sigma(level, sizes[-1] / size) for level, size in zip(levels, sizes[1:])]  # type: ignore
         # A stage needs those inside it, so none of them joins in later than it does.
         return list(accumulate(reversed(sigmas), max))[::-1]
@@ -607,22 +592,22 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             num_inference_steps (`int`, defaults to 28):
                 How many denoising steps.
             timesteps (`list[float]`, *optional*):
-                The timesteps `1000 * sigma` at which the model is to be called, descending, in place of
+                The timesteps `1000 * sigma` at which the model is to be called, descending, instead of
                 `num_inference_steps`. The scheduler's shift is *not* applied to them again.
             guidance_scale (`float`, defaults to 4.0):
                 Classifier-free guidance (Ho & Salimans, 2022): how far to go from the negative prompt's prediction
                 past the prompt's. Off if <= 1.
             num_images_per_prompt (`int`, defaults to 1):
-                How many pictures of each prompt.
+                How many images of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                For reproducible noise, also that of a scheduler that adds some; a list has one for each picture, which
+                For reproducible noise, also that of a scheduler that adds some; a list has one for each image, which
                 then does not depend on the others.
             latents (`torch.Tensor` of shape `(B, C, height, width)`, *optional*):
                 The noise to start from, standard normal.
             prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*):
-                Text embeddings in place of `prompt`.
+                Text embeddings instead of `prompt`.
             negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*):
-                Text embeddings in place of `negative_prompt`.
+                Text embeddings instead of `negative_prompt`.
             prompt_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
                 Which tokens of `prompt_embeds` count; all by default.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
@@ -641,26 +626,26 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             cross_attention_kwargs (`dict`, *optional*):
                 `{"scale": 0.5}`, say, scales the LoRA layers.
             guidance_stop (`float`, defaults to 0.8):
-                The share of the steps, in [0, 1], after which guidance ends and a step costs half. What is in the picture
+                The share of the steps, in [0, 1], after which guidance ends and a step costs half. What is in the image
                 is settled by then; at low noise guidance enlarges the predictions' errors, which show as blotches
                 (Kynkäänniemi et al., 2024, on limited intervals). 1 guides to the end.
             guider ([`~diffusers.guiders.BaseGuidance`], *optional*):
-                In place of `guidance_scale` and `guidance_stop`, a guider of diffusers that combines two predictions of the clean picture:
+                Instead of `guidance_scale` and `guidance_stop`, a guider of diffusers that combines two predictions of the clean image:
                 `ClassifierFreeGuidance` with a rescale or an interval of steps, `AdaptiveProjectedGuidance`, ... Outside
                 of its interval a step costs half.
             guidance_resolution (`str`, defaults to `"full"`):
-                `"core"` guides the core's prediction only, which decides what is in the picture; the growth stages run
-                once, for the prompt, in place of twice.
+                `"core"` guides the core's prediction only, which decides what is in the image; the growth stages run
+                once, for the prompt, instead of twice.
             core_first (`float` or `str`, *optional*):
                 Leaves growth stages out while the noise hides what they would draw, down to this noise level in (0, 1]
                 of each stage's own resolution. `"auto"` takes it from `detail_variances`, such that in the states
-                concerned the picture's part of the coarsest detail has at most 1 % of the noise's variance. By default
+                concerned the image's part of the coarsest detail has at most 1 % of the noise's variance. By default
                 all stages run always.
 
         Examples:
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the pictures.
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
 
         Raises:
             `ValueError`: if an argument does not fit, before any work is done.
@@ -732,7 +717,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         else:
             batch_size = num_images_per_prompt
 
-        # 4. Prepare the noise. It is the picture that emerges, so it stays in float32 whatever the model runs in.
+        # 4. Prepare the noise. It is the image that emerges, so it stays in float32 whatever the model runs in.
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -782,8 +767,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 if guided and not at_core:
                     pred_original_sample = self.guide(*pred_original_sample.chunk(2))
                 if i and num_stages[i] > num_stages[i - 1]:
-                    # The law's state has the detail of its picture in it, which these stages are the first to say. A
-                    # solver that remembers earlier steps would go back to its own state without it: it starts anew.
+                    # The law's state has the detail of its image in it, which these stages are the first to say. A
+                    # solver that remembers earlier steps would go back to its own state without it: it starts again.
                     sizes = self.unet.sample_sizes
                     detail = high_band(pred_original_sample, sizes[-1] // sizes[num_stages[i - 1]])
                     latents = latents + (1 - sigma) * detail
@@ -819,7 +804,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
 
-        # 6. The state is the picture
+        # 6. The state is the image
         image = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

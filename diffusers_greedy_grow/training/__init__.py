@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from .arguments import (
     FREE_TO_CHANGE,
@@ -27,6 +16,7 @@ from .arguments import (
 from .checkpoints import (
     check_changes,
     check_replaced,
+    claim_output_dir,
     find_checkpoint,
     find_start,
     forget_newer,
@@ -36,12 +26,11 @@ from .checkpoints import (
     save_checkpoint,
     save_pipeline,
     sorted_checkpoints,
-    take_folder,
 )
 from .data import (
     BrokenRows,
     BucketOrder,
-    CaptionedPictures,
+    CaptionedImages,
     EpochOrder,
     check_data_dir,
     load_captioned_data,
@@ -67,7 +56,7 @@ from .losses import FlowLoss, LossMeter, draw_noise, flow_loss
 from .plan import PhasePlan, describe_parts, format_memory, format_plan, plan_phase
 from .report import draw_losses, draw_samples, keep_metrics
 from .sharding import TrainedModel, consolidate, gather, reshard, set_up_sharding, shard
-from .streaming import StreamedPictures, StreamLoader, load_captioned_stream
+from .streaming import StreamedImages, StreamLoader, load_captioned_stream
 from .text import (
     TextEmbeddings,
     build_small_text_encoder,

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The arguments of `training_examples/`: flags over a YAML file over defaults."""
 
@@ -32,37 +21,37 @@ from .losses import WEIGHTINGS
 
 
 @dataclass
-class PictureArguments:
-    """Captioned pictures."""
+class ImageArguments:
+    """Captioned images."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
     train_data_dir: str | None = field(
         default=None,
         metadata={"help": "A folder: imagefolder with metadata, parquet or WebDataset tar files; or one such file."},
     )
-    image_column: str = field(default="image", metadata={"help": "The column with the pictures."})
+    image_column: str = field(default="image", metadata={"help": "The column with the images."})
     caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
     max_broken_share: float = field(
         default=0.01,
         metadata={
-            "help": "The largest share of broken captions, and of broken pictures; their rows are left out and named in a file."
+            "help": "The largest share of broken captions, and of broken images; their rows are left out and named in a file."
         },
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
     validation_prompts: list[str] | None = field(
         default=None, metadata={"help": "Captions of the sample grid; held-out captions by default."}
     )
 
 
 @dataclass
-class DataArguments(PictureArguments):
+class DataArguments(ImageArguments):
     """What to train on; by default captioned shapes, drawn for the purpose."""
 
     high_res_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Other data above the core's resolution, and to hold pictures out from. That of the core is then read at the "
+            "help": "Other data above the core's resolution, and to hold images out from. That of the core is then read at the "
             "core's resolution."
         },
     )
@@ -79,15 +68,15 @@ class DataArguments(PictureArguments):
     aspect_ratio_buckets: str | None = field(
         default=None,
         metadata={
-            "help": 'Heights and widths of pictures at the final resolution, such as "64,64;48,80;80,48": each picture gets the '
+            "help": 'Heights and widths of images at the final resolution, such as "64,64;48,80;80,48": each image gets the '
             "nearest shape. All are square by default, and held-out ones always."
         },
     )
     shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
-    shapes_pictures: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
-    num_high_res_pictures: int | None = field(
+    shapes_images: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
+    num_high_res_images: int | None = field(
         default=None,
-        metadata={"help": "Train above the core's resolution on that many pictures only, drawn at random."},
+        metadata={"help": "Train above the core's resolution on that many images only, drawn at random."},
     )
     text_embeddings_dir: str | None = field(
         default=None,
@@ -95,8 +84,8 @@ class DataArguments(PictureArguments):
             "help": "A folder to keep the embeddings of a text encoder that does not train, of use to other runs too."
         },
     )
-    num_validation_pictures: int = field(default=256, metadata={"help": "Held-out pictures the loss is measured on."})
-    num_scored_pictures: int = field(default=96, metadata={"help": "Captioned shapes: pictures drawn for the score."})
+    num_validation_images: int = field(default=256, metadata={"help": "Held-out images the loss is measured on."})
+    num_scored_images: int = field(default=96, metadata={"help": "Captioned shapes: images drawn for the score."})
 
     @property
     def has_high_res_data(self) -> bool:
@@ -221,7 +210,7 @@ class TrainingArguments(LoopArguments):
     detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
     joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
     train_batch_size: list[int] = field(
-        default_factory=lambda: [32, 16], metadata={"help": "Pictures per process and step, at each resolution."}
+        default_factory=lambda: [32, 16], metadata={"help": "Images per process and step, at each resolution."}
     )
     learning_rate: list[float] = field(
         default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
@@ -252,7 +241,7 @@ class TrainingArguments(LoopArguments):
     )
     low_res_loss_weight: float = field(
         default=0.0,
-        metadata={"help": "Joint phase: the weight of an extra loss on pictures pooled to the inner resolution."},
+        metadata={"help": "Joint phase: the weight of an extra loss on images pooled to the inner resolution."},
     )
     low_res_share: float = field(
         default=0.0,
@@ -269,7 +258,7 @@ class TrainingArguments(LoopArguments):
 
 
 @dataclass(kw_only=True)
-class LoraArguments(PictureArguments, LoopArguments):
+class LoraArguments(ImageArguments, LoopArguments):
     """What `train_lora.py` adapts, and how."""
 
     pretrained_model_name_or_path: str = field(metadata={"help": "The pipeline to adapt, a folder or Hub id."})
@@ -278,7 +267,7 @@ class LoraArguments(PictureArguments, LoopArguments):
     resolution: int | None = field(
         default=None,
         metadata={
-            "help": "Pictures are scaled to it and averaged down to the model's, as a core's are by grow.py; by default "
+            "help": "Images are scaled to it and averaged down to the model's, as a core's are by grow.py; by default "
             "four times a core's, and a grown model's own."
         },
     )
@@ -294,7 +283,7 @@ class LoraArguments(PictureArguments, LoopArguments):
         },
     )
     max_train_steps: int = field(default=500, metadata={"help": "Steps to train."})
-    train_batch_size: int = field(default=16, metadata={"help": "Pictures per process and step."})
+    train_batch_size: int = field(default=16, metadata={"help": "Images per process and step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Its peak."})
     logit_mean: float | None = field(
         default=None, metadata={"help": "Of logit(sigma), in terms of the core's noise level; by default grow.py's."}
@@ -317,8 +306,8 @@ FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "max_broken_share",
     "text_embeddings_dir",
     "validation_prompts",
-    "num_validation_pictures",
-    "num_scored_pictures",
+    "num_validation_images",
+    "num_scored_images",
     "num_inference_steps",
     "guidance_scale",
     "gradient_checkpointing",
@@ -334,7 +323,7 @@ FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "hub_steps",
     "report_to",
     "sample_steps",
-    # These may be split otherwise, as long as the pictures per step remain the same.
+    # These may be split otherwise, as long as the images per step remain the same.
     "train_batch_size",
     "gradient_accumulation_steps",
 }
@@ -369,12 +358,10 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
         value = getattr(owner, name)
         if not all(one is None or low <= one <= high for one in (value if isinstance(value, list) else [value])):
             span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            parser.error(f"--{name} {value}: has to be {span}.")
+            parser.error(f"--{name} {value}: must be {span}.")
 
 
-def check_common(
-    parser: HfArgumentParser, pictures: PictureArguments, loop: "TrainingArguments | LoraArguments"
-) -> None:
+def check_common(parser: HfArgumentParser, images: ImageArguments, loop: "TrainingArguments | LoraArguments") -> None:
     """Stops at a value that no training can have."""
     check_ranges(
         parser,
@@ -389,9 +376,9 @@ def check_common(
         (loop, "gradient_accumulation_steps", 1, math.inf),
         (loop, "ema_decay", 0, 1),
         (loop, "adam_beta2", 0, 1),
-        (pictures, "caption_dropout", 0, 1),
-        (pictures, "dataloader_num_workers", 0, math.inf),
-        (pictures, "max_broken_share", 0, 0.99),
+        (images, "caption_dropout", 0, 1),
+        (images, "dataloader_num_workers", 0, math.inf),
+        (images, "max_broken_share", 0, 0.99),
         (loop, "max_grad_norm", 0, math.inf),
         (loop, "spike_factor", 1, math.inf),
         (loop, "max_skipped_steps", 0, math.inf),
@@ -446,9 +433,9 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     check_ranges(
         parser,
         (data, "shapes_objects", 1, 3),
-        (data, "num_high_res_pictures", 1, math.inf),
-        (data, "num_validation_pictures", 0, math.inf),
-        (data, "num_scored_pictures", 0, math.inf),
+        (data, "num_high_res_images", 1, math.inf),
+        (data, "num_validation_images", 0, math.inf),
+        (data, "num_scored_images", 0, math.inf),
         (data, "shuffle_buffer_size", 1, math.inf),
         (model, "resolutions", 1, math.inf),
         (model, "max_sequence_length", 1, math.inf),
@@ -476,17 +463,17 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
                 f"--low_res_share {training.low_res_share}: of --train_batch_size {batch_size} that is none or all; take a larger "
                 "batch or another share."
             )
-    if data.has_high_res_data and (data.on_shapes or data.num_high_res_pictures is not None):
+    if data.has_high_res_data and (data.on_shapes or data.num_high_res_images is not None):
         parser.error(
             "--high_res_dataset_name and --high_res_data_dir need --dataset_name or --train_data_dir for the core, and no "
-            "--num_high_res_pictures."
+            "--num_high_res_images."
         )
     if data.high_res_dataset_name is not None and data.high_res_data_dir is not None:
         parser.error(
             f"--high_res_dataset_name {data.high_res_dataset_name} and --high_res_data_dir {data.high_res_data_dir}: name only one."
         )
-    if data.streaming and data.num_high_res_pictures is not None:
-        parser.error("--num_high_res_pictures needs data that is not streamed: leave out --streaming.")
+    if data.streaming and data.num_high_res_images is not None:
+        parser.error("--num_high_res_images needs data that is not streamed: leave out --streaming.")
     if data.text_embeddings_dir is not None and model.text_encoder == "small" and model.core is None:
         parser.error(
             "--text_embeddings_dir needs a text encoder that does not train: name a pretrained --text_encoder, or a --core."
@@ -504,7 +491,7 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         parser.error(f"--loss_weighting {training.loss_weighting}: choose of {', '.join(WEIGHTINGS)}.")
     if model.init == "random" and training.low_res_share:
         parser.error(
-            f"--low_res_share {training.low_res_share}: with --init random, the core draws no pictures of its own."
+            f"--low_res_share {training.low_res_share}: with --init random, the core draws no images of its own."
         )
     if model.init not in ("preserve", "random"):
         parser.error(f'--init {model.init}: choose "preserve" or "random".')

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Files of a run: each is complete or absent, because it is written aside and then renamed."""
 
@@ -174,7 +163,7 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
         if not complete and (damaged := sorted(path.name for path in folder.glob("[!.]*"))):
             raise ValueError(
                 f"`resume_from_checkpoint='latest'`: none of the checkpoints in {folder} is complete: {', '.join(damaged)}. Put "
-                "their files back, or begin anew with `--overwrite_output_dir` in its place."
+                "their files back, or begin again with `--overwrite_output_dir` in its place."
             )
         return complete[-1] if complete else None
     checkpoint = Path(resume_from_checkpoint)
@@ -189,7 +178,7 @@ def find_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite_o
     The checkpoint that a run goes on from, if it is to.
 
     Raises:
-        `ValueError`: if there is none, or if a run that is to begin anew would mix with an earlier one.
+        `ValueError`: if there is none, or if a run that is to begin again would mix with an earlier one.
     """
     if resume_from_checkpoint is not None:
         return find_checkpoint(output_dir, resume_from_checkpoint)
@@ -211,7 +200,7 @@ def check_replaced(output_dir: Path, names: Iterable[str]) -> None:
         )
 
 
-def take_folder(
+def claim_output_dir(
     output_dir: Path, config: dict, replaced: Iterable[str], checkpoint: Path | None, resume_with_changes: bool
 ) -> None:
     """

@@ -1,18 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""Captioned pictures: from a Hub dataset or a folder to batches, in an order that depends on the seed alone."""
+"""Captioned images: from a Hub dataset or a folder to batches, in an order that depends on the seed alone."""
 
 import contextlib
 import copy
@@ -53,7 +42,7 @@ def check_data_dir(data_dir: str, argument: str = "train_data_dir") -> None:
     if path.is_file() and path.suffix not in FILE_TYPES:
         raise ValueError(
             f"`{argument}={data_dir!r}` cannot be read: pass a file that ends in {' or '.join(FILE_TYPES)}, or a folder with such "
-            "files or with pictures and a metadata.jsonl or metadata.csv."
+            "files or with images and a metadata.jsonl or metadata.csv."
         )
 
 
@@ -61,14 +50,14 @@ def load_splits(
     dataset_name: str | None, data_dir: str | None, image_column: str, caption_column: str, streaming: bool = False
 ) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """
-    The splits of a source, each with the columns `image` and `text`. Pictures are left undecoded, as `bytes` or `path`, since
+    The splits of a source, each with the columns `image` and `text`. Images are left undecoded, as `bytes` or `path`, since
     a broken one must not stop what reads it.
 
     Args:
         dataset_name (`str`, *optional*):
             A dataset on the Hub.
         data_dir (`str`, *optional*):
-            Instead of it, a folder with pictures and a `metadata.jsonl` or `metadata.csv` (an imagefolder), a folder
+            Instead of it, a folder with images and a `metadata.jsonl` or `metadata.csv` (an imagefolder), a folder
             with parquet or WebDataset tar files, or one such file.
         image_column (`str`), caption_column (`str`):
             The columns to read; of a WebDataset they are file extensions, such as `jpg` and `txt`.
@@ -85,7 +74,7 @@ def load_splits(
         if Path(data_dir).is_file():
             splits = load_dataset(FILE_TYPES[Path(data_dir).suffix], data_files=data_dir, streaming=streaming)
         elif any((Path(data_dir) / f"metadata.{kind}").exists() for kind in ("jsonl", "csv")):
-            # One set, whatever its pictures are called: `crash_test_1.png` is no split of its own.
+            # One set, whatever its images are called: `crash_test_1.png` is no split of its own.
             splits = load_dataset("imagefolder", data_dir=data_dir, data_files={"train": "**"}, streaming=streaming)
         else:
             splits = load_dataset(data_dir, streaming=streaming)
@@ -106,7 +95,7 @@ def load_splits(
         if getattr(split.features[caption_column], "dtype", None) not in ("string", "large_string"):
             raise ValueError(
                 f"`caption_column={caption_column!r}` holds {split.features[caption_column]}, not strings; name another "
-                "column, or write one caption for each picture."
+                "column, or write one caption for each image."
             )
         # First of all, since renaming a stream's columns decodes them.
         split = split.cast_column(image_column, Image(decode=False)).select_columns([image_column, caption_column])
@@ -121,7 +110,7 @@ def load_captioned_data(
     dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str, hold_out: bool = True
 ) -> tuple[Dataset, Dataset]:
     """
-    Loads pictures with captions by [`load_splits`] and splits off what is not trained on: with `hold_out`, data with no
+    Loads images with captions by [`load_splits`] and splits off what is not trained on: with `hold_out`, data with no
     `validation` or `test` of its own has 5 % held out, 256 at most, and always the same ones.
 
     Returns:
@@ -221,30 +210,30 @@ def check_caption(caption: str | None) -> str:
 
 def open_image(image: dict | None) -> PILImage.Image:
     """
-    Decodes a picture from its `bytes`, or from the file at `path`.
+    Decodes an image from its `bytes`, or from the file at `path`.
 
     Raises:
         [`BrokenRow`]: if it cannot be decoded, is a decompression bomb, or has values that are no bytes.
     """
     if image is None or (image["bytes"] is None and image["path"] is None):
-        raise BrokenRow("no picture")
+        raise BrokenRow("no image")
     if image["bytes"] == b"":
-        raise BrokenRow("a picture of zero bytes")
+        raise BrokenRow("an image of zero bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            picture = Image().decode_example(image)
+            decoded = Image().decode_example(image)
     except Exception as error:  # what a broken file leads PIL to raise has no common class
         raise BrokenRow(f"{type(error).__name__}: {error}") from error
-    if picture.mode[0] in "IF":
-        raise BrokenRow(f"a picture of mode {picture.mode}, whose values have no known range")
-    return picture
+    if decoded.mode[0] in "IF":
+        raise BrokenRow(f"an image of mode {decoded.mode}, whose values have no known range")
+    return decoded
 
 
 def to_pixel_values(image: PILImage.Image, height: int, width: int | None = None) -> torch.Tensor:
     """
-    A picture as a tensor `(3, height, width)`, uint8: upright, transparent parts white, the centre cropped to shape (square
-    without `width`), scaled with antialiasing. Warns of the first that has to be enlarged.
+    An image as a tensor `(3, height, width)`, uint8: upright, transparent parts white, the centre cropped to shape (square
+    without `width`), scaled with antialiasing. Warns of the first that must be enlarged.
     """
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
@@ -253,24 +242,24 @@ def to_pixel_values(image: PILImage.Image, height: int, width: int | None = None
     image = image.convert("RGB")
     size = (width or height, height)
     if image.width < size[0] or image.height < size[1]:
-        warn_of_small_pictures(*size)
+        warn_of_small_images(*size)
     if image.size != size:
         image = ImageOps.fit(image, size, method=PILImage.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-@functools.cache  # once: opening a picture resets Python's own memory of what it has warned of
-def warn_of_small_pictures(width: int, height: int) -> None:
+@functools.cache  # once: opening an image resets Python's own memory of what it has warned of
+def warn_of_small_images(width: int, height: int) -> None:
     warnings.warn(
-        f"There are pictures of less than {width} x {height} pixels. They are enlarged, and a model learns to draw their blur: "
+        f"There are images of less than {width} x {height} pixels. They are enlarged, and a model learns to draw their blur: "
         "leave them out, or train at lower `resolutions`.",
-        stacklevel=3,  # of who reads the picture
+        stacklevel=3,  # of who reads the image
     )
 
 
 def normalize(pixel_values: torch.Tensor, factor: int = 1) -> torch.Tensor:
     """
-    Bytes `(..., 3, H, W)` to pictures `(..., 3, H / factor, W / factor)` in [-1, 1]; what are pictures already is only
+    Bytes `(..., 3, H, W)` to images `(..., 3, H / factor, W / factor)` in [-1, 1]; what are images already is only
     averaged down.
     """
     if pixel_values.dtype == torch.uint8:
@@ -280,31 +269,31 @@ def normalize(pixel_values: torch.Tensor, factor: int = 1) -> torch.Tensor:
 
 def average_down(pixel_values: torch.Tensor, factor: int) -> torch.Tensor:
     """
-    What a data loader hands on: for a phase below the final resolution pictures in [-1, 1], averaged down by [`normalize`], so
+    What a data loader hands on: for a phase below the final resolution images in [-1, 1], averaged down by [`normalize`], so
     that what a core is trained on is what a model grown from it pools; bytes, which are a quarter as large, if `factor` is 1.
     """
     return pixel_values if factor == 1 else normalize(pixel_values, factor)
 
 
-class CaptionedPictures(torch.utils.data.Dataset):
+class CaptionedImages(torch.utils.data.Dataset):
     """
-    Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. In place of a broken row stands the next.
+    Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. Instead of a broken row stands the next.
 
-    If all of them fit in `max_cache_bytes`, each picture is decoded and scaled once and then kept in memory; not so in
+    If all of them fit in `max_cache_bytes`, each image is decoded and scaled once and then kept in memory; not so in
     a data loader's workers, each of which would keep its own.
 
     Args:
         rows (`Dataset`):
             As [`load_captioned_data`] returns them.
         resolution (`int`):
-            The side of the pictures.
+            The side of the images.
         buckets (`list[tuple[int, int]]`, *optional*):
-            Heights and widths, if pictures are not all to be square: each gets the nearest shape.
+            Heights and widths, if images are not all to be square: each gets the nearest shape.
         broken (`BrokenRows`, *optional*):
             What counts broken rows.
 
     Raises:
-        `ValueError`: if too many captions are broken, or all; later, if too many pictures are, or all of a shape.
+        `ValueError`: if too many captions are broken, or all; later, if too many images are, or all of a shape.
     """
 
     def __init__(
@@ -319,7 +308,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
         captions, good = list(rows["text"]), []
-        # Counted apart from broken pictures, which are met one by one: captions are all read now.
+        # Counted apart from broken images, which are met one by one: captions are all read now.
         broken_captions = BrokenRows(self.broken.path, self.broken.max_share)
         broken_captions.read = len(captions)
         for i, caption in enumerate(captions):
@@ -340,34 +329,34 @@ class CaptionedPictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def at(self, resolution: int) -> "CaptionedPictures":
-        """The same pictures averaged down to `resolution`: float32 in [-1, 1], if it is not their own."""
-        pictures = copy.copy(self)
-        pictures.pool_factor = self.resolution // resolution
-        return pictures
+    def at(self, resolution: int) -> "CaptionedImages":
+        """The same images averaged down to `resolution`: float32 in [-1, 1], if it is not their own."""
+        images = copy.copy(self)
+        images.pool_factor = self.resolution // resolution
+        return images
 
-    def select(self, indices: np.ndarray) -> "CaptionedPictures":
-        """Some of the pictures, in that order."""
-        pictures = copy.copy(self)
-        pictures.rows = self.rows.select(indices)
-        pictures.captions = [self.captions[i] for i in indices]
-        pictures.shapes = self.shapes[indices]
-        pictures.cache = pictures.make_cache()
-        pictures.unreadable = set()
-        return pictures
+    def select(self, indices: np.ndarray) -> "CaptionedImages":
+        """Some of the images, in that order."""
+        images = copy.copy(self)
+        images.rows = self.rows.select(indices)
+        images.captions = [self.captions[i] for i in indices]
+        images.shapes = self.shapes[indices]
+        images.cache = images.make_cache()
+        images.unreadable = set()
+        return images
 
     def make_cache(self) -> dict[int, torch.Tensor] | None:
-        """For decoded pictures, if all of them fit."""
+        """For decoded images, if all of them fit."""
         return {} if len(self) * 3 * self.resolution**2 <= self.max_cache_bytes else None
 
     def find_shapes(self) -> np.ndarray:
-        """The index of each row's bucket, from the pictures' headers."""
+        """The index of each row's bucket, from the images' headers."""
         shapes = np.zeros(len(self.rows), dtype=np.int64)
         for i, image in enumerate(self.rows["image"]):
             try:
-                picture = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
-                width, height = picture.size
-                exif = PILImage.Image.getexif(picture)  # a PNG's own would decode it
+                opened = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+                width, height = opened.size
+                exif = PILImage.Image.getexif(opened)  # a PNG's own would decode it
                 if exif.get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # lies on its side
                     width, height = height, width
             except Exception:  # it will be counted and named where it is read
@@ -389,7 +378,7 @@ class CaptionedPictures(torch.utils.data.Dataset):
             if tried == len(alike):
                 height, width = self.buckets[self.shapes[index]]
                 raise ValueError(
-                    f"There is no readable picture among the {tried} of the shape {height} x {width}: repair the data"
+                    f"There is no readable image among the {tried} of the shape {height} x {width}: repair the data"
                     + (f", whose broken rows {self.broken.path} names." if self.broken.path is not None else ".")
                 )
             index = int(alike[np.searchsorted(alike, index, side="right") % len(alike)])
@@ -433,7 +422,7 @@ class EpochOrder(Sampler[int]):
 
 class BucketOrder(Sampler[list[int]]):
     """
-    Batches of indices such that all pictures of a step have one shape: rows in the order of [`EpochOrder`] are collected by
+    Batches of indices such that all images of a step have one shape: rows in the order of [`EpochOrder`] are collected by
     shape, and whenever those of one shape are enough for a step, they make one. What is left of an epoch goes into the
     next one's batches, so that every epoch shows every row.
 
@@ -484,7 +473,7 @@ class BucketOrder(Sampler[list[int]]):
 
 def sample_seeds(key: tuple[int, ...], first: int, count: int) -> list[int]:
     """
-    A seed for each picture of a batch, from `key`, such as (seed, step), and from the picture's place in the global batch,
+    A seed for each image of a batch, from `key`, such as (seed, step), and from the image's place in the global batch,
     `first` and following: noise depends neither on the number of processes nor on what was drawn before.
     """
     seeds = np.random.SeedSequence(key).generate_state(first + count, np.uint64)[first:]

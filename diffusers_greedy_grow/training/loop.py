@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What the loops of the training examples share."""
 
@@ -262,7 +251,7 @@ def take_step(
         remedy = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
         raise FloatingPointError(
             f"{name} stops at step {step + 1}: {error} This batch had the noise levels {levels}. {remedy}; a lower "
-            "`learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 in place of fp16 may help."
+            "`learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 instead of fp16 may help."
         ) from error
     if accepted:
         optimizer.step()

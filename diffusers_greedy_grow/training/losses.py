@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The training loss, and what to know about it beyond its mean."""
 
@@ -43,24 +32,24 @@ def draw_noise(
     caption_dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
     """
-    All that is random in a step, for the pictures of one process: a function of `key` and of their places in the step's
+    All that is random in a step, for the images of one process: a function of `key` and of their places in the step's
     whole batch, so neither the number of processes nor what was drawn before makes a difference.
 
     Args:
         key (`tuple[int, ...]`): Such as (seed, phase, step).
-        first (`int`), total (`int`): The first picture's place in the whole batch, and how many pictures that has.
-        shape (`torch.Size`): `(B, C, H, W)` of this process's pictures.
+        first (`int`), total (`int`): The first image's place in the whole batch, and how many images that has.
+        shape (`torch.Size`): `(B, C, H, W)` of this process's images.
         shift (`float`), logit_mean (`float`), logit_std (`float`): The distribution of levels, see [`sample_sigma`].
-        device (`torch.device`): Where noise is drawn. For large pictures a CPU takes longer than a GPU for the step.
+        device (`torch.device`): Where noise is drawn. For large images a CPU takes longer than a GPU for the step.
         caption_dropout (`float`): The share of captions to leave empty.
 
     Returns:
-        Noise of that shape, float32, and levels `(B,)`, both on `device`; and for each picture whether to drop its caption.
+        Noise of that shape, float32, and levels `(B,)`, both on `device`; and for each image whether to drop its caption.
     """
     noise, generator = torch.empty(shape, device=device), torch.Generator(device)
-    level_seed, *picture_seeds = sample_seeds(key, 0, 1 + first + len(noise))
-    for picture, seed in zip(noise, picture_seeds[first:]):
-        picture.normal_(generator=generator.manual_seed(seed))
+    level_seed, *image_seeds = sample_seeds(key, 0, 1 + first + len(noise))
+    for image, seed in zip(noise, image_seeds[first:]):
+        image.normal_(generator=generator.manual_seed(seed))
     # These for the whole batch: drawing them one by one would take longer.
     generator = torch.Generator().manual_seed(level_seed)
     sigma = sample_sigma(total, shift, logit_mean, logit_std, generator)[first : first + len(noise)]
@@ -76,8 +65,8 @@ class FlowLoss:
     Args:
         loss (`torch.Tensor` of shape `()`): The mean, weighted, to train on.
         low (`torch.Tensor` of shape `(B,)`), high (`torch.Tensor` of shape `(B,)`):
-            Each picture's error of the velocity in the low band (pooled) and in the high band (the rest).
-        sigma (`torch.Tensor` of shape `(B,)`): Each picture's noise level.
+            Each image's error of the velocity in the low band (pooled) and in the high band (the rest).
+        sigma (`torch.Tensor` of shape `(B,)`): Each image's noise level.
     """
 
     loss: torch.Tensor
@@ -98,25 +87,25 @@ def flow_loss(
     **conditions: torch.Tensor,
 ) -> FlowLoss:
     r"""
-    Mean squared error of the predicted flow velocity, which is that of the clean picture over
+    Mean squared error of the predicted flow velocity, which is that of the clean image over
     `max(sigma, SIGMA_MIN_OF_LOSS) ** 2` (Li & He, JiT, 2025, section 4), weighted by noise level.
 
-    The error of the `"clean"` picture gives low noise less weight. There the detail is in the stage's input: by the velocity's
+    The error of the `"clean"` image gives low noise less weight. There the detail is in the stage's input: by the velocity's
     error, learning to copy it drowns out learning what the text and the core say of it.
 
     Args:
         model: A [`ShallowUNet2DModel`], a [`GrowableUNet2DConditionModel`], or either prepared by accelerate.
-        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean pictures in [-1, 1].
+        x0 (`torch.Tensor` of shape `(B, C, H, W)`): Clean images in [-1, 1].
         noise (`torch.Tensor` of shape `(B, C, H, W)`): Standard normal.
         sigma (`torch.Tensor` of shape `(B,)`): Noise levels in (0, 1].
         band_factor (`int`): The pooling that parts the low band from the high one: the growth factor.
         weighting (`str`, defaults to `"velocity"`):
-            One of [`WEIGHTINGS`]: the error of the `"velocity"`, that of the `"clean"` picture, that of the noise times the
+            One of [`WEIGHTINGS`]: the error of the `"velocity"`, that of the `"clean"` image, that of the noise times the
             `"sigmoid"` of minus the log-SNR (Hoogeboom et al., simpler diffusion, 2024), or `"sigma_sqrt"` and `"cosmap"`
             (Esser et al., SD3, 2024, section 3.1).
         low_res_weight (`float`, defaults to 0): The weight of an extra loss, on the error pooled by `band_factor`.
         num_stages (`int`, *optional*):
-            How many stages of a grown model take part; with fewer than all, only the pooled pictures are trained on.
+            How many stages of a grown model take part; with fewer than all, only the pooled images are trained on.
         conditions: `encoder_hidden_states` and `encoder_attention_mask`.
     """
     stages = {} if num_stages is None else {"num_stages": num_stages}
@@ -159,7 +148,7 @@ class LossMeter:
         self.batches.append(losses)
 
     def gather(self, accelerator: Accelerator) -> torch.Tensor:
-        """All that was added since the last [`compute`], on every process that of all: what a checkpoint has to hold."""
+        """All that was added since the last [`compute`], on every process that of all: what a checkpoint must hold."""
         if self.batches:
             batches = accelerator.gather(torch.cat(self.batches))
             self.gathered, self.batches = torch.cat([self.gathered, batches.float().cpu()]), []

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What a phase of training will cost, counted on a model without weights."""
 
@@ -28,9 +17,9 @@ from .sharding import list_units
 @dataclass
 class PhasePlan:
     """
-    One phase: `name`, `resolution`, `steps`, `batch_size` (pictures per step over all processes), `process_batch_size`
-    (pictures that one process has in hand at once), `parameters` and `trained_parameters` of the model, `train_flops`
-    (forward and backward, per picture), `forward_flops` (per picture), in bytes per picture the `activations` that the
+    One phase: `name`, `resolution`, `steps`, `batch_size` (images per step over all processes), `process_batch_size`
+    (images that one process has in hand at once), `parameters` and `trained_parameters` of the model, `train_flops`
+    (forward and backward, per image), `forward_flops` (per image), in bytes per image the `activations` that the
     backward pass needs, without and with gradient checkpointing, and in bytes the `largest_unit` that FSDP gathers.
     """
 
@@ -48,13 +37,13 @@ class PhasePlan:
     largest_unit: int
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         return self.steps * self.batch_size
 
     @property
     def flops(self) -> int:
         """Of the whole phase, without what gradient checkpointing computes twice."""
-        return self.pictures * self.train_flops
+        return self.images * self.train_flops
 
     def memory(self, num_shards: int = 1, gradient_checkpointing: bool = False) -> int:
         """
@@ -187,19 +176,19 @@ def format_plan(
     """The plan as text: a table, and a warning if growing will not pay."""
     lines = ["Parameters: " + ", ".join(f"{name} px {count / 1e6:.2f} M" for name, count in parts.items())]
     lines.append(
-        f"{'phase':<18}{'px':>6}{'steps':>9}{'batch':>7}{'pictures':>11}{'trained':>10}"
-        f"{'GFLOP/picture':>15}{'PFLOP':>13}{'memory':>10}"
+        f"{'phase':<18}{'px':>6}{'steps':>9}{'batch':>7}{'images':>11}{'trained':>10}"
+        f"{'GFLOP/image':>15}{'PFLOP':>13}{'memory':>10}"
     )
     for phase in phases:
         lines.append(
-            f"{phase.name:<18}{phase.resolution:>6}{phase.steps:>9}{phase.batch_size:>7}{phase.pictures:>11}"
+            f"{phase.name:<18}{phase.resolution:>6}{phase.steps:>9}{phase.batch_size:>7}{phase.images:>11}"
             f"{phase.trained_parameters / 1e6:>8.2f} M{phase.train_flops / 1e9:>15.2f}{phase.flops / 1e15:>13.3f}"
             f"{phase.memory(num_shards, gradient_checkpointing) / 2**30:>7.1f} GB"
         )
     first, last = phases[0], phases[-1]
     if last.resolution > first.resolution:
         ratio = last.forward_flops / first.forward_flops
-        lines.append(f"A picture at {last.resolution} px costs {ratio:.1f} times one at {first.resolution} px.")
+        lines.append(f"An image at {last.resolution} px costs {ratio:.1f} times one at {first.resolution} px.")
         if ratio < 2:
             lines.append(
                 "Warning: below about 2, growing gains little: training at the high resolution from the start costs "
@@ -213,7 +202,7 @@ def format_memory(phases: list[PhasePlan], num_processes: int) -> str:
     strategies = [("one GPU or DDP", 1), (f"FSDP2 on {num_processes} GPUs", num_processes)]
     lines = [
         "GB per GPU without the text encoder; (c): with gradient checkpointing",
-        f"{'phase':<18}{'pictures':>9}" + "".join(f"{name:>22}{'(c)':>9}" for name, _ in strategies),
+        f"{'phase':<18}{'images':>9}" + "".join(f"{name:>22}{'(c)':>9}" for name, _ in strategies),
     ]
     for phase in phases:
         columns = [

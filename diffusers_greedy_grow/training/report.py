@@ -1,18 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of a run: samples with their captions, and loss curves."""
+"""Images of a run: samples with their captions, and loss curves."""
 
 import json
 import os
@@ -24,31 +13,31 @@ from PIL import Image, ImageDraw, ImageFont
 
 def draw_samples(rows: dict[str, list[Image.Image]], captions: list[str], path: str | Path) -> None:
     """
-    Writes a grid: one row of pictures for each entry of `rows`, whose name stands on the left, and the captions below. All
+    Writes a grid: one row of images for each entry of `rows`, whose name stands on the left, and the captions below. All
     are shown at the size of the largest, and at 128 pixels per side at least, enlarged without smoothing.
 
     Args:
-        rows (`dict[str, list[Image.Image]]`): For each row's name, one square picture per caption.
+        rows (`dict[str, list[Image.Image]]`): For each row's name, one square image per caption.
         captions (`list[str]`): Printed under the columns.
         path (`str` or `Path`): The PNG to write.
     """
-    picture_size = max(128, *(picture.width for pictures in rows.values() for picture in pictures))
+    image_size = max(128, *(image.width for images in rows.values() for image in images))
     font = ImageFont.load_default(size=11)
-    texts = ["\n".join(textwrap.wrap(caption, picture_size // 6)) for caption in captions]
+    texts = ["\n".join(textwrap.wrap(caption, image_size // 6)) for caption in captions]
     lines = max(text.count("\n") + 1 for text in texts)
     margin, gap = 96, 4
-    width = margin + len(captions) * (picture_size + gap)
-    height = len(rows) * (picture_size + gap) + lines * 14 + 2 * gap
+    width = margin + len(captions) * (image_size + gap)
+    height = len(rows) * (image_size + gap) + lines * 14 + 2 * gap
     grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (name, pictures) in enumerate(rows.items()):
-        top = row * (picture_size + gap)
-        draw.multiline_text((4, top + picture_size // 2 - 7), "\n".join(textwrap.wrap(name, 15)), "black", font)
-        for column, picture in enumerate(pictures):
-            picture = picture.convert("RGB").resize((picture_size, picture_size), Image.Resampling.NEAREST)
-            grid.paste(picture, (margin + column * (picture_size + gap), top))
+    for row, (name, images) in enumerate(rows.items()):
+        top = row * (image_size + gap)
+        draw.multiline_text((4, top + image_size // 2 - 7), "\n".join(textwrap.wrap(name, 15)), "black", font)
+        for column, image in enumerate(images):
+            image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.NEAREST)
+            grid.paste(image, (margin + column * (image_size + gap), top))
     for column, text in enumerate(texts):
-        draw.multiline_text((margin + column * (picture_size + gap), height - lines * 14 - gap), text, "black", font)
+        draw.multiline_text((margin + column * (image_size + gap), height - lines * 14 - gap), text, "black", font)
     _write(grid, path)
 
 

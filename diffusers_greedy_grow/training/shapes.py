@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 Captioned shapes: a data set with the two halves that greedy growing parts, small enough to learn in minutes.
@@ -45,7 +34,7 @@ SHAPES = ("circle", "square", "triangle", "star", "ring")
 BACKGROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), "pink": (248, 190, 205)}
 RELATIONS = ("left of", "right of", "above", "below")
 
-# Half of an object's extent as a share of the picture's side, by the number of objects and the size's name.
+# Half of an object's extent as a share of the image's side, by the number of objects and the size's name.
 EXTENTS = {
     1: {"small": (0.24, 0.27), "large": (0.36, 0.40)},
     2: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
@@ -56,7 +45,7 @@ _CONTRAST = 0.4
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One object: its attributes, and its centre `(x, y)` and half extent as shares of the picture's side."""
+    """One object: its attributes, and its centre `(x, y)` and half extent as shares of the image's side."""
 
     size: str
     color: str
@@ -186,7 +175,7 @@ def is_held_out(scene: Scene) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -214,7 +203,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def pattern(texture: str, image_size: int, texture_cells: int) -> np.ndarray:
     """
     The brightness of a texture, `(image_size, image_size)` of about -1.5 to 1, with mean zero in each of the
-    `texture_cells x texture_cells` cells of the picture.
+    `texture_cells x texture_cells` cells of the image.
     """
     fine = 4  # samples per pixel and axis
     position = (np.arange(image_size * fine) + 0.5) * texture_cells / (image_size * fine) % 1
@@ -237,21 +226,21 @@ def render(scene: Scene, image_size: int, texture_cells: int = 16) -> np.ndarray
     Args:
         scene ([`Scene`]): What to draw.
         image_size (`int`): Pixels per side.
-        texture_cells (`int`): How often a texture repeats across the picture: the core's resolution in pixels.
+        texture_cells (`int`): How often a texture repeats across the image: the core's resolution in pixels.
 
     Returns:
         `np.ndarray` of shape `(image_size, image_size, 3)`, uint8.
     """
     centers = (np.arange(image_size) + 0.5) / image_size
-    picture = np.empty((image_size, image_size, 3))
-    picture[:] = BACKGROUNDS[scene.background]
+    image = np.empty((image_size, image_size, 3))
+    image[:] = BACKGROUNDS[scene.background]
     for item in scene.objects:
         x, y = (centers[None, :] - item.x) / item.extent, (centers[:, None] - item.y) / item.extent
         distance = signed_distance(item.shape, x, y) * item.extent * image_size
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]
         shade = 1 + _CONTRAST * pattern(item.texture, image_size, texture_cells)[..., None]
-        picture += coverage * (shade * np.array(COLORS[item.color]) - picture)
-    return np.clip(np.round(picture), 0, 255).astype(np.uint8)
+        image += coverage * (shade * np.array(COLORS[item.color]) - image)
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,9 +278,9 @@ def write_shapes(
             f"(`texture_cells={texture_cells}`)."
         )
     if max_objects not in EXTENTS:
-        raise ValueError(f"`max_objects={max_objects}` has to be 1, 2 or 3.")
+        raise ValueError(f"`max_objects={max_objects}` must be 1, 2 or 3.")
     if num_train < 1 or num_validation < 1:
-        raise ValueError(f"`num_train={num_train}` and `num_validation={num_validation}` have to be positive.")
+        raise ValueError(f"`num_train={num_train}` and `num_validation={num_validation}` must be positive.")
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 

@@ -1,18 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""Whether a picture of captioned shapes shows what its caption says, by plain image analysis."""
+"""Whether an image of captioned shapes shows what its caption says, by plain image analysis."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -51,7 +40,7 @@ _MIN_CONTRAST = 0.12  # below it, a texture is plain; a true one has 0.35 to 0.4
 def score_images(
     images: Sequence[Image.Image | np.ndarray], captions: Sequence[str], texture_cells: int = 16
 ) -> dict[str, float]:
-    """The means of [`score_image`] over the pictures that have each score."""
+    """The means of [`score_image`] over the images that have each score."""
     scores = [score_image(image, caption, texture_cells) for image, caption in zip(images, captions)]
     names = dict.fromkeys(name for score in scores for name in score)
     return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
@@ -59,7 +48,7 @@ def score_images(
 
 def score_image(image: Image.Image | np.ndarray, caption: str, texture_cells: int = 16) -> dict[str, float]:
     """
-    How much of a caption a picture shows.
+    How much of a caption an image shows.
 
     Args:
         image (`PIL.Image.Image` or `np.ndarray` of shape `(R, R, 3)`, uint8): With 4 or more pixels per texture cell.
@@ -73,7 +62,7 @@ def score_image(image: Image.Image | np.ndarray, caption: str, texture_cells: in
     """
     truth = parse_caption(caption)
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image).astype(float)
-    background, found = read_picture(pixels, len(truth.objects), texture_cells)
+    background, found = read_image(pixels, len(truth.objects), texture_cells)
 
     padded = [*found, *[None] * (len(truth.objects) - len(found))]
     assignments = permutations(padded, len(truth.objects))
@@ -113,9 +102,9 @@ def _relations_hold(items: Sequence[ShapeObject | None], relations: Sequence[str
 # From pixels to objects
 
 
-def read_picture(pixels: np.ndarray, num_objects: int, texture_cells: int) -> tuple[str, list[ShapeObject]]:
+def read_image(pixels: np.ndarray, num_objects: int, texture_cells: int) -> tuple[str, list[ShapeObject]]:
     """
-    What is in a picture `(R, R, 3)`: its background, and its objects, the largest first. `num_objects` says what sizes
+    What is in an image `(R, R, 3)`: its background, and its objects, the largest first. `num_objects` says what sizes
     are to be called small and large. An attribute that nothing fits is `"none"`.
     """
     size = len(pixels)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What training needs to know of FSDP2, by which every process keeps only a part of each parameter."""
 
@@ -109,7 +98,7 @@ def shard(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipe
     plugin.transformer_cls_names_to_wrap = [unit.__name__ for unit in classes]
     plugin.auto_wrap_policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
     if accelerator.mixed_precision != "no":
-        # By accelerate's own policy the noisy pictures, the noise levels and the sum of all gradients would lose precision
+        # By accelerate's own policy the noisy images, the noise levels and the sum of all gradients would lose precision
         # as well; here only the weights do, while layers compute. Autocast does the rest.
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
         plugin.mixed_precision_policy = MixedPrecisionPolicy(

@@ -1,21 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
-Captioned pictures from a stream: data that is too large to be had in order, as files on the Hub or on a disk.
+Captioned images from a stream: data that is too large to be had in order, as files on the Hub or on a disk.
 
-Batches come from *lanes*. The files are dealt to the lanes, anew for each epoch; a lane reads its own ones epoch after epoch
+Batches come from *lanes*. The files are dealt to the lanes, again for each epoch; a lane reads its own ones epoch after epoch
 through a shuffle buffer, and batch `g` of a phase is the next one of lane `g % lanes`. There are as many lanes as a run
 has processes times workers, so each reads its own files and nothing else; with fewer files than lanes, some share one. As
 a batch depends on its lane alone, a phase goes on from a checkpoint with the same batches on any number of processes and
@@ -76,7 +65,7 @@ def load_captioned_stream(
     broken: BrokenRows | None = None,
 ) -> tuple[IterableDataset, Dataset, tuple[int, int]]:
     """
-    A stream of pictures with captions, and the rows that are held out: the first `num_held_out` good ones of a `validation` or
+    A stream of images with captions, and the rows that are held out: the first `num_held_out` good ones of a `validation` or
     `test` split if there is one, of the stream itself if not. `broken` counts the others among them.
 
     Returns:
@@ -107,7 +96,7 @@ def load_captioned_stream(
         if name == "train":
             raise ValueError(
                 f"{len(rows)} rows of the stream are held out, and none is left to train on: hold out fewer by "
-                "`num_validation_pictures`, or do without `streaming`."
+                "`num_validation_images`, or do without `streaming`."
             )
     columns = {column: [row[column] for row in rows] for column in ("image", "text")}
     return splits["train"], Dataset.from_dict(columns, features=splits[name].features), first
@@ -134,7 +123,7 @@ def deal(files: list[int], lane: int, lanes: int) -> tuple[list[int], int]:
     return files[lane::lanes], 1
 
 
-class StreamedPictures:
+class StreamedImages:
     """
     Rows of `image` and `text` as batches of `pixel_values` `(B, 3, H, W)`, uint8, and `caption`. Broken rows are left out.
 
@@ -142,9 +131,9 @@ class StreamedPictures:
         stream (`IterableDataset`), first (`tuple[int, int]`):
             As [`load_captioned_stream`] returns them.
         resolution (`int`):
-            The side of the pictures.
+            The side of the images.
         buckets (`list[tuple[int, int]]`, *optional*):
-            Heights and widths, if pictures are not all to be square. The pictures of a batch share one; processes may have
+            Heights and widths, if images are not all to be square. The images of a batch share one; processes may have
             different ones in a step.
         broken (`BrokenRows`, *optional*):
             What counts broken rows.
@@ -181,11 +170,11 @@ class StreamedPictures:
             except BrokenRow:
                 continue
 
-    def at(self, resolution: int) -> "StreamedPictures":
-        """The same pictures averaged down to `resolution`: float32 in [-1, 1], if it is not their own."""
-        pictures = copy.copy(self)
-        pictures.pool_factor = self.resolution // resolution
-        return pictures
+    def at(self, resolution: int) -> "StreamedImages":
+        """The same images averaged down to `resolution`: float32 in [-1, 1], if it is not their own."""
+        images = copy.copy(self)
+        images.pool_factor = self.resolution // resolution
+        return images
 
     def read_share(
         self, stream: IterableDataset, files: list[int], lane: int, lanes: int
@@ -263,7 +252,7 @@ class LaneBatches(torch.utils.data.IterableDataset):
 
     def __init__(
         self,
-        pictures: StreamedPictures,
+        images: StreamedImages,
         batch_size: int,
         start: int,
         num_batches: int,
@@ -273,7 +262,7 @@ class LaneBatches(torch.utils.data.IterableDataset):
         lanes: int,
         states: dict[int, LaneState],
     ):
-        self.pictures, self.batch_size = pictures, batch_size
+        self.images, self.batch_size = images, batch_size
         self.start, self.num_batches = start, num_batches
         self.process_index, self.num_processes = process_index, num_processes
         self.seed, self.lanes, self.states = seed, lanes, states
@@ -286,7 +275,7 @@ class LaneBatches(torch.utils.data.IterableDataset):
         for i in range(first, self.num_batches, step):
             lane = (self.start + i * self.num_processes + self.process_index) % self.lanes
             if lane not in readers:
-                readers[lane] = self.pictures.read_lane(
+                readers[lane] = self.images.read_lane(
                     lane, self.lanes, self.batch_size, self.seed, self.states.get(lane)
                 )
             yield next(readers[lane])
@@ -297,7 +286,7 @@ class StreamLoader:
     The batches of one process from a stream, and the state to go on from.
 
     Args:
-        pictures (`StreamedPictures`):
+        images (`StreamedImages`):
             The data, at the resolution of the phase.
         batch_size (`int`), num_batches (`int`):
             Of this process.
@@ -318,7 +307,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        pictures: StreamedPictures,
+        images: StreamedImages,
         batch_size: int,
         start: int,
         num_batches: int,
@@ -337,16 +326,16 @@ class StreamLoader:
                 f"`dataloader_num_workers={num_workers}` cannot share: take a number of processes times workers that "
                 f"divides {self.lanes}."
             )
-        self.data = {"files": pictures.stream.num_shards, "first row": list(pictures.first)}
+        self.data = {"files": images.stream.num_shards, "first row": list(images.first)}
         if state is not None and state["data"] != self.data:
             raise ValueError(
                 f"The checkpoint's data had {state['data']}, but now it has {self.data}. What it is and how much of it is held "
-                "out by `num_validation_pictures` has to be as it was."
+                "out by `num_validation_images` must be as it was."
             )
         self.earlier = {int(lane): s for lane, s in state["states"].items()} if state is not None else {}
         self.states: dict[int, LaneState] = {}
         batches = LaneBatches(
-            pictures, batch_size, start, num_batches, process_index, num_processes, seed, self.lanes, self.earlier
+            images, batch_size, start, num_batches, process_index, num_processes, seed, self.lanes, self.earlier
         )
         self.loader = DataLoader(
             batches,

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """
 A small text encoder, for data whose language is small: trained with the core from scratch, no download needed. And the
@@ -195,7 +184,7 @@ class TextEmbeddings:
         }
 
     def marker(self, source: dict) -> Path:
-        """The file that says that all captions of a source are there. What JSON can hold has to tell it from any other."""
+        """The file that says that all captions of a source are there. What JSON can hold must tell it from any other."""
         digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
         return self.folder / f"seen-{digest}.json"
 

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """The benchmarks' own arithmetic, and their queue of runs with real, small runs."""
@@ -85,7 +74,7 @@ def test_sliced_wasserstein_sees_a_difference_at_its_level():
     checked = sliced_wasserstein(real + 0.2 * checks, real)
     assert brighter[16] > 3 * same[16]
     assert checked[64] > 3 * same[64] and checked[16] == pytest.approx(same[16], rel=1e-3)
-    with pytest.raises(ValueError, match="have to be of one shape"):
+    with pytest.raises(ValueError, match="must be of one shape"):
         sliced_wasserstein(real, real[:8])
 
 
@@ -161,8 +150,8 @@ def count_two_stages(setting: Setting, arguments: dict) -> int:
             with FlopCounterMode(display=False) as counter:
                 sample, text = torch.empty(1, 3, size, size), torch.empty(1, 16, 128)
                 unet(sample, torch.empty(1), text).pred_original_sample.sum().backward()
-            pictures = arguments["detail_steps"][i] * arguments["train_batch_size"][1 + i]
-            flops += pictures * counter.get_total_flops()
+            images = arguments["detail_steps"][i] * arguments["train_batch_size"][1 + i]
+            flops += images * counter.get_total_flops()
     return flops
 
 
@@ -215,7 +204,7 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     record = records[growth.name]
     assert record["keys"] == {"arm": "ours", "seed": 0, "factor": 2, "core": core.name}
     detail, joint = (growth.arguments[name][0] for name in ("detail_steps", "joint_steps"))
-    assert record["pictures"] == {"grown-32-detail": 4 * detail, "grown-32": 4 * joint} and joint == 1
+    assert record["images"] == {"grown-32-detail": 4 * detail, "grown-32": 4 * joint} and joint == 1
     assert record["curve"][-1]["flops"] == pytest.approx(8 * costs["joint"].train_flops, rel=0.5)
     for scores in record["scores"].values():
         assert set(scores) >= {"swd_32", "swd_16", "shape"} and "texture" not in scores
@@ -309,14 +298,14 @@ def test_the_cascade_is_as_large_as_the_grown_model(factor, large):
 
 
 @torch.no_grad()
-def test_the_cascade_begins_with_the_enlarged_picture():
+def test_the_cascade_begins_with_the_enlarged_image():
     unet, text = cascade.build_unet(16, (8, 16), 32), torch.randn(2, 4, 32)
     low, x, sigma = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.9])
     drawn = cascade.predict(unet, x, sigma, low, 4, encoder_hidden_states=text)
     torch.testing.assert_close(drawn, enlarge(low, 4))
 
 
-def test_a_run_takes_as_long_as_its_pictures():
+def test_a_run_takes_as_long_as_its_images():
     """Every phase of every arm is timed, but for those that the table leaves out."""
     parser = argparse.ArgumentParser()
     add_queue_arguments(parser)
@@ -344,11 +333,11 @@ def test_a_run_takes_as_long_as_its_pictures():
         records = {}
         for job in grow_vs_scratch.make_jobs(grow_vs_scratch.SETTINGS[8], arm, 0, data, data):
             detail, joint = (job.arguments.get(f"{kind}_steps", [0])[0] for kind in ("detail", "joint"))
-            pictures = {"grown-128": 3 * joint} if joint else {}
+            images = {"grown-128": 3 * joint} if joint else {}
             if detail:
-                pictures["grown-128-detail" if joint else "grown-128"] = 2 * detail
-            pictures = {"core": {"core": 5}, "cascade": {"cascade": 7}}.get(job.keys["arm"], pictures)
-            records[job.name] = {"keys": job.keys, "arguments": job.arguments, "pictures": pictures}
+                images["grown-128-detail" if joint else "grown-128"] = 2 * detail
+            images = {"core": {"core": 5}, "cascade": {"cascade": 7}}.get(job.keys["arm"], images)
+            records[job.name] = {"keys": job.keys, "arguments": job.arguments, "images": images}
         taken = grow_vs_scratch.training_seconds(records[job.name], records, seconds)
         if costs is None:
             assert taken is None
@@ -358,7 +347,7 @@ def test_a_run_takes_as_long_as_its_pictures():
 
 
 def test_the_plain_loop_is_what_the_pipeline_does():
-    """The baseline of the sampling table draws the same pictures as the pipeline."""
+    """The baseline of the sampling table draws the same images as the pipeline."""
     pipeline = make_pipeline(make_grown(), shift=2.0)
     latents = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     prompts = ["a large red circle", "a small blue square"]
@@ -374,11 +363,11 @@ def test_peers_have_as_many_parameters(resolution):
             assert abs(step_time.build(name, resolution).num_parameters() / goal - 1) < 0.05, name
 
 
-def test_the_loaders_that_are_timed_show_the_same_pictures(tmp_path):
-    loader.write_pictures(tmp_path, count=12, size=32, num_files=2)
+def test_the_loaders_that_are_timed_show_the_same_images(tmp_path):
+    loader.write_images(tmp_path, count=12, size=32, num_files=2)
     args = argparse.Namespace(resolution=16, batch_size=2)
     parquet, tar = (
-        {tuple(picture.flatten().tolist()) for batch in batches for picture in batch["pixel_values"]}
+        {tuple(image.flatten().tolist()) for batch in batches for image in batch["pixel_values"]}
         for batches in (
             loader.open_loader(name, tmp_path, args, 0, 6) for name in ("streamed parquet", "streamed tar")
         )

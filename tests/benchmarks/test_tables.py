@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The tables say of the records what their columns promise."""
 
@@ -51,7 +40,7 @@ def make_records():
                     "name": job.name,
                     "keys": {**job.keys, "flops": 2.0} if is_core else job.keys,
                     "arguments": job.arguments,
-                    "pictures": {phase: 10},
+                    "images": {phase: 10},
                     "seconds": {phase: 1.0},
                     "curve": [
                         {
@@ -80,7 +69,7 @@ def test_the_tables_of_growing():
     # Each seed against its own: .1 / .2 and .3 / .4. Its core's two units count: (2 + 4.5) / 10.
     assert ours["of the best scratch's loss"] == "0.62 ± 0.18" and ours["reaches it at"] == "65%, 65%"
     assert ours["time"] == "0.75"  # 10 * 1 + 10 * 2 of 10 * 4
-    assert (ours["pictures at 16 px"], ours["at 128 px"], scratch["pictures at 16 px"]) == (10, 10, 0)
+    assert (ours["images at 16 px"], ours["at 128 px"], scratch["images at 16 px"]) == (10, 10, 0)
     rows = {row["arm"]: row for row in second}
     assert rows["scratch"]["shape"] == "0.60 ± 0.14" and rows["scratch"]["SWD 128"] == "110 ± 14"
     assert rows["ours, detail phase only"]["loss at noise .02-.3"] == "1.800 ± 1.273"
@@ -94,10 +83,10 @@ def test_seeds_and_shares_reach_the_runs():
             assert all(job.arguments["seed"] == job.keys["seed"] == seed for job in jobs)
     for share, count in ((1.0, None), (0.3, 300), (0.01, 10)):
         jobs = [job for job in few_high_res.make_jobs(SETTING, 0, share, DATA, 1000, 1.0) if job.keys["arm"] != "core"]
-        assert [job.arguments.get("num_high_res_pictures") for job in jobs] == [count, count]
+        assert [job.arguments.get("num_high_res_images") for job in jobs] == [count, count]
 
 
-def test_deeper_cores_see_as_many_pictures():
+def test_deeper_cores_see_as_many_images():
     counts = {}
     for layers in scale_core.LAYERS:
         core, growth = scale_core.make_jobs(SETTING, layers, 0, DATA, 1.0)
@@ -132,7 +121,7 @@ def test_a_lost_core_is_trained_again_and_keeps_its_record(tmp_path, monkeypatch
 
 
 @torch.no_grad()
-def test_the_cascade_draws_from_the_cores_picture_with_other_noise(monkeypatch):
+def test_the_cascade_draws_from_the_cores_image_with_other_noise(monkeypatch):
     drawn, make_noise = [], evaluate.make_noise
     for module in (cascade, evaluate):
         monkeypatch.setattr(module, "make_noise", lambda *a, **k: drawn.append(make_noise(*a, **k)) or drawn[-1])
@@ -145,7 +134,7 @@ def test_the_cascade_draws_from_the_cores_picture_with_other_noise(monkeypatch):
     assert large.shape[-1] == 32 and not torch.equal(large.flatten()[:100], small.flatten()[:100])
 
 
-def test_distances_are_in_units_of_the_true_pictures():
+def test_distances_are_in_units_of_the_true_images():
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(16, 3, 16, 16, generator=generator)
     distance = sliced_wasserstein((real - 0.5) * 3 + 0.5, real)[16]
@@ -162,8 +151,8 @@ def test_arms_add_up():
 
 def test_evaluate_counts_seconds_of_all_lines(tmp_path, monkeypatch):
     lines = [
-        {"phase": "core", "step": 1, "pictures": 10, "pictures_per_second": 5.0},
-        {"phase": "core", "step": 2, "pictures": 30, "pictures_per_second": 10.0},
+        {"phase": "core", "step": 1, "images": 10, "images_per_second": 5.0},
+        {"phase": "core", "step": 2, "images": 30, "images_per_second": 10.0},
         {"phase": "core", "step": 2, "val_loss": 1.0, "flops": 3},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -171,4 +160,4 @@ def test_evaluate_counts_seconds_of_all_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate", str(tmp_path), "nowhere"])
     evaluate.main()
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result == {"pictures": {"core": 30}, "seconds": {"core": 4.0}, "curve": [lines[2]], "scores": {}}
+    assert result == {"images": {"core": 30}, "seconds": {"core": 4.0}, "curve": [lines[2]], "scores": {}}

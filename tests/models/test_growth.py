@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import copy
 import json
@@ -89,7 +78,7 @@ def test_stages_can_be_left_out(core):
         torch.testing.assert_close(output.sample, (inputs["sample"] - expected) / sigma, atol=2e-3, rtol=1e-3)
     assert torch.equal(grown(**inputs, num_stages=2).sample, grown(**inputs).sample)
     for num_stages in (-1, 3):
-        with pytest.raises(ValueError, match=f"`num_stages={num_stages}` has to be from 0 to 2"):
+        with pytest.raises(ValueError, match=f"`num_stages={num_stages}` must be from 0 to 2"):
             grown(**inputs, num_stages=num_stages)
 
 
@@ -112,7 +101,7 @@ def test_guidance_at_the_core(num_stages):
     expected = guide(pred, negative_pred)
     if num_stages == 0:
         expected = upsample(expected, 2)
-    else:  # the stage goes on from the guided picture, and from the core's features for the text
+    else:  # the stage goes on from the guided image, and from the core's features for the text
         text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
         sigma, features = inputs["timestep"] / 1000, grown(**inputs, num_stages=0).features
         inner = (expected, features)
@@ -122,15 +111,15 @@ def test_guidance_at_the_core(num_stages):
 
 
 @torch.no_grad()
-def test_a_stage_sees_the_picture_so_far():
+def test_a_stage_sees_the_image_so_far():
     stage, inputs = make_grown().stages[0], make_inputs(height=32, width=32)
     text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
     details = []
-    for picture in (torch.zeros(2, 3, 16, 16), make_inputs(seed=1)["sample"]):
-        inner = (picture, torch.zeros(2, 32, 4, 4))
+    for image in (torch.zeros(2, 3, 16, 16), make_inputs(seed=1)["sample"]):
+        inner = (image, torch.zeros(2, 32, 4, 4))
         state = inputs["sample"], inputs["timestep"] / 1000
         answer, _ = stage(*state, *text, None, lambda *state, inner=inner: inner, torch.float32, TextCache())
-        details.append(answer - enlarge(picture, 2))
+        details.append(answer - enlarge(image, 2))
     assert (details[0] - details[1]).abs().mean() > 0.01
 
 
@@ -399,7 +388,7 @@ def test_random_growth_has_no_core_that_draws(core):
     inputs = make_inputs(height=32, width=32)
     text = inputs["encoder_hidden_states"]
     for arguments in ({"num_stages": 0}, {"negative_encoder_hidden_states": text, "guide": torch.add}):
-        with pytest.raises(ValueError, match="draws no pictures of its own"):
+        with pytest.raises(ValueError, match="draws no images of its own"):
             grown(**inputs, **arguments)
 
 
@@ -407,7 +396,7 @@ def test_random_growth_has_no_core_that_draws(core):
 def test_masks_have_to_fit(grown):
     inputs = make_inputs(height=32, width=32)
     text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
-    with pytest.raises(ValueError, match=r"`encoder_attention_mask` has to be of shape \(2, 6\).*is \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"`encoder_attention_mask` must be of shape \(2, 6\).*is \(2, 5\)"):
         grown(**{**inputs, "encoder_attention_mask": mask[:, :5]})
     with pytest.raises(ValueError, match="`negative_encoder_attention_mask` need each other"):
         grown(**inputs, negative_encoder_hidden_states=text, guide=lambda pred, negative_pred: pred)
@@ -461,9 +450,7 @@ def test_growing_from_a_folder(core, grown, kind, tmp_path):
 
 def test_growing_from_a_folder_in_another_dtype(core, tmp_path):
     core.save_pretrained(tmp_path)
-    grown = GrowableUNet2DConditionModel.from_core(
-        str(tmp_path), 32, block_out_channels=(8,), torch_dtype=torch.bfloat16
-    )
+    grown = GrowableUNet2DConditionModel.from_core(str(tmp_path), 32, block_out_channels=(8,), dtype=torch.bfloat16)
     assert grown.core.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
 
 
@@ -539,15 +526,15 @@ def test_a_core_in_eight_bits_is_not_grown(core):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"sample_size": 40}, r"`sample_size=40` has to be a larger multiple of the core's 16: 32, for example"),
-        ({"sample_size": 16}, r"`sample_size=16` has to be a larger multiple of the core's 16: 32, for example"),
+        ({"sample_size": 40}, r"`sample_size=40` must be a larger multiple of the core's 16: 32, for example"),
+        ({"sample_size": 16}, r"`sample_size=16` must be a larger multiple of the core's 16: 32, for example"),
         ({"sample_size": 8}, r"`sample_size=8`.*32, for example"),
-        ({"block_out_channels": ()}, r"`block_out_channels=\(\)` has to be a tuple of whole numbers"),
+        ({"block_out_channels": ()}, r"`block_out_channels=\(\)` must be a tuple of whole numbers"),
         ({"block_out_channels": (8,) * 4}, r"`block_out_channels=\(8, 8, 8, 8\)`.*between 1 and 3"),
         ({"block_out_channels": (8, 0)}, r"`block_out_channels=\(8, 0\)`.*from 1 to 65536"),
-        ({"layers_per_block": 0}, r"`layers_per_block=0` has to be a whole number from 1 to 64"),
+        ({"layers_per_block": 0}, r"`layers_per_block=0` must be a whole number from 1 to 64"),
         ({"init": "zero"}, r"`init='zero'` is unknown: pass \"preserve\" or \"random\""),
-        ({"core": 3}, r"`core` has to be a ShallowUNet2DModel, .* but is a int"),
+        ({"core": 3}, r"`core` must be a ShallowUNet2DModel, .* but is a int"),
         ({"core": "no/such folder"}, r"`core='no/such folder'` is no model"),
     ],
 )

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Both model classes as diffusers expects any model to be; tests that its own suite has too have the same names."""
 
@@ -87,7 +76,7 @@ def test_from_save_pretrained_variant(either, tmp_path):
 def test_from_save_pretrained_dtype(either, tmp_path, dtype):
     model, _ = either
     model.to(dtype).save_pretrained(tmp_path)
-    assert type(model).from_pretrained(tmp_path, torch_dtype=dtype).dtype == dtype
+    assert type(model).from_pretrained(tmp_path, dtype=dtype).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -103,7 +92,7 @@ def test_from_save_pretrained_dtype_inference(either, tmp_path, dtype):
     model, inputs = either
     expected = model(**inputs).sample
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
     inputs |= {name: inputs[name].to(dtype) for name in ("sample", "encoder_hidden_states")}
     output = loaded(**inputs).sample
     assert output.dtype == dtype
@@ -134,7 +123,7 @@ def is_kept(name: str, model) -> bool:
 def test_keep_in_fp32_modules(either, tmp_path):
     model, _ = either
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.float16)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float16)
     kept = {name: is_kept(name, model) for name, _ in loaded.named_parameters()}
     assert any(kept.values()) and not all(kept.values())
     for name, parameter in loaded.named_parameters():
@@ -145,7 +134,7 @@ def test_keep_in_fp32_modules_as_str(either, tmp_path, monkeypatch):
     model, _ = either
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(type(model), "_keep_in_fp32_modules", "scale_shift_table")
-    for name, parameter in type(model).from_pretrained(tmp_path, torch_dtype=torch.float16).named_parameters():
+    for name, parameter in type(model).from_pretrained(tmp_path, dtype=torch.float16).named_parameters():
         assert parameter.dtype == (torch.float32 if name.endswith("scale_shift_table") else torch.float16), name
 
 
@@ -242,11 +231,11 @@ def test_masked_tokens_do_not_count(grown):
 
 def test_text_has_to_fit(core):
     inputs = make_inputs()
-    with pytest.raises(ValueError, match=r"`encoder_hidden_states` has to be of shape \(2, tokens, 32\) but is None"):
+    with pytest.raises(ValueError, match=r"`encoder_hidden_states` must be of shape \(2, tokens, 32\) but is None"):
         core(inputs["sample"], 500)
-    with pytest.raises(ValueError, match=r"has to be of shape \(2, tokens, 32\) but is \(1, 6, 32\)"):
+    with pytest.raises(ValueError, match=r"must be of shape \(2, tokens, 32\) but is \(1, 6, 32\)"):
         core(inputs["sample"], 500, torch.randn(1, 6, 32))
-    with pytest.raises(ValueError, match="`encoder_attention_mask` is of torch.float32, but has to be bool"):
+    with pytest.raises(ValueError, match="`encoder_attention_mask` is of torch.float32, but must be bool"):
         core(inputs["sample"], 500, torch.randn(2, 6, 32), torch.zeros(2, 6))
     with pytest.raises(ValueError, match="`encoder_hidden_states`"):
         core(inputs["sample"], 500, torch.randn(2, 6, 16))
@@ -257,9 +246,9 @@ def test_text_has_to_fit(core):
 def test_constructor_says_what_does_not_fit():
     with pytest.raises(ValueError, match="`sample_size=30`.*32 would be"):
         ShallowUNet2DModel(sample_size=30, patch_size=4)
-    with pytest.raises(ValueError, match="`out_channels=6` has to be `in_channels=3`"):
+    with pytest.raises(ValueError, match="`out_channels=6` must be `in_channels=3`"):
         ShallowUNet2DModel(out_channels=6)
-    with pytest.raises(ValueError, match="`out_channels=3` has to be `in_channels=1`"):
+    with pytest.raises(ValueError, match="`out_channels=3` must be `in_channels=1`"):
         GrowableUNet2DConditionModel(in_channels=1)
     with pytest.raises(ValueError, match="`hidden_size=30`"):
         ShallowUNet2DModel(hidden_size=30, num_attention_heads=4)
@@ -276,7 +265,7 @@ def test_bfloat16(kind, tmp_path):
     expected = model(**inputs).sample
     model.save_pretrained(tmp_path)
 
-    loaded = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     kept = {name for name, parameter in loaded.named_parameters() if parameter.dtype == torch.float32}
     assert any("time_embedding" in name for name in kept) and any("scale_shift_table" in name for name in kept)
     assert all(any(part in name for part in model._keep_in_fp32_modules) for name in kept)
@@ -303,14 +292,14 @@ def test_the_function_of_given_weights_stays():
     sample = torch.sin(0.37 * places * (1 + places / 999)).float().reshape(1, 3, 32, 64)
     text, mask = torch.cos(torch.arange(5 * 8.0)).reshape(1, 5, 8), torch.tensor([[True] * 4 + [False]])
     output = grown(sample, 640.0, text, mask)
-    picture = output.pred_original_sample
+    image = output.pred_original_sample
     values = torch.stack(
         [
-            picture[0, 0, 0, 0],
-            picture[0, 1, 13, 40],
-            picture[0, 2, 31, 63],
-            picture[0, 0, 20, 7],
-            picture.std(),
+            image[0, 0, 0, 0],
+            image[0, 1, 13, 40],
+            image[0, 2, 31, 63],
+            image[0, 0, 20, 7],
+            image.std(),
             output.features.std(),
         ]
     )

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Loading in eight bits, through diffusers' `quantization_config`; bitsandbytes, its other way, asks for a GPU."""
 
@@ -39,9 +28,7 @@ def eight_bits() -> TorchAoConfig:
 
 
 def load(folder, dtype=torch.float32):
-    return AutoModel.from_pretrained(
-        str(folder), subfolder="unet", quantization_config=eight_bits(), torch_dtype=dtype
-    )
+    return AutoModel.from_pretrained(str(folder), subfolder="unet", quantization_config=eight_bits(), dtype=dtype)
 
 
 def quantized(model) -> set[str]:
@@ -67,7 +54,7 @@ def test_torchao_quantization_serialization(folder, tmp_path):
     weights = "diffusion_pytorch_model.safetensors"
     sizes = [(place / weights).stat().st_size for place in (tmp_path / "eight", folder / "unet")]
     assert sizes[0] < 0.8 * sizes[1]
-    again = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "eight", torch_dtype=torch.float32)
+    again = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "eight", dtype=torch.float32)
     assert quantized(again) == quantized(model)
     pipeline = GreedyGrowPipeline.from_pretrained(folder, unet=model)
     expected = draw_one(pipeline)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What diffusers expects of any pipeline; by the names of its own suite."""
 
@@ -106,12 +95,12 @@ def test_half_precision_inference_no_nan(made, dtype):
 def test_save_load_float16(made, tmp_path, dtype):
     expected = draw_one(made)
     made.save_pretrained(tmp_path)
-    loaded = DiffusionPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.unet.dtype == loaded.text_encoder.dtype == dtype
     assert (draw_one(loaded) - expected).abs().mean() < 0.05
 
 
-def test_torch_dtype_dict(made, tmp_path):
+def test_dtype_dict(made, tmp_path):
     made.save_pretrained(tmp_path)
     dtypes = {"unet": torch.bfloat16, "default": torch.float16}
     loaded = DiffusionPipeline.from_pretrained(tmp_path, dtype=dtypes)

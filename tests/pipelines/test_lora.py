@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """LoRA adapters of the pipeline, with real PEFT, and those of a core in a model that was grown from it."""
@@ -178,7 +167,7 @@ def test_hotswap(made, tmp_path):
 
 
 def test_a_compiled_model(made, tmp_path):
-    """Into it, an adapter loads as into the model itself, also in place of another, which compiled models need."""
+    """Into it, an adapter loads as into the model itself, also instead of another, which compiled models need."""
     first, second = (save_adapter(made.unet, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     model = made.unet
     compiled = torch.compile(model)  # when it is called first, which takes too long here
@@ -201,11 +190,11 @@ def test_a_callback_can_change_adapters(made, tmp_path):
         pipe.disable_lora()
         return tensors
 
-    pictures = []
+    images = []
     for names in (["latents"], ["latents", "prompt_embeds"]):
         made.enable_lora()
-        pictures.append(draw_one(made, callback_on_step_end=disable, callback_on_step_end_tensor_inputs=names))
-    assert torch.equal(*pictures)
+        images.append(draw_one(made, callback_on_step_end=disable, callback_on_step_end_tensor_inputs=names))
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize("growths", [1, 2])

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import inspect
 import logging
@@ -60,7 +49,7 @@ MULTISTEP = [
 
 
 def draw(pipeline: GreedyGrowPipeline, prompt=PROMPTS, seed: int = 0, **kwargs) -> torch.Tensor:
-    """Pictures `(B, C, H, W)`, unclamped."""
+    """Images `(B, C, H, W)`, unclamped."""
     kwargs = {"num_inference_steps": 4, "output_type": "latent", **kwargs}
     if "latents" not in kwargs and "generator" not in kwargs:
         kwargs["generator"] = torch.Generator().manual_seed(seed)
@@ -68,11 +57,11 @@ def draw(pipeline: GreedyGrowPipeline, prompt=PROMPTS, seed: int = 0, **kwargs) 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("kind", ["core", "grown"])
-def test_pictures(kind):
+def test_images(kind):
     pipeline = make_pipeline(make_core() if kind == "core" else make_grown(), shift=1.0 if kind == "core" else 2.0)
     size = 16 if kind == "core" else 32
     kwargs = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
@@ -91,12 +80,12 @@ def test_other_sizes(pipeline):
     assert pipeline("a circle", height=8, width=24, num_inference_steps=1).images[0].size == (24, 8)
 
 
-def test_the_same_seed_gives_the_same_picture(pipeline):
+def test_the_same_seed_gives_the_same_image(pipeline):
     assert torch.equal(draw(pipeline, seed=3), draw(pipeline, seed=3))
     assert not torch.equal(draw(pipeline, seed=3), draw(pipeline, seed=4))
 
 
-def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline):
+def test_a_image_is_the_same_alone_and_in_a_batch(pipeline):
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7, 8)]
     batch = draw(pipeline, num_images_per_prompt=2, generator=generators)
     assert batch.shape[0] == 4
@@ -194,12 +183,12 @@ def test_a_callback_can_change_to_a_prompt_of_another_length(pipeline):
     """Texts come with their masks, so that the new one's padding does not count, and all of its tokens do."""
     embeds, mask, *_ = pipeline.encode_prompt(PROMPTS[1], do_classifier_free_guidance=False)
     padded = torch.cat([embeds, torch.full((1, 3, TEXT_DIM), 9.0)], dim=1), torch.cat([mask, ~mask[:, :3]], dim=1)
-    pictures = [draw(pipeline, "a", guidance_scale=1.0)]
+    images = [draw(pipeline, "a", guidance_scale=1.0)]
     for text in ((embeds, mask), padded):
         change = dict(zip(("prompt_embeds", "prompt_attention_mask"), text))
-        pictures.append(draw(pipeline, "a", guidance_scale=1.0, callback_on_step_end=lambda *args, c=change: c))
-    torch.testing.assert_close(pictures[2], pictures[1], atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(pictures[1], pictures[0], atol=1e-2)
+        images.append(draw(pipeline, "a", guidance_scale=1.0, callback_on_step_end=lambda *args, c=change: c))
+    torch.testing.assert_close(images[2], images[1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(images[1], images[0], atol=1e-2)
 
 
 def test_a_callback_can_stop(pipeline):
@@ -233,7 +222,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
-def test_schedulers_arrive_at_the_exact_picture(monkeypatch, scheduler):
+def test_schedulers_arrive_at_the_exact_image(monkeypatch, scheduler):
     """With the best denoiser of normally distributed pixels, it is known where the equation leads from each noise."""
     mean, deviation = 0.4, 0.3
 
@@ -255,10 +244,10 @@ def test_schedulers_arrive_at_the_exact_picture(monkeypatch, scheduler):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_no_noise_is_left_in_a_picture(order):
+def test_no_noise_is_left_in_a_image(order):
     """A core that answers every state with gray ends at gray, at the lowest noise levels of a shifted scheduler, too."""
     core = make_core()
-    core.silence()
+    core.zero_init_output()
     pipeline = make_pipeline(core)
     kind = FlowMatchEulerDiscreteScheduler if order == 1 else FlowMatchHeunDiscreteScheduler
     pipeline.scheduler = kind(shift=4.0)
@@ -417,9 +406,9 @@ def test_a_grown_pipeline_samples_what_its_core_samples(source, tmp_path):
     core_timesteps = [1000.0, 800.0, 600.0, 300.0, 100.0]
     timesteps = [4 * t / (1 + 3 * t / 1000) for t in core_timesteps]
     expected = draw(core, latents=state, timesteps=core_timesteps, guidance_scale=3.0)
-    pictures = draw(grown, latents=noise, timesteps=timesteps, guidance_scale=3.0)
+    images = draw(grown, latents=noise, timesteps=timesteps, guidance_scale=3.0)
     assert expected.std() > 0.1
-    assert (pool(pictures, 4) - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (pool(images, 4) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 def test_growing_twice_multiplies_the_shift():
@@ -457,14 +446,14 @@ def test_growing_with_a_dtype_for_each_component(pipeline, name, tmp_path):
 
 def test_growing_with_what_is_the_pipelines_own(tmp_path):
     make_pipeline().save_pretrained(tmp_path)
-    kwargs = {"text_encoder": None, "tokenizer": None, "max_sequence_length": 7, "torch_dtype": torch.bfloat16}
+    kwargs = {"text_encoder": None, "tokenizer": None, "max_sequence_length": 7, "dtype": torch.bfloat16}
     grown = GreedyGrowPipeline.from_core(tmp_path, 32, block_out_channels=(8,), **kwargs)
     assert grown.text_encoder is None and grown.config.max_sequence_length == 7
     assert grown.unet.dtype == torch.bfloat16
 
 
 def test_growing_says_what_does_not_fit(pipeline, tmp_path):
-    with pytest.raises(ValueError, match="`core` has to be a GreedyGrowPipeline.*but is a ShallowUNet2DModel"):
+    with pytest.raises(ValueError, match="`core` must be a GreedyGrowPipeline.*but is a ShallowUNet2DModel"):
         GreedyGrowPipeline.from_core(pipeline.unet, 32)
     with pytest.raises(ValueError, match="`sample_size=24`"):
         GreedyGrowPipeline.from_core(pipeline, 24)
@@ -492,7 +481,7 @@ def test_growing_says_what_does_not_fit(pipeline, tmp_path):
 # Folders
 
 
-def test_a_new_process_draws_the_same_picture(tmp_path):
+def test_a_new_process_draws_the_same_image(tmp_path):
     pipeline = GreedyGrowPipeline.from_core(make_pipeline(), 32, block_out_channels=(8,))
     pipeline.unet = make_grown()
     expected = draw(pipeline, seed=11)
@@ -525,8 +514,8 @@ def test_every_loader_loads_it(pipeline, loader, tmp_path):
 # Fewer and cheaper steps
 
 
-def count_pictures(pipeline: GreedyGrowPipeline) -> dict[str, int]:
-    """Counts from here on the pictures that pass through the core and through each stage."""
+def count_images(pipeline: GreedyGrowPipeline) -> dict[str, int]:
+    """Counts from here on the images that pass through the core and through each stage."""
     stages = {f"stage {i}": stage.encoder for i, stage in enumerate(pipeline.unet.stages)}
     counts = {"core": 0, **dict.fromkeys(stages, 0)}
 
@@ -560,9 +549,9 @@ def test_core_first_leaves_stages_out_with_any_scheduler(scheduler, num_stages):
     parts = make_pipeline(unet)
     pipeline = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
     pipeline.set_progress_bar_config(disable=True)
-    counts = count_pictures(pipeline)
-    pictures = draw(pipeline, PROMPTS[0], num_inference_steps=8, guidance_scale=1.0, core_first=0.6)
-    assert pictures.isfinite().all()
+    counts = count_images(pipeline)
+    images = draw(pipeline, PROMPTS[0], num_inference_steps=8, guidance_scale=1.0, core_first=0.6)
+    assert images.isfinite().all()
     assert counts["core"] == len(scheduler.timesteps)
     # Of a step of two evaluations, both have the stage.
     first_evaluations = scheduler.timesteps.tolist()[:: scheduler.order]
@@ -608,10 +597,10 @@ def test_the_state_at_the_handover_is_the_law(scheduler):
     )  # others round their timesteps
     for sigma, state in zip(sigmas[: first + 1], states):
         torch.testing.assert_close(high_band(state, 2), sigma * high_band(noise, 2), atol=tolerance, rtol=tolerance)
-    picture, sigma = grown.guide(*predictions[first].chunk(2)), sigmas[first + 1]
-    detail = (1 - sigma) * high_band(picture, 2) + sigma * high_band(noise, 2)
+    image, sigma = grown.guide(*predictions[first].chunk(2)), sigmas[first + 1]
+    detail = (1 - sigma) * high_band(image, 2) + sigma * high_band(noise, 2)
     torch.testing.assert_close(high_band(states[first + 1], 2), detail, atol=tolerance, rtol=tolerance)
-    assert high_band(picture, 2).std() > 0.1
+    assert high_band(image, 2).std() > 0.1
 
 
 def test_up_to_the_handover_it_is_the_core_that_draws():
@@ -650,7 +639,7 @@ def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
     assert (1 - outer) ** 2 * 0.005 == pytest.approx(0.01 * outer**2 * 0.75)
     assert inner > outer
 
-    counts = count_pictures(again)
+    counts = count_images(again)
     draw(again, PROMPTS[0], num_inference_steps=20, guidance_scale=1.0, core_first="auto")
     assert counts["core"] == 20
     assert counts["stage 0"] == sum(t <= 1000 * inner for t in again.scheduler.timesteps.tolist())
@@ -676,7 +665,7 @@ def test_guidance_at_the_core_runs_the_stages_once():
     new = GreedyGrowPipeline.from_core(core, 32, block_out_channels=(8,))
     new.set_progress_bar_config(disable=True)
     full = draw(new, guidance_scale=3.0)
-    counts = count_pictures(new)
+    counts = count_images(new)
     # A new stage adds nothing, so that it does not matter where guidance acts.
     torch.testing.assert_close(draw(new, guidance_scale=3.0, guidance_resolution="core"), full, atol=1e-4, rtol=1e-4)
     assert counts == {"core": 2 * 2 * 4, "stage 0": 2 * 4}
@@ -686,7 +675,7 @@ def test_guidance_at_the_core_runs_the_stages_once():
         draw(trained, guidance_scale=3.0, guidance_resolution="core"), draw(trained, guidance_scale=3.0), atol=0.1
     )
     kwargs = {"guidance_resolution": "core", "core_first": 0.6, "num_inference_steps": 8}
-    counts = count_pictures(trained)
+    counts = count_images(trained)
     assert draw(trained, **kwargs).isfinite().all()
     assert counts["core"] == 2 * (2 * 7 + 1) and 0 < counts["stage 0"] < 2 * 8
 
@@ -695,18 +684,18 @@ def test_guidance_ends_before_the_last_steps():
     pipeline = make_pipeline(make_grown())
     kwargs = {"guidance_scale": 3.0, "num_inference_steps": 8}
     for stop, guided in ((1.0, 8), (0.8, 7), (0.5, 4), (0.0, 0)):
-        counts = count_pictures(pipeline)
-        pictures = draw(pipeline, guidance_stop=stop, **kwargs)
+        counts = count_images(pipeline)
+        images = draw(pipeline, guidance_stop=stop, **kwargs)
         assert counts["core"] == 2 * (2 * guided + (8 - guided))
         expected = draw(pipeline, guider=ClassifierFreeGuidance(guidance_scale=3.0, stop=guided / 8), **kwargs)
         torch.testing.assert_close(
-            pictures, expected if guided else draw(pipeline, PROMPTS, guidance_scale=1.0, num_inference_steps=8)
+            images, expected if guided else draw(pipeline, PROMPTS, guidance_scale=1.0, num_inference_steps=8)
         )
     assert torch.equal(draw(pipeline, **kwargs), draw(pipeline, guidance_stop=0.8, **kwargs))
 
     # Heun's two evaluations of a step go together.
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=2.0)
-    counts = count_pictures(pipeline)
+    counts = count_images(pipeline)
     draw(pipeline, guidance_stop=0.4, num_inference_steps=4)  # 7 evaluations, guided in steps that begin before 2.8
     assert counts["core"] == 2 * (2 * 4 + 3)
 
@@ -724,11 +713,11 @@ def test_guiders_of_diffusers(guidance_resolution):
         ClassifierFreeZeroStarGuidance(guidance_scale=3.0),
     ]
     for guider in others:
-        pictures = draw(pipeline, guider=guider, **kwargs)
-        assert pictures.isfinite().all() and not torch.allclose(pictures, plain, atol=1e-2)
+        images = draw(pipeline, guider=guider, **kwargs)
+        assert images.isfinite().all() and not torch.allclose(images, plain, atol=1e-2)
 
     # Outside of its interval, a step costs half.
-    counts = count_pictures(pipeline)
+    counts = count_images(pipeline)
     draw(pipeline, guider=ClassifierFreeGuidance(guidance_scale=3.0, start=0.25, stop=0.5), **kwargs)
     assert counts["core"] == 2 * (2 + 2 * 2 + 4)
     unguided = ClassifierFreeGuidance(guidance_scale=3.0, enabled=False)
@@ -751,8 +740,8 @@ def test_text_is_projected_once_per_call():
     assert len(calls) == len(layers)
     calls.clear()
 
-    # A callback that changes the text changes the pictures from the next step on, and whatever it does, the text is
-    # projected anew after it.
+    # A callback that changes the text changes the images from the next step on, and whatever it does, the text is
+    # projected again after it.
     def change(pipe, step, t, tensors):
         return {"prompt_embeds": tensors["prompt_embeds"].flip(0)} if step == 0 else {}
 
@@ -764,7 +753,7 @@ def test_text_is_projected_once_per_call():
 @pytest.mark.parametrize("arguments", [{"core_first": 0.8}, {"guidance_resolution": "core"}])
 def test_the_papers_growth_has_no_core_that_draws(arguments):
     pipeline = make_pipeline(make_grown(init="random"))
-    with pytest.raises(ValueError, match="needs a core that draws pictures of its own"):
+    with pytest.raises(ValueError, match="needs a core that draws images of its own"):
         pipeline(PROMPTS[0], **arguments)
 
 
@@ -795,7 +784,7 @@ def test_numbers_of_numpy_are_numbers(pipeline):
 
 @pytest.mark.parametrize("variances", [[-1.0], [0.1, float("inf")], ["a"], 0.1])
 def test_variances_have_to_be_positive(pipeline, variances):
-    with pytest.raises(ValueError, match="`detail_variances=.* has to be a list of positive numbers"):
+    with pytest.raises(ValueError, match="`detail_variances=.* must be a list of positive numbers"):
         GreedyGrowPipeline(pipeline.unet, pipeline.scheduler, detail_variances=variances)
 
 
@@ -804,31 +793,31 @@ def test_variances_have_to_be_positive(pipeline, variances):
     [
         ({"prompt": None}, "either `prompt` or `prompt_embeds`"),
         ({"prompt_embeds": EMBEDS}, "either `prompt` or `prompt_embeds`"),
-        ({"prompt": 3}, "`prompt` has to be a string or a list of strings but is 3"),
-        ({"prompt": []}, "`prompt` has to be a string or a list of strings"),
-        ({"negative_prompt": ["a"]}, "`negative_prompt` has to be a string or a list of 2 strings"),
-        ({"height": 18}, "`height=18` and `width=16` have to be positive multiples of 4"),
+        ({"prompt": 3}, "`prompt` must be a string or a list of strings but is 3"),
+        ({"prompt": []}, "`prompt` must be a string or a list of strings"),
+        ({"negative_prompt": ["a"]}, "`negative_prompt` must be a string or a list of 2 strings"),
+        ({"height": 18}, "`height=18` and `width=16` must be positive multiples of 4"),
         ({"width": -16}, "`width=-16`"),
-        ({"guidance_scale": None}, "`guidance_scale=None` has to be a number"),
-        ({"guidance_scale": float("nan")}, "`guidance_scale=nan` has to be a number"),
+        ({"guidance_scale": None}, "`guidance_scale=None` must be a number"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale=nan` must be a number"),
         ({"height": 0}, "`height=0`"),
-        ({"height": 16.0}, "`height=16.0` and `width=16` have to be positive multiples of 4, as integers"),
+        ({"height": 16.0}, "`height=16.0` and `width=16` must be positive multiples of 4, as integers"),
         ({"negative_prompt_embeds": torch.zeros(1, 2, 32)}, "with `prompt`, pass `negative_prompt`"),
-        ({"num_inference_steps": 0}, "`num_inference_steps=0` has to be a positive integer"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt=0` has to be a positive integer"),
+        ({"num_inference_steps": 0}, "`num_inference_steps=0` must be a positive integer"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt=0` must be a positive integer"),
         ({"output_type": "jpeg"}, "`output_type='jpeg'` is unknown"),
-        ({"generator": [torch.Generator()]}, "`generator` is a list of 1, but 2 pictures"),
-        ({"latents": torch.zeros(1, 3, 16, 16)}, r"`latents` has to be of shape \(2, 3, 16, 16\)"),
+        ({"generator": [torch.Generator()]}, "`generator` is a list of 1, but 2 images"),
+        ({"latents": torch.zeros(1, 3, 16, 16)}, r"`latents` must be of shape \(2, 3, 16, 16\)"),
         ({"prompt": None, "prompt_embeds": EMBEDS}, "needs `negative_prompt_embeds`"),
-        ({"prompt": None, "prompt_embeds": EMBEDS[0]}, r"`prompt_embeds` has to be of shape \(batch, tokens, 32\)"),
-        ({"prompt": None, "prompt_embeds": EMBEDS[..., :8]}, r"`prompt_embeds` has to be .* of shape \(2, 6, 8\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[0]}, r"`prompt_embeds` must be of shape \(batch, tokens, 32\)"),
+        ({"prompt": None, "prompt_embeds": EMBEDS[..., :8]}, r"`prompt_embeds` must be .* of shape \(2, 6, 8\)"),
         (
             {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS, "negative_prompt": "a"},
             "`negative_prompt` goes with `prompt`",
         ),
         (
             {"prompt": None, "prompt_embeds": EMBEDS, "negative_prompt_embeds": EMBEDS[:1]},
-            r"`negative_prompt_embeds` has to be of shape \(2, 6, 32\)",
+            r"`negative_prompt_embeds` must be of shape \(2, 6, 32\)",
         ),
         (
             {
@@ -847,20 +836,20 @@ def test_variances_have_to_be_positive(pipeline, variances):
                 "prompt_attention_mask": torch.zeros(2, 6),
                 "negative_prompt_attention_mask": torch.zeros(2, 6),
             },
-            "`prompt_attention_mask` is of torch.float32, but has to be bool",
+            "`prompt_attention_mask` is of torch.float32, but must be bool",
         ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*noise"),
         ({"guidance_resolution": "half"}, "`guidance_resolution='half'` is unknown"),
-        ({"guidance_stop": 1.5}, "`guidance_stop=1.5` has to be a share of the steps"),
+        ({"guidance_stop": 1.5}, "`guidance_stop=1.5` must be a share of the steps"),
         ({"guider": 3.0}, "`guider` is a float; only guiders of diffusers"),
         ({"guider": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, "`guider` is a AutoGuidance"),
         ({"guider": SkipLayerGuidance(skip_layer_guidance_layers=[0])}, "`guider` is a SkipLayerGuidance"),
-        ({"timesteps": []}, r"`timesteps=\[\]` have to fall, from 1000"),
-        ({"timesteps": [300.0, 900.0]}, r"`timesteps=\[300.0, 900.0\]` have to fall"),
-        ({"timesteps": [1200, 500]}, r"`timesteps=\[1200, 500\]` have to fall"),
-        ({"core_first": 1.5}, r"`core_first=1.5` has to be \"auto\", a noise level in \(0, 1\], or None"),
-        ({"core_first": "full"}, "`core_first='full'` has to be"),
-        ({"core_first": True}, "`core_first=True` has to be"),
+        ({"timesteps": []}, r"`timesteps=\[\]` must fall, from 1000"),
+        ({"timesteps": [300.0, 900.0]}, r"`timesteps=\[300.0, 900.0\]` must fall"),
+        ({"timesteps": [1200, 500]}, r"`timesteps=\[1200, 500\]` must fall"),
+        ({"core_first": 1.5}, r"`core_first=1.5` must be \"auto\", a noise level in \(0, 1\], or None"),
+        ({"core_first": "full"}, "`core_first='full'` must be"),
+        ({"core_first": True}, "`core_first=True` must be"),
     ],
 )
 def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):

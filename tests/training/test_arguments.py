@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import re
 
@@ -42,13 +31,13 @@ def test_values_for_each_resolution_or_stage(tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ("--streaming --num_high_res_pictures 5", "--num_high_res_pictures needs data that is not streamed"),
+        ("--streaming --num_high_res_images 5", "--num_high_res_images needs data that is not streamed"),
         ("--high_res_data_dir x", "--high_res_data_dir need --dataset_name or --train_data_dir"),
-        ("--high_res_data_dir x --train_data_dir y --num_high_res_pictures 5", "and no --num_high_res_pictures"),
+        ("--high_res_data_dir x --train_data_dir y --num_high_res_images 5", "and no --num_high_res_images"),
         ("--train_data_dir x --high_res_dataset_name y --high_res_data_dir z", "--high_res_data_dir z: name only one"),
         ("--aspect_ratio_buckets 16x16", '--aspect_ratio_buckets 16x16: .* Write "64,64;48,80;80,48"'),
-        ("--max_broken_share 1", "--max_broken_share 1.0: has to be from 0 to 0.99"),
-        ("--shuffle_buffer_size 0", "--shuffle_buffer_size 0: has to be at least 1"),
+        ("--max_broken_share 1", "--max_broken_share 1.0: must be from 0 to 0.99"),
+        ("--shuffle_buffer_size 0", "--shuffle_buffer_size 0: must be at least 1"),
         ("--text_embeddings_dir x", "--text_embeddings_dir needs a text encoder that does not train"),
     ],
 )
@@ -65,26 +54,26 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"detail_steps": [1, 2]}, "--detail_steps.*it takes at most 1"),
         ({"block_out_channels": "8;9"}, "write numbers with commas"),
         ({"resolutions": [0, 64]}, r"--resolutions \[0, 64\]"),
-        ({"ema_decay": 1.5}, "--ema_decay 1.5: has to be from 0 to 1"),
-        ({"caption_dropout": 2}, "--caption_dropout 2.0: has to be from 0 to 1"),
-        ({"max_sequence_length": 0}, "--max_sequence_length 0: has to be at least 1"),
+        ({"ema_decay": 1.5}, "--ema_decay 1.5: must be from 0 to 1"),
+        ({"caption_dropout": 2}, "--caption_dropout 2.0: must be from 0 to 1"),
+        ({"max_sequence_length": 0}, "--max_sequence_length 0: must be at least 1"),
         ({"core_revision": "core"}, "--core_revision core: needs --core"),
         ({"hub_steps": 5}, "--hub_steps needs --push_to_hub"),
         ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
         ({"learning_rat": 1}, "learning_rat"),
-        ({"logging_steps": 0}, "--logging_steps 0: has to be at least 1"),
+        ({"logging_steps": 0}, "--logging_steps 0: must be at least 1"),
         ({"core_steps": 0}, "--core_steps 0: to train from scratch, name two --resolutions and --detail_steps 0"),
-        ({"num_high_res_pictures": 0}, "--num_high_res_pictures 0: has to be at least 1"),
+        ({"num_high_res_images": 0}, "--num_high_res_images 0: must be at least 1"),
         ({"core": "x", "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
         ({"core_steps": 0, "detail_steps": 0, "joint_steps": 0}, "There is nothing to train"),
         (
             {"loss_weighting": ["velocity", "snr"]},
             r"--loss_weighting .* choose of velocity, clean, sigmoid, sigma_sqrt, cosmap",
         ),
-        ({"joint_steps": -3}, r"--joint_steps \[-3\]: has to be at least 0"),
-        ({"train_batch_size": [4, 0]}, r"--train_batch_size \[4, 0\]: has to be at least 1"),
-        ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: has to be at least 0"),
-        ({"num_inference_steps": 0}, "--num_inference_steps 0: has to be at least 1"),
+        ({"joint_steps": -3}, r"--joint_steps \[-3\]: must be at least 0"),
+        ({"train_batch_size": [4, 0]}, r"--train_batch_size \[4, 0\]: must be at least 1"),
+        ({"learning_rate": [1e-3, -1e-3]}, r"--learning_rate \[0.001, -0.001\]: must be at least 0"),
+        ({"num_inference_steps": 0}, "--num_inference_steps 0: must be at least 1"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler cosin: choose one of linear, cosine"),
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant: choose one of linear, cosine"),
         ({"report_to": "wandbee"}, "--report_to wandbee: choose one of all, .*wandb"),
@@ -92,9 +81,9 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"low_res_share": 0.1, "train_batch_size": [32, 4]}, "of --train_batch_size 4 that is none or all"),
         (
             {"low_res_share": 0.5, "init": "random"},
-            "--low_res_share 0.5: with --init random, the core draws no pictures",
+            "--low_res_share 0.5: with --init random, the core draws no images",
         ),
-        ({"sample_steps": 0}, "--sample_steps 0: has to be at least 1"),
+        ({"sample_steps": 0}, "--sample_steps 0: must be at least 1"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import io
 import json
@@ -29,7 +18,7 @@ from diffusers_greedy_grow.flow import pool
 from diffusers_greedy_grow.training import (
     BrokenRows,
     BucketOrder,
-    CaptionedPictures,
+    CaptionedImages,
     EpochOrder,
     TextEmbeddings,
     build_small_text_encoder,
@@ -42,7 +31,7 @@ from diffusers_greedy_grow.training import (
     train_small_tokenizer,
     warn_of_cut_captions,
 )
-from diffusers_greedy_grow.training.data import load_splits, open_image, to_pixel_values, warn_of_small_pictures
+from diffusers_greedy_grow.training.data import load_splits, open_image, to_pixel_values, warn_of_small_images
 
 from ..testing_utils import CAPTIONS, make_pipeline
 
@@ -56,7 +45,7 @@ def write_image_folder(folder, count: int = 40, size: int = 32):
     lines = []
     for i in range(count):
         make_image(i, size).save(folder / f"{i:03}.png")
-        lines.append(json.dumps({"file_name": f"{i:03}.png", "text": f"picture number {i}"}))
+        lines.append(json.dumps({"file_name": f"{i:03}.png", "text": f"image number {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -67,44 +56,44 @@ def to_bytes(image: Image.Image, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def write_rows(path, rows, caption_column: str = "text", image_column: str = "picture"):
-    """Pictures, or the bytes of their files, with their captions."""
-    pictures = [
+def write_rows(path, rows, caption_column: str = "text", image_column: str = "photo"):
+    """Images, or the bytes of their files, with their captions."""
+    images = [
         image
         if image is None
         else {"bytes": to_bytes(image) if isinstance(image, Image.Image) else image, "path": None}
         for image, _ in rows
     ]
     features = Features({image_column: ImageFeature(), caption_column: Value("string")})
-    table = {image_column: pictures, caption_column: [caption for _, caption in rows]}
+    table = {image_column: images, caption_column: [caption for _, caption in rows]}
     Dataset.from_dict(table, features=features).to_parquet(path)
 
 
 def write_parquet(path, count: int = 40, caption_column: str = "text", first: int = 0):
-    write_rows(path, [(make_image(i), f"picture number {i}") for i in range(first, first + count)], caption_column)
+    write_rows(path, [(make_image(i), f"image number {i}") for i in range(first, first + count)], caption_column)
 
 
 def make_bomb() -> bytes:
-    """A small file of a picture of 200 million pixels: only its header says so."""
+    """A small file of an image of 200 million pixels: only its header says so."""
     content = bytearray(to_bytes(Image.new("L", (1, 1))))
     content[16:24] = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big")
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     return bytes(content)
 
 
-# For each kind of broken row: a picture, its caption, and what is said of it.
+# For each kind of broken row: an image, its caption, and what is said of it.
 BROKEN = {
     "truncated": (to_bytes(make_image(0))[:1000], "the truncated one", "truncated"),
     "truncated jpeg": (to_bytes(make_image(0), "JPEG")[:700], "a jpeg", "truncated"),
     "zero bytes": (b"", "nothing", "zero bytes"),
-    "no picture": (b"not a picture", "some text", "cannot identify image file"),
+    "no image": (b"not an image", "some text", "cannot identify image file"),
     "wrong mode": (
         to_bytes(Image.fromarray(np.full((9, 9), 70000, np.int32)), "TIFF"),
         "thick",
-        "a picture of mode I",
+        "an image of mode I",
     ),
     "decompression bomb": (make_bomb(), "a bomb", "decompression bomb"),
-    "missing picture": (None, "no picture", "no picture"),
+    "missing image": (None, "no image", "no image"),
     "empty caption": (make_image(1), " \n", "the caption is empty"),
     "long caption": (make_image(2), "long " * 2000, "the caption has 10000 characters"),
     "missing caption": (make_image(3), None, "no caption"),
@@ -122,7 +111,7 @@ def check(rows, i):
 
 
 def test_image_folder(tmp_path):
-    folder = write_image_folder(tmp_path / "pictures")
+    folder = write_image_folder(tmp_path / "images")
     train, validation = load_captioned_data(None, str(folder), "image", "text")
     assert (len(train), len(validation)) == (38, 2)
     assert not set(train["text"]) & set(validation["text"])
@@ -133,8 +122,8 @@ def test_image_folder(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_pictures_with_the_names_of_splits_are_one_set(tmp_path, streaming):
-    folder = write_image_folder(tmp_path / "pictures")
+def test_images_with_the_names_of_splits_are_one_set(tmp_path, streaming):
+    folder = write_image_folder(tmp_path / "images")
     metadata = folder / "metadata.jsonl"
     (folder / "val").mkdir()
     for name, other in (("003.png", "crash_test_3.png"), ("004.png", "train.png"), ("005.png", "val/005.png")):
@@ -142,18 +131,18 @@ def test_pictures_with_the_names_of_splits_are_one_set(tmp_path, streaming):
         metadata.write_text(metadata.read_text().replace(name, other))
     splits = load_splits(None, str(folder), "image", "text", streaming=streaming)
     assert list(splits) == ["train"]
-    assert sorted(row["text"] for row in splits["train"]) == sorted(f"picture number {i}" for i in range(40))
+    assert sorted(row["text"] for row in splits["train"]) == sorted(f"image number {i}" for i in range(40))
 
 
 def test_nothing_is_held_out_that_is_not_asked_for(tmp_path):
     write_parquet(tmp_path / "one.parquet", 1)
-    train, validation = load_captioned_data(None, str(tmp_path / "one.parquet"), "picture", "text", hold_out=False)
+    train, validation = load_captioned_data(None, str(tmp_path / "one.parquet"), "photo", "text", hold_out=False)
     assert (len(train), len(validation)) == (1, 0)
 
 
 def test_one_parquet_file(tmp_path):
     write_parquet(tmp_path / "data.parquet", caption_column="caption")
-    train, validation = load_captioned_data(None, str(tmp_path / "data.parquet"), "picture", "caption")
+    train, validation = load_captioned_data(None, str(tmp_path / "data.parquet"), "photo", "caption")
     assert (len(train), len(validation)) == (38, 2)
     check(train, 0)
 
@@ -162,7 +151,7 @@ def test_one_parquet_file(tmp_path):
 def test_a_folder_of_parquet_files_with_its_own_split(tmp_path, name):
     write_parquet(tmp_path / "train.parquet", 10)
     write_parquet(tmp_path / f"{name}.parquet", 4)
-    train, validation = load_captioned_data(None, str(tmp_path), "picture", "text")
+    train, validation = load_captioned_data(None, str(tmp_path), "photo", "text")
     assert (len(train), len(validation)) == (10, 4)
     check(validation, 3)
 
@@ -181,25 +170,25 @@ def test_bad_sources(tmp_path):
         load_captioned_data(None, str(tmp_path / "data.jsonl"), "image", "text")
     (tmp_path / "data.jsonl").unlink()
     write_parquet(tmp_path / "train.parquet", 10)
-    with pytest.raises(ValueError, match=r"`image_column='image'` is not in the train split.*\['picture', 'text'\]"):
+    with pytest.raises(ValueError, match=r"`image_column='image'` is not in the train split.*\['photo', 'text'\]"):
         load_captioned_data(None, str(tmp_path), "image", "text")
     with pytest.raises(ValueError, match="`caption_column='caption'` is not in the train split"):
-        load_captioned_data(None, str(tmp_path), "picture", "caption")
+        load_captioned_data(None, str(tmp_path), "photo", "caption")
     with pytest.raises(ValueError, match="`image_column='text'` holds .* not images"):
         load_captioned_data(None, str(tmp_path), "text", "text")
-    with pytest.raises(ValueError, match="`caption_column='picture'` holds .* not strings"):
-        load_captioned_data(None, str(tmp_path), "picture", "picture")
+    with pytest.raises(ValueError, match="`caption_column='photo'` holds .* not strings"):
+        load_captioned_data(None, str(tmp_path), "photo", "photo")
     write_parquet(tmp_path / "one.parquet", 1)
     with pytest.raises(ValueError, match="fewer than two rows"):
-        load_captioned_data(None, str(tmp_path / "one.parquet"), "picture", "text")
+        load_captioned_data(None, str(tmp_path / "one.parquet"), "photo", "text")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
-def test_enlarged_pictures_are_told_of_once(recwarn):
-    warn_of_small_pictures.cache_clear()
+def test_enlarged_images_are_told_of_once(recwarn):
+    warn_of_small_images.cache_clear()
     file = io.BytesIO()
     Image.new("RGB", (90, 60)).save(file, format="PNG")
     for size in (32, 60, 64, 64):
@@ -207,7 +196,7 @@ def test_enlarged_pictures_are_told_of_once(recwarn):
     assert ["less than 64 x 64 pixels" in str(warning.message) for warning in recwarn.list] == [True]
 
 
-def test_pictures_are_cropped_scaled_and_upright():
+def test_images_are_cropped_scaled_and_upright():
     wide = Image.new("RGB", (90, 30), "red")
     wide.paste("blue", (30, 0, 60, 30))
     pixels = to_pixel_values(wide, 16)
@@ -233,11 +222,11 @@ def test_pictures_are_cropped_scaled_and_upright():
     assert (to_pixel_values(Image.open(buffer), 32)[:, :16] == 255).all()
 
 
-def test_captioned_pictures(tmp_path):
+def test_captioned_images(tmp_path):
     train, _ = load_captioned_data(None, str(write_image_folder(tmp_path / "a")), "image", "text")
-    cached, uncached = CaptionedPictures(train, 16), CaptionedPictures(train, 16, max_cache_bytes=0)
+    cached, uncached = CaptionedImages(train, 16), CaptionedImages(train, 16, max_cache_bytes=0)
     assert len(cached) == 38
-    few = CaptionedPictures(train, 16, max_cache_bytes=2 * 3 * 16**2).select(np.array([5, 1]))
+    few = CaptionedImages(train, 16, max_cache_bytes=2 * 3 * 16**2).select(np.array([5, 1]))
     assert few.cache is not None and uncached.select(np.array([5])).cache is None
     for _ in range(2):  # the second time from memory
         for i in (0, 7):
@@ -246,19 +235,19 @@ def test_captioned_pictures(tmp_path):
 
 
 def test_broken_rows_are_left_out_and_named(tmp_path):
-    """In place of a picture that cannot be read stands the next; a caption that cannot be used is none of the data."""
+    """Instead of an image that cannot be read stands the next; a caption that cannot be used is none of the data."""
     rows = [(image, caption) for image, caption, _ in BROKEN.values()]
-    write_rows(tmp_path / "train.parquet", rows + [(make_image(i), f"picture number {i}") for i in range(5)])
+    write_rows(tmp_path / "train.parquet", rows + [(make_image(i), f"image number {i}") for i in range(5)])
     write_parquet(tmp_path / "test.parquet", 2)
-    train, _ = load_captioned_data(None, str(tmp_path), "picture", "text")
+    train, _ = load_captioned_data(None, str(tmp_path), "photo", "text")
     broken = BrokenRows(tmp_path / "broken.jsonl", max_share=0.02)
-    pictures = CaptionedPictures(train, 16, broken=broken)
-    assert len(pictures) == len(BROKEN) + 5 - 3
+    images = CaptionedImages(train, 16, broken=broken)
+    assert len(images) == len(BROKEN) + 5 - 3
     for _ in range(2):
-        for i in range(len(pictures)):
-            example = pictures[i]
+        for i in range(len(images)):
+            example = images[i]
             number = max(0, i - len(BROKEN) + 3)
-            assert example["caption"] == f"picture number {number}"
+            assert example["caption"] == f"image number {number}"
             assert torch.equal(example["pixel_values"], to_pixel_values(make_image(number), 16))
     lines = {line["row"]: line["reason"] for line in map(json.loads, broken.path.read_text().splitlines())}
     assert broken.found() == len(lines) == len(BROKEN)
@@ -266,70 +255,70 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
         (said,) = [lines[row] for row in lines if row.endswith(repr((caption or "")[:80]))]
         assert reason in said, kind
 
-    few = CaptionedPictures(train, 16, broken=BrokenRows(max_share=0.004))  # 4 of 1000; the captions are 3
+    few = CaptionedImages(train, 16, broken=BrokenRows(max_share=0.004))  # 4 of 1000; the captions are 3
     with pytest.raises(ValueError, match="5 of 5 rows read are broken, which is beyond `max_broken_share=0.004`"):
         few[0]
     with pytest.raises(ValueError, match="1 of 15 rows read are broken.* The last one is row .*: the caption"):
-        CaptionedPictures(train, 16, broken=BrokenRows(max_share=0))
+        CaptionedImages(train, 16, broken=BrokenRows(max_share=0))
 
 
-def make_rows(pictures: list[bytes]) -> Dataset:
+def make_rows(images: list[bytes]) -> Dataset:
     features = Features({"image": ImageFeature(decode=False), "text": Value("string")})
-    images = [{"bytes": picture, "path": None} for picture in pictures]
-    return Dataset.from_dict({"image": images, "text": ["a picture"] * len(images)}, features=features)
+    rows = [{"bytes": image, "path": None} for image in images]
+    return Dataset.from_dict({"image": rows, "text": ["an image"] * len(rows)}, features=features)
 
 
-def test_the_share_of_broken_pictures():
+def test_the_share_of_broken_images():
     """Each row counts once: of 1500, 24 broken ones are more than 1 %."""
     good = to_bytes(make_image(0, size=2))
-    pictures = CaptionedPictures(make_rows([b"broken" if i % 62 == 61 else good for i in range(1500)]), 2)
+    images = CaptionedImages(make_rows([b"broken" if i % 62 == 61 else good for i in range(1500)]), 2)
     with pytest.raises(ValueError, match=r"1\d of \d+ rows read are broken, which is beyond `max_broken_share=0.01`"):
         for i in range(1500):
-            pictures[i]
+            images[i]
 
 
-def test_no_picture_of_a_shape_can_be_read(tmp_path):
-    pictures = CaptionedPictures(make_rows([b"broken"] * 3), 16, broken=BrokenRows(tmp_path / "broken_rows.jsonl"))
+def test_no_image_of_a_shape_can_be_read(tmp_path):
+    images = CaptionedImages(make_rows([b"broken"] * 3), 16, broken=BrokenRows(tmp_path / "broken_rows.jsonl"))
     message = (
-        "no readable picture among the 3 of the shape 16 x 16: repair the data, whose broken rows .*broken_rows.jsonl"
+        "no readable image among the 3 of the shape 16 x 16: repair the data, whose broken rows .*broken_rows.jsonl"
     )
     with pytest.raises(ValueError, match=message):
-        pictures[1]
-    assert pictures.broken.found() == 3
+        images[1]
+    assert images.broken.found() == 3
 
 
-def write_shapes_of_pictures(path, count: int = 24):
-    """Square, wide and high pictures in turn."""
+def write_shapes_of_images(path, count: int = 24):
+    """Square, wide and high images in turn."""
     shapes = ((32, 32), (32, 16), (16, 40))
-    write_rows(path, [(make_image(i).resize(shapes[i % 3]), f"picture number {i}") for i in range(count)])
+    write_rows(path, [(make_image(i).resize(shapes[i % 3]), f"image number {i}") for i in range(count)])
 
 
-def test_pictures_of_several_shapes(tmp_path, monkeypatch):
-    write_shapes_of_pictures(tmp_path / "data.parquet")
-    train, _ = load_captioned_data(None, str(tmp_path / "data.parquet"), "picture", "text")
-    pictures = CaptionedPictures(train, 16, [(16, 16), (8, 16), (24, 8)])
-    for i in range(len(pictures)):
-        kind = int(pictures.captions[i].split()[-1]) % 3
-        assert pictures.shapes[i] == kind
-        assert pictures[i]["pixel_values"].shape == (3, *[(16, 16), (8, 16), (24, 8)][kind])
-    assert pictures.at(8)[int(np.flatnonzero(pictures.shapes == 2)[0])]["pixel_values"].shape == (3, 12, 4)
+def test_images_of_several_shapes(tmp_path, monkeypatch):
+    write_shapes_of_images(tmp_path / "data.parquet")
+    train, _ = load_captioned_data(None, str(tmp_path / "data.parquet"), "photo", "text")
+    images = CaptionedImages(train, 16, [(16, 16), (8, 16), (24, 8)])
+    for i in range(len(images)):
+        kind = int(images.captions[i].split()[-1]) % 3
+        assert images.shapes[i] == kind
+        assert images[i]["pixel_values"].shape == (3, *[(16, 16), (8, 16), (24, 8)][kind])
+    assert images.at(8)[int(np.flatnonzero(images.shapes == 2)[0])]["pixel_values"].shape == (3, 12, 4)
     lying = make_image(0).resize((32, 16))
     exif = lying.getexif()
     exif[0x0112] = 6  # turned by 90 degrees: it is high
     buffer = io.BytesIO()
     lying.save(buffer, format="PNG", exif=exif)
     write_rows(tmp_path / "lying.parquet", [(buffer.getvalue(), "high")] * 2)
-    train, _ = load_captioned_data(None, str(tmp_path / "lying.parquet"), "picture", "text")
-    pictures = CaptionedPictures(train, 16, [(8, 16), (16, 8)])
-    assert pictures.shapes[0] == 1 and pictures[0]["pixel_values"].shape == (3, 16, 8)
-    with monkeypatch.context() as patch:  # its header says it: to decode all pictures first would take hours
+    train, _ = load_captioned_data(None, str(tmp_path / "lying.parquet"), "photo", "text")
+    images = CaptionedImages(train, 16, [(8, 16), (16, 8)])
+    assert images.shapes[0] == 1 and images[0]["pixel_values"].shape == (3, 16, 8)
+    with monkeypatch.context() as patch:  # its header says it: to decode all images first would take hours
         patch.setattr(PngImageFile, "load", None)
-        assert CaptionedPictures(train, 16, [(8, 16), (16, 8)]).shapes.tolist() == [1] * len(train)
+        assert CaptionedImages(train, 16, [(8, 16), (16, 8)]).shapes.tolist() == [1] * len(train)
     lying.save(buffer := io.BytesIO(), format="PNG", exif=b"garbage")
     write_rows(tmp_path / "damaged.parquet", [(buffer.getvalue(), "damaged"), (lying, "wide"), (lying, "wide")])
-    rows, _ = load_captioned_data(None, str(tmp_path / "damaged.parquet"), "picture", "text", hold_out=False)
-    pictures = CaptionedPictures(rows, 16, [(8, 16), (16, 8)])
-    assert pictures[0]["caption"] == "wide" and pictures.broken.broken == 1
+    rows, _ = load_captioned_data(None, str(tmp_path / "damaged.parquet"), "photo", "text", hold_out=False)
+    images = CaptionedImages(rows, 16, [(8, 16), (16, 8)])
+    assert images[0]["caption"] == "wide" and images.broken.broken == 1
 
 
 def test_steps_have_one_shape_and_epochs_every_row():

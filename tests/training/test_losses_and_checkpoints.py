@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import json
 import math
@@ -78,7 +67,7 @@ def test_the_loss_is_that_of_the_velocity(grown):
     torch.testing.assert_close(losses.loss, (losses.low + losses.high).mean())
     assert losses.loss.requires_grad and not losses.low.requires_grad
 
-    # By the clean picture's error, what is reported stays that of the velocity.
+    # By the clean image's error, what is reported stays that of the velocity.
     clean = flow_loss(grown, x0, noise, sigma, 2, "clean", **inputs)
     torch.testing.assert_close(clean.loss, (output.pred_original_sample - x0).square().mean())
     torch.testing.assert_close((clean.low, clean.high), (losses.low, losses.high))
@@ -311,7 +300,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_pa
     assert re.search(f"core-2 is no complete checkpoint and is passed over: {message}", caplog.text)
     with pytest.raises(ValueError, match="is no complete checkpoint"):
         find_checkpoint(tmp_path, str(newest))
-    # Without a good one the run does not begin anew, which would remove what may be mended.
+    # Without a good one the run does not begin again, which would remove what may be mended.
     (tmp_path / "checkpoints" / "core-1" / "ema.safetensors").unlink()
     with pytest.raises(ValueError, match="none of the checkpoints in .* is complete: core-1, core-2"):
         find_checkpoint(tmp_path, "latest")
@@ -362,7 +351,7 @@ def test_plan_counts_without_weights():
     forward = 2 * 4 * ((linear - text) * 16 + text * 12)
     assert 1.0 < plan.forward_flops / forward < 1.6
     assert 2.5 < plan.train_flops / plan.forward_flops < 3.0
-    assert plan.pictures == 80 and plan.flops == 80 * plan.train_flops
+    assert plan.images == 80 and plan.flops == 80 * plan.train_flops
 
     grown.freeze_core()
     detail = plan_phase("grown-64-detail", grown, 64, steps=10, batch_size=8, batches_per_step=1, num_tokens=12)
@@ -396,12 +385,12 @@ def test_planning_takes_no_longer_for_a_deeper_core():
     shallow, deep = plans
     layer = sum(p.numel() for p in core.transformer_blocks[0].parameters())
     assert deep.parameters - shallow.parameters == 21 * layer
-    # Six operations for each weight and token, of which there are 12 of the text and 16 of the picture.
+    # Six operations for each weight and token, of which there are 12 of the text and 16 of the image.
     assert 6 * 12 < (deep.train_flops - shallow.train_flops) / (21 * layer) < 6 * 16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures of a run
+# Images of a run
 
 
 def test_sample_grid(tmp_path):

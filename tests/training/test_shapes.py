@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import numpy as np
 import pytest
@@ -81,7 +70,7 @@ def test_textures_vanish_at_the_cores_resolution(texture, size, cells):
     assert (np.abs(values).max() > 0.9) == (texture != "plain")
 
 
-def test_pictures_at_any_resolution_show_the_same():
+def test_images_at_any_resolution_show_the_same():
     scene = draw_scenes(2, 1)[0]
     large, small = render(scene, 256), render(scene, 64)
     averaged = large.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
@@ -111,7 +100,7 @@ def test_written_data_is_an_ordinary_data_set(tmp_path):
     "arguments,message",
     [
         ({"image_size": 8}, "`image_size=8` is too small"),
-        ({"max_objects": 4}, "`max_objects=4` has to be 1, 2 or 3"),
+        ({"max_objects": 4}, "`max_objects=4` must be 1, 2 or 3"),
         ({"num_train": 0}, "`num_train=0`"),
     ],
 )
@@ -127,7 +116,7 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 @pytest.mark.parametrize("num_objects", [1, 2, 3])
 @pytest.mark.parametrize("size,cells", [(64, 16), (128, 16), (128, 32)])
-def test_true_pictures_score(num_objects, size, cells):
+def test_true_images_score(num_objects, size, cells):
     scenes = draw_scenes(num_objects, 150)
     scores = score_images([render(scene, size, cells) for scene in scenes], [s.caption for s in scenes], cells)
     assert set(scores) == {"color", "shape", "size", "texture", "count", "background"} | (
@@ -185,7 +174,7 @@ def test_scores_name_what_is_wrong():
 
 
 @pytest.mark.parametrize("color", COLORS)
-def test_pictures_of_nothing_score_nothing(color):
+def test_images_of_nothing_score_nothing(color):
     caption = f"a small {color} plain ring on a gray background"
     for image in (np.full((64, 64, 3), 128, np.uint8), np.zeros((64, 64, 3), np.uint8)):
         scores = score_image(image, caption)

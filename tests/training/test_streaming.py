@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 import contextlib
 import io
@@ -34,9 +23,9 @@ from huggingface_hub import HfApi
 
 from diffusers_greedy_grow.training import (
     BrokenRows,
-    CaptionedPictures,
+    CaptionedImages,
     DataArguments,
-    StreamedPictures,
+    StreamedImages,
     StreamLoader,
     encode_captions,
     load_captioned_stream,
@@ -55,20 +44,20 @@ import json, sys
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from diffusers_greedy_grow.training import (
-    BucketOrder, CaptionedPictures, StreamedPictures, StreamLoader, load_captioned_data, load_captioned_stream,
+    BucketOrder, CaptionedImages, StreamedImages, StreamLoader, load_captioned_data, load_captioned_stream,
 )
 
 accelerator = Accelerator()
-stream, _, first = load_captioned_stream(None, sys.argv[1], "picture", "text", 0)
+stream, _, first = load_captioned_stream(None, sys.argv[1], "photo", "text", 0)
 place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-loader = StreamLoader(StreamedPictures(stream, first, 8), 2, 0, 6, num_workers=2, seed=(0,), **place)
+loader = StreamLoader(StreamedImages(stream, first, 8), 2, 0, 6, num_workers=2, seed=(0,), **place)
 captions = [batch["caption"] for batch in loader]
 state = loader.state()
 buckets = [(8, 8), (4, 16)]
-rows, _ = load_captioned_data(None, sys.argv[1], "picture", "text")
-pictures = CaptionedPictures(rows, 8, buckets)
-order = BucketOrder(pictures.shapes, 2, 2, 0, 6, (0,))
-batches = list(accelerator.prepare(DataLoader(pictures, batch_sampler=order)))
+rows, _ = load_captioned_data(None, sys.argv[1], "photo", "text")
+images = CaptionedImages(rows, 8, buckets)
+order = BucketOrder(images.shapes, 2, 2, 0, 6, (0,))
+batches = list(accelerator.prepare(DataLoader(images, batch_sampler=order)))
 shapes = [list(batch["pixel_values"].shape) for batch in batches]
 in_order = [batch["caption"] for batch in batches]
 with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
@@ -82,20 +71,20 @@ def write_tar(path: Path, count: int) -> None:
         for i in range(count):
             buffer = io.BytesIO()
             make_image(i).save(buffer, format="PNG")
-            for extension, content in (("png", buffer.getvalue()), ("txt", f"picture number {i}".encode())):
+            for extension, content in (("png", buffer.getvalue()), ("txt", f"image number {i}".encode())):
                 member = tarfile.TarInfo(f"{i:03}.{extension}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
 
 
-def open_stream(source: Path, num_held_out: int = 0, image: str = "picture", text: str = "text", **kwargs):
+def open_stream(source: Path, num_held_out: int = 0, image: str = "photo", text: str = "text", **kwargs):
     stream, _, first = load_captioned_stream(None, str(source), image, text, num_held_out)
-    return StreamedPictures(stream, first, 16, **{"shuffle_buffer_size": 5, **kwargs})
+    return StreamedImages(stream, first, 16, **{"shuffle_buffer_size": 5, **kwargs})
 
 
-def read(pictures: StreamedPictures, num_batches: int, num_workers: int = 0, batch_size: int = 2, **kwargs):
+def read(images: StreamedImages, num_batches: int, num_workers: int = 0, batch_size: int = 2, **kwargs):
     place = {"start": 0, "process_index": 0, "num_processes": 1, "seed": (0,), **kwargs}
-    loader = StreamLoader(pictures, batch_size, num_batches=num_batches, num_workers=num_workers, **place)
+    loader = StreamLoader(images, batch_size, num_batches=num_batches, num_workers=num_workers, **place)
     return list(loader), loader
 
 
@@ -105,7 +94,7 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     for i in range(0, 24, 6):
         shapes = [(40, 10) if j % 3 == 0 else (32, 32) for j in range(i, i + 6)]
-        rows = [(make_image(j).resize(shape), f"picture number {j}") for j, shape in zip(range(i, i + 6), shapes)]
+        rows = [(make_image(j).resize(shape), f"image number {j}") for j, shape in zip(range(i, i + 6), shapes)]
         write_rows(folder / f"{i // 6}.parquet", rows)
     return folder
 
@@ -126,7 +115,7 @@ def test_two_processes_with_two_workers_each_read_every_row_once(files, tmp_path
     assert first["processes"] == 2 and first["state"] == second["state"]
     assert first["state"]["lanes"] == len(first["state"]["states"]) == 4
     counts = Counter(caption for part in (first, second) for batch in part["captions"] for caption in batch)
-    assert counts == {f"picture number {i}": 1 for i in range(24)}
+    assert counts == {f"image number {i}": 1 for i in range(24)}
     assert not {*sum(first["captions"], [])} & {*sum(second["captions"], [])}
     # Data that is had in order: accelerate deals the batches of a step to the processes, all of one shape.
     assert first["shapes"] == second["shapes"] and {tuple(shape[2:]) for shape in first["shapes"]} == {(8, 8), (4, 16)}
@@ -136,10 +125,9 @@ def test_two_processes_with_two_workers_each_read_every_row_once(files, tmp_path
 @pytest.mark.parametrize("lanes", [1, 3, 4, 7])
 def test_each_epoch_deals_every_row_to_one_lane(files, lanes):
     """Also where the lanes cannot have files of their own, or as many."""
-    pictures = open_stream(files)
+    images = open_stream(files)
     epochs = [
-        [[name for name, _ in pictures.read_rows(lane, lanes, (3,), epoch)] for lane in range(lanes)]
-        for epoch in (0, 1)
+        [[name for name, _ in images.read_rows(lane, lanes, (3,), epoch)] for lane in range(lanes)] for epoch in (0, 1)
     ]
     everything = {f"row {row} of file {file}" for file in range(4) for row in range(6)}
     for epoch in epochs:
@@ -183,11 +171,11 @@ def test_other_processes_share_the_lanes_of_a_checkpoint(files):
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
 def test_other_batches_neither_repeat_nor_lose_a_row(files, batch_size):
     """From batches of three, with rows of two shapes waiting for theirs."""
-    pictures = open_stream(files, buckets=[(16, 16), (8, 32)])
-    before, loader = read(pictures, 4, batch_size=3)
+    images = open_stream(files, buckets=[(16, 16), (8, 32)])
+    before, loader = read(images, 4, batch_size=3)
     state = json.loads(json.dumps(loader.state()))
     assert state["states"]["0"]["waiting"]
-    after, loader = read(pictures, 36 // batch_size, batch_size=batch_size, start=1, state=state)
+    after, loader = read(images, 36 // batch_size, batch_size=batch_size, start=1, state=state)
     counts = Counter(caption for batch in before + after for caption in batch["caption"])
     (lane,) = loader.state()["states"].values()
     epoch, rows = lane["read"]
@@ -198,15 +186,15 @@ def test_other_batches_neither_repeat_nor_lose_a_row(files, batch_size):
 def test_sources_give_the_same_batches(tmp_path):
     write_parquet(tmp_path / "data.parquet", 12)
     write_tar(tmp_path / "data.tar", 12)
-    folder = write_image_folder(tmp_path / "pictures", 12)
+    folder = write_image_folder(tmp_path / "images", 12)
     sources = [
         open_stream(tmp_path / "data.parquet"),
         open_stream(tmp_path / "data.tar", image="png", text="txt"),
         open_stream(folder, image="image"),
     ]
-    parquet, tar, pictures = (read(source, 9)[0] for source in sources)
+    parquet, tar, images = (read(source, 9)[0] for source in sources)
     assert len({caption for batch in parquet for caption in batch["caption"]}) == 12
-    for a, b, c in zip(parquet, tar, pictures, strict=True):
+    for a, b, c in zip(parquet, tar, images, strict=True):
         assert a["caption"] == b["caption"] == c["caption"]
         assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["pixel_values"], c["pixel_values"])
         for caption, pixels in zip(a["caption"], a["pixel_values"]):
@@ -215,15 +203,15 @@ def test_sources_give_the_same_batches(tmp_path):
 
 def test_from_the_hub(hub, files):
     """Workers read the files from there, each its own ones."""
-    HfApi().create_repo("owner/pictures", repo_type="dataset")
-    HfApi().upload_folder(repo_id="owner/pictures", repo_type="dataset", folder_path=files)
-    stream, _, first = load_captioned_stream("owner/pictures", None, "picture", "text", 0)
-    batches, loader = read(StreamedPictures(stream, first, 16), 12, num_workers=2)
+    HfApi().create_repo("owner/images", repo_type="dataset")
+    HfApi().upload_folder(repo_id="owner/images", repo_type="dataset", folder_path=files)
+    stream, _, first = load_captioned_stream("owner/images", None, "photo", "text", 0)
+    batches, loader = read(StreamedImages(stream, first, 16), 12, num_workers=2)
     counts = Counter(caption for batch in batches for caption in batch["caption"])
-    assert counts == {f"picture number {i}": 1 for i in range(24)} and loader.state()["data"]["files"] == 4
+    assert counts == {f"image number {i}": 1 for i in range(24)} and loader.state()["data"]["files"] == 4
 
 
-def test_pictures_are_averaged_down_where_they_are_read(files):
+def test_images_are_averaged_down_where_they_are_read(files):
     full, _ = read(open_stream(files), 3)
     low, _ = read(open_stream(files).at(4), 3)
     for a, b in zip(full, low):
@@ -232,18 +220,18 @@ def test_pictures_are_averaged_down_where_they_are_read(files):
 
 
 def test_held_out_rows_are_not_trained_on(files, tmp_path):
-    stream, held_out, first = load_captioned_stream(None, str(files), "picture", "text", 8)
-    assert first == (1, 2) and held_out["text"] == [f"picture number {i}" for i in range(8)]
-    pictures = StreamedPictures(stream, first, 16)
-    expected = {f"picture number {i}": 1 for i in range(8, 24)}
-    assert Counter(pictures.captions) == expected
-    assert Counter(caption for batch in read(pictures, 8)[0] for caption in batch["caption"]) == expected
+    stream, held_out, first = load_captioned_stream(None, str(files), "photo", "text", 8)
+    assert first == (1, 2) and held_out["text"] == [f"image number {i}" for i in range(8)]
+    images = StreamedImages(stream, first, 16)
+    expected = {f"image number {i}": 1 for i in range(8, 24)}
+    assert Counter(images.captions) == expected
+    assert Counter(caption for batch in read(images, 8)[0] for caption in batch["caption"]) == expected
     # A split of its own takes nothing from the stream.
     write_parquet(tmp_path / "train.parquet", 4)
     write_parquet(tmp_path / "test.parquet", 4, first=4)
-    stream, held_out, first = load_captioned_stream(None, str(tmp_path), "picture", "text", 3)
-    assert first == (0, 0) and held_out["text"] == [f"picture number {i}" for i in (4, 5, 6)]
-    assert len(list(StreamedPictures(stream, first, 16).captions)) == 4
+    stream, held_out, first = load_captioned_stream(None, str(tmp_path), "photo", "text", 3)
+    assert first == (0, 0) and held_out["text"] == [f"image number {i}" for i in (4, 5, 6)]
+    assert len(list(StreamedImages(stream, first, 16).captions)) == 4
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -251,32 +239,32 @@ def test_an_epoch_without_a_row_is_passed_over(tmp_path, seed):
     """One file of six is held out, and in some epoch it is all that one of four lanes is dealt."""
     for file in range(6):
         write_parquet(tmp_path / f"{file}.parquet", 8, first=8 * file)
-    pictures = open_stream(tmp_path, num_held_out=8)
+    images = open_stream(tmp_path, num_held_out=8)
     lanes, num_batches = 4, 60
     beginning = {"lanes": lanes, "data": {"files": 6, "first row": [0, 8]}, "states": {}}
-    batches, _ = read(pictures, num_batches, seed=(seed,), state=beginning)
+    batches, _ = read(images, num_batches, seed=(seed,), state=beginning)
     captions = [batch["caption"] for batch in batches]
     passed_over = 0
     for lane in range(lanes):
         shown = [caption for batch in captions[lane::lanes] for caption in batch]
         expected: list[str] = []
         for epoch in itertools.count():
-            numbers = [name.split() for name, _ in pictures.read_rows(lane, lanes, (seed,), epoch)]
-            expected += [f"picture number {int(row) + 8 * int(file)}" for _, row, _, _, file in numbers]
+            numbers = [name.split() for name, _ in images.read_rows(lane, lanes, (seed,), epoch)]
+            expected += [f"image number {int(row) + 8 * int(file)}" for _, row, _, _, file in numbers]
             if len(expected) >= len(shown):
                 break
             passed_over += not numbers
         assert shown == expected[: len(shown)]
     assert passed_over
     for stop in range(0, num_batches, 7):
-        _, loader = read(pictures, stop, seed=(seed,), state=beginning)
+        _, loader = read(images, stop, seed=(seed,), state=beginning)
         state = json.loads(json.dumps(loader.state()))
-        rest, _ = read(pictures, num_batches - stop, start=stop, seed=(seed,), state=state)
+        rest, _ = read(images, num_batches - stop, start=stop, seed=(seed,), state=state)
         assert [batch["caption"] for batch in rest] == captions[stop:]
 
 
 def test_a_stream_that_is_all_held_out(files):
-    with pytest.raises(ValueError, match="24 rows of the stream are held out, and none is left.*num_validation_pict"):
+    with pytest.raises(ValueError, match="24 rows of the stream are held out, and none is left.*num_validation_images"):
         open_stream(files, num_held_out=24)
     assert len(list(open_stream(files, num_held_out=23).captions)) == 1
 
@@ -286,9 +274,9 @@ def test_a_reader_that_never_gets_a_row(tmp_path, num_files):
     """More readers share a file than it has rows: those that get none say so at once."""
     for file in range(num_files):
         write_parquet(tmp_path / f"{file}.parquet", 2, first=2 * file)
-    pictures = open_stream(tmp_path)
+    images = open_stream(tmp_path)
     for lane in range(4 * num_files):
-        rows = pictures.read_lane(lane, 4 * num_files, 1, (0,), None)
+        rows = images.read_lane(lane, 4 * num_files, 1, (0,), None)
         if lane < 2 * num_files:
             next(rows)
         else:
@@ -318,10 +306,10 @@ def rows_read(monkeypatch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("shares", [1, 3, 4, 7])
 def test_readers_of_captions_share_the_files(files, rows_read, shares):
-    pictures = open_stream(files, num_held_out=8)
+    images = open_stream(files, num_held_out=8)
     rows_read.clear()
-    counts = Counter(caption for share in range(shares) for caption in pictures.read_captions(share, shares))
-    assert counts == {f"picture number {i}": 1 for i in range(8, 24)}
+    counts = Counter(caption for share in range(shares) for caption in images.read_captions(share, shares))
+    assert counts == {f"image number {i}": 1 for i in range(8, 24)}
     # Neither of others, if there are enough, nor those that are held out altogether.
     assert Counter(file for file, _ in rows_read) == {1: 6 * (1 + (shares == 7)), 2: 6 * (1 + (shares == 7)), 3: 6}
 
@@ -329,7 +317,7 @@ def test_readers_of_captions_share_the_files(files, rows_read, shares):
 def make_run(source: Path, folder: Path, rank: int = 0, num_processes: int = 1, num_held_out: int = 4, **kwargs):
     """What [`keep_embeddings`] takes of a run on a stream, as one of several processes."""
     data_args = DataArguments(
-        train_data_dir=str(source), image_column="picture", streaming=True, text_embeddings_dir=str(folder), **kwargs
+        train_data_dir=str(source), image_column="photo", streaming=True, text_embeddings_dir=str(folder), **kwargs
     )
     columns = data_args.image_column, data_args.caption_column
     stream, held_out, first = load_captioned_stream(None, str(source), *columns, num_held_out)
@@ -340,7 +328,7 @@ def make_run(source: Path, folder: Path, rank: int = 0, num_processes: int = 1, 
     )  # fmt: skip
     return SimpleNamespace(
         accelerator=accelerator, data_args=data_args, args=SimpleNamespace(seed=0), fingerprint=None,
-        train_data=StreamedPictures(stream, first, 8), validation_data=CaptionedPictures(held_out, 8),
+        train_data=StreamedImages(stream, first, 8), validation_data=CaptionedImages(held_out, 8),
     )  # fmt: skip
 
 
@@ -363,11 +351,11 @@ def test_a_stream_is_read_for_its_embeddings_once(files, tmp_path, rows_read):
     for rank, num_processes in ((0, 1), (0, 2), (1, 2)):
         embeddings = start(rank=rank, num_processes=num_processes)
         assert not rows_read
-    assert len(embeddings.hashes) == 25 and all(embeddings.find(f"picture number {i}") is not None for i in range(24))
+    assert len(embeddings.hashes) == 25 and all(embeddings.find(f"image number {i}") is not None for i in range(24))
     # Another column, whose captions are the same ones as far as they are held out; and more that are held out.
     for i, file in enumerate(sorted(source.iterdir())):
         rows = Dataset.from_parquet(str(file))
-        others = [f"picture number {j + (j > 3)}" for j in range(6 * i, 6 * i + 6)]
+        others = [f"image number {j + (j > 3)}" for j in range(6 * i, 6 * i + 6)]
         rows.add_column("other", others).to_parquet(file)
     start(caption_column="other")
     assert len(rows_read) == 24
@@ -377,14 +365,12 @@ def test_a_stream_is_read_for_its_embeddings_once(files, tmp_path, rows_read):
     assert len(added) == 1 and len(list(folder.glob("*/seen-*.json"))) == 3
     assert len(start().hashes) == 26 and not rows_read
     # The data changes after all, where nobody has looked.
-    write_rows(source / "3.parquet", [(make_image(i), f"a new picture {i}") for i in range(6)])
+    write_rows(source / "3.parquet", [(make_image(i), f"a new image {i}") for i in range(6)])
     embeddings = start()
-    with pytest.raises(
-        KeyError, match=rf"no embedding of 'a new picture 5'.*remove {re.escape(str(marker.parent))}/se"
-    ):
-        embeddings(["a new picture 5"], torch.device("cpu"))
+    with pytest.raises(KeyError, match=rf"no embedding of 'a new image 5'.*remove {re.escape(str(marker.parent))}/se"):
+        embeddings(["a new image 5"], torch.device("cpu"))
     marker.unlink()
-    assert start().find("a new picture 5") is not None and len(rows_read) == 24
+    assert start().find("a new image 5") is not None and len(rows_read) == 24
 
 
 def test_a_stream_that_was_not_read_to_its_end_is_read_again(files, tmp_path, rows_read, monkeypatch):
@@ -413,11 +399,11 @@ def test_a_stream_that_was_not_read_to_its_end_is_read_again(files, tmp_path, ro
 
 def test_broken_rows_are_left_out_and_named(tmp_path):
     rows = [(image, caption) for image, caption, _ in BROKEN.values()]
-    write_rows(tmp_path / "data.parquet", rows + [(make_image(i), f"picture number {i}") for i in range(6)])
+    write_rows(tmp_path / "data.parquet", rows + [(make_image(i), f"image number {i}") for i in range(6)])
     broken = BrokenRows(tmp_path / "log" / "broken.jsonl", max_share=0.5)
     batches, _ = read(open_stream(tmp_path / "data.parquet", broken=broken), 6)
     counts = Counter(caption for batch in batches for caption in batch["caption"])
-    assert counts == {f"picture number {i}": 2 for i in range(6)}
+    assert counts == {f"image number {i}": 2 for i in range(6)}
     lines = [json.loads(line) for line in broken.path.read_text().splitlines()]
     reasons = {line["row"].split(",")[0]: line["reason"] for line in lines}
     assert len(lines) == 2 * len(BROKEN) and broken.found() == len(reasons) == len(BROKEN)
@@ -429,10 +415,10 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_broken_rows_stop_the_run(tmp_path, num_workers):
-    rows = [(make_image(i), f"picture {i}" if i % 2 else "x" * (MAX_CAPTION_CHARACTERS + 1)) for i in range(40)]
+    rows = [(make_image(i), f"image {i}" if i % 2 else "x" * (MAX_CAPTION_CHARACTERS + 1)) for i in range(40)]
     write_rows(tmp_path / "data.parquet", rows)
     broken = BrokenRows(tmp_path / "broken.jsonl", max_share=0.005)  # of a thousand at least
-    pictures = open_stream(tmp_path / "data.parquet", broken=broken)
+    images = open_stream(tmp_path / "data.parquet", broken=broken)
     with pytest.raises(ValueError, match=r"6 of \d+ rows read are broken.*`max_broken_share=0.005`.*of 5000 at most"):
-        read(pictures, 20, num_workers)
+        read(images, 20, num_workers)
     assert broken.found() == 6

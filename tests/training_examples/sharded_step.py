@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A step of a detail phase and one of a joint phase under FSDP2 in bfloat16, for a look at what lies where. See test_cluster.py."""
 
@@ -66,7 +55,7 @@ for detail in (True, False):
     sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
     with accelerator.autocast():
         output = model(sample, timestep, **inputs)
-    assert output.sample.dtype == torch.float32  # the noisy picture keeps its precision, its difference too
+    assert output.sample.dtype == torch.float32  # the noisy image keeps its precision, its difference too
     accelerator.backward(output.sample.square().mean())
     for name, parameter in module.named_parameters():
         assert isinstance(parameter, DTensor) and parameter.dtype == torch.float32

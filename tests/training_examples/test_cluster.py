@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Several processes: they make what one makes, go on from each other's checkpoints, and a large run is planned without them."""
 
@@ -41,7 +30,7 @@ PHASES = ("core", "grown-16-detail", "grown-16")
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> dict:
-    data = write_image_folder(tmp_path_factory.mktemp("data") / "pictures", count=60)
+    data = write_image_folder(tmp_path_factory.mktemp("data") / "images", count=60)
     return {
         "train_data_dir": data,
         "checkpoints_total_limit": 9,
@@ -66,12 +55,12 @@ def two(request, arguments, tmp_path_factory) -> tuple[Path, bool]:
 
 
 def assert_same_run(a: Path, b: Path):
-    """At the same global batch: the same pictures with the same noise, so the same up to rounding."""
+    """At the same global batch: the same images with the same noise, so the same up to rounding."""
     metrics, others = read_metrics(a), read_metrics(b)
     assert len(metrics) == len(others) > 19
     for line, other in zip(metrics, others):
-        assert (line["phase"], line["step"], line.get("pictures")) == (
-            other["phase"], other["step"], other.get("pictures"),
+        assert (line["phase"], line["step"], line.get("images")) == (
+            other["phase"], other["step"], other.get("images"),
         )  # fmt: skip
         for name in line:
             if "loss" in name:
@@ -92,11 +81,11 @@ def test_two_processes_follow_one(one, two):
     assert_same_run(one, output_dir)
     pipeline = GreedyGrowPipeline.from_pretrained(output_dir / "grown-16")
     assert pipeline.unet.sample_sizes == (8, 16) and type(pipeline.unet).__name__ == "GrowableUNet2DConditionModel"
-    assert pipeline("picture number 3", num_inference_steps=2).images[0].size == (16, 16)
+    assert pipeline("image number 3", num_inference_steps=2).images[0].size == (16, 16)
     assert (output_dir / "samples" / "grown-16.png").exists()
     # A run with other numbers, or only one of the two under FSDP, would be refused.
     config = read_progress(output_dir / "checkpoints" / "core-4")["config"]
-    assert config["pictures per step"] == dict.fromkeys(PHASES, 8) and config["FSDP"] == fsdp
+    assert config["images per step"] == dict.fromkeys(PHASES, 8) and config["FSDP"] == fsdp
     if fsdp:
         checkpoint = output_dir / "checkpoints" / "grown-16-detail-4"
         # Each process has written its part of every tensor; what the phase freezes has neither moments nor an average.
@@ -134,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(one, two, arguments, tmp
 
 
 def test_what_is_frozen_under_fsdp():
-    """Kept apart, without gradients; in bfloat16 with float32 weights, gradients, noise levels and pictures."""
+    """Kept apart, without gradients; in bfloat16 with float32 weights, gradients, noise levels and images."""
     config, folder = SCRIPT.parent / "accelerate" / "fsdp2.yaml", Path(__file__).parent
     single = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", "0"]
     done = subprocess.run(

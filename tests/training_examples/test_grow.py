@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The main job as users run it: `accelerate launch` in a subprocess, on real files, with small models."""
 
@@ -60,7 +49,7 @@ TINY = {
     "detail_steps": 6,
     "joint_steps": 6,
     "train_batch_size": 4,
-    "num_validation_pictures": 8,
+    "num_validation_images": 8,
     "num_inference_steps": 2,
     "logging_steps": 2,
     "validation_steps": 6,
@@ -147,12 +136,12 @@ def assert_same_weights(a: Path, b: Path):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return write_image_folder(tmp_path_factory.mktemp("data") / "pictures", count=60)
+    return write_image_folder(tmp_path_factory.mktemp("data") / "images", count=60)
 
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> tuple[Path, str]:
-    """A run on a folder of pictures, to its end, and what it said."""
+    """A run on a folder of images, to its end, and what it said."""
     output_dir = tmp_path_factory.mktemp("finished") / "output"
     return output_dir, launch(output_dir, train_data_dir=data)
 
@@ -170,12 +159,12 @@ def test_every_phase_ends_in_a_pipeline(finished):
     ):
         pipeline = GreedyGrowPipeline.from_pretrained(output_dir / name)
         assert type(pipeline.unet) is kind and pipeline.scheduler.config.shift == shift
-        image = pipeline("picture number 3", num_inference_steps=2).images[0]
+        image = pipeline("image number 3", num_inference_steps=2).images[0]
         assert image.size == (size, size)
-    # Of the pictures, whose high band it is.
+    # Of the images, whose high band it is.
     (variance,) = pipeline.config.detail_variances
     assert 0 < variance < 1
-    pipeline("picture number 3", num_inference_steps=2, core_first="auto", guidance_resolution="core")
+    pipeline("image number 3", num_inference_steps=2, core_first="auto", guidance_resolution="core")
 
 
 def test_growing_starts_from_the_averages_and_the_detail_phase_leaves_them_alone(finished):
@@ -200,14 +189,14 @@ def test_a_phase_leaves_its_averages(finished):
     assert not all(torch.equal(last[f"unet.{name}"], weight) for name, weight in saved.items())
 
 
-def test_metrics_and_pictures(finished):
+def test_metrics_and_images(finished):
     output_dir, log = finished
     metrics = read_metrics(output_dir)
     for phase, steps in (("core", 12), ("grown-16-detail", 6), ("grown-16", 6)):
         lines = [line for line in metrics if line["phase"] == phase]
         trained = [line for line in lines if "loss" in line]
         assert [line["step"] for line in trained] == list(range(2, steps + 1, 2))
-        assert trained[-1]["pictures"] == 4 * steps and trained[-1]["pictures_per_second"] > 0
+        assert trained[-1]["images"] == 4 * steps and trained[-1]["images_per_second"] > 0
         for line in trained:
             assert line["loss"] == pytest.approx(line["loss_low"] + line["loss_high"], rel=1e-5)
         assert any(name.startswith("loss_sigma_") for line in trained for name in line)
@@ -229,9 +218,9 @@ def test_metrics_and_pictures(finished):
     assert config["hidden_size"] == 16 and config["resolutions"] == [8, 16] and config["detail_steps"] == [6]
     assert not {"overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "plan"} & set(config)
 
-    assert "GFLOP/picture" in log and "times one at 8 px" in log
+    assert "GFLOP/image" in log and "times one at 8 px" in log
     assert "min of training left" in log and "3 held out" in log
-    assert re.search(r"grown-16: +\d+%", log) and "pictures_per_s=" in log
+    assert re.search(r"grown-16: +\d+%", log) and "images_per_s=" in log
 
 
 def test_an_earlier_run_is_not_overwritten(finished, data, here, tmp_path):
@@ -266,14 +255,14 @@ def test_a_finished_run_goes_on_to_its_end_at_once(finished, data, tmp_path):
     # With another batch the steps that are left would be other ones.
     error = refuse(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", train_batch_size=2)
     assert re.search(
-        r"grown-16-6 was saved with other arguments: pictures per step \(.*'grown-16': 4.*'grown-16': 2", error
+        r"grown-16-6 was saved with other arguments: images per step \(.*'grown-16': 4.*'grown-16': 2", error
     )
     log = launch(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", learning_rate=1e-4,
                  joint_steps=12, resume_with_changes=True, validation_prompts="a cat")  # fmt: skip
     assert "grown-16-6" in log
     step, rate = [(line["step"], line["lr"]) for line in read_metrics(tmp_path / "output") if "lr" in line][-3]
     assert step == 8 and 0 < rate < 1e-4  # the new one
-    # No pictures of other captions stand above the new one's.
+    # No images of other captions stand above the new one's.
     assert (
         Image.open(finished[0] / "samples.png").height
         > 3 * 132
@@ -284,12 +273,12 @@ def test_a_finished_run_goes_on_to_its_end_at_once(finished, data, tmp_path):
 
 def test_other_captions_are_named_and_change_no_words(here, tmp_path):
     """The small tokenizer is trained on captions: with others, words would have other numbers than the encoder has learned."""
-    folder = write_image_folder(tmp_path / "pictures", count=60)
+    folder = write_image_folder(tmp_path / "images", count=60)
     arguments = {"train_data_dir": folder, "detail_steps": 0, "joint_steps": 0}
     launch(tmp_path / "output", core_steps=4, **arguments)
     tokenizer = (tmp_path / "output" / "core" / "tokenizer" / "tokenizer.json").read_text()
     lines = (folder / "metadata.jsonl").read_text().splitlines()
-    (folder / "metadata.jsonl").write_text("\n".join(line.replace("picture", "painting") for line in lines[10:]))
+    (folder / "metadata.jsonl").write_text("\n".join(line.replace("image", "painting") for line in lines[10:]))
     (tmp_path / "output" / "checkpoints" / ".DS_Store").write_text("")  # which does not stop it either
     arguments |= {"core_steps": 8, "resume_from_checkpoint": tmp_path / "output" / "checkpoints" / "core-4"}
     with pytest.raises(ValueError, match=r"core-4 was saved with other arguments: .*captions \(\w+ -> \w+\)"):
@@ -319,7 +308,7 @@ def test_a_run_does_not_replace_the_core_it_grows(finished, data, here, tmp_path
 
 def test_plan_only(data, tmp_path):
     log = launch(tmp_path / "output", train_data_dir=data, plan=True)
-    assert "GFLOP/picture" in log and "grown-16-detail" in log
+    assert "GFLOP/image" in log and "grown-16-detail" in log
     assert not (tmp_path / "output").exists()
 
 
@@ -346,7 +335,7 @@ def test_gradient_accumulation_follows_the_large_batch(data, tmp_path):
         tmp_path / "output", train_batch_size=2, gradient_accumulation_steps=2, report_to="tensorboard", **steps
     )
     lines = [line for line in read_metrics(tmp_path / "output") if "loss" in line]
-    assert [line["pictures"] for line in lines] == list(range(4, 44, 4))
+    assert [line["images"] for line in lines] == list(range(4, 44, 4))
     launch(tmp_path / "large", train_batch_size=4, **steps)
     for a, b in zip(lines, [line for line in read_metrics(tmp_path / "large") if "loss" in line], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-3) and b["loss_low"] == pytest.approx(
@@ -363,7 +352,7 @@ def test_a_given_core_and_several_stages(finished, tmp_path):
         tmp_path / "output",
         core=core,
         train_data_dir=tmp_path / "data.parquet",
-        image_column="picture",
+        image_column="photo",
         caption_column="caption",
         resolutions=[8, 16, 32],
         block_out_channels=["8", "8,8"],
@@ -372,7 +361,7 @@ def test_a_given_core_and_several_stages(finished, tmp_path):
         mixed_precision="bf16",
         attention_backend="_native_math",
         gradient_checkpointing=True,
-        validation_prompts=["picture number 1", "a cat"],
+        validation_prompts=["image number 1", "a cat"],
     )
     assert not (tmp_path / "output" / "core").exists()
     names = {path.name for path in (tmp_path / "output").iterdir() if (path / "model_index.json").exists()}
@@ -382,8 +371,8 @@ def test_a_given_core_and_several_stages(finished, tmp_path):
     assert pipeline.unet.dtype == torch.float32
     for name, value in weights(core).items():
         assert torch.equal(weights(tmp_path / "output" / "grown-32-detail")[f"core.{name}"], value)
-    pictures = {line["phase"]: line["pictures"] for line in read_metrics(tmp_path / "output") if "pictures" in line}
-    assert pictures == {"grown-16": 24, "grown-32-detail": 12, "grown-32": 6}
+    images = {line["phase"]: line["images"] for line in read_metrics(tmp_path / "output") if "images" in line}
+    assert images == {"grown-16": 24, "grown-32-detail": 12, "grown-32": 6}
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         is_slow = not {"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
         assert ("This CPU has no instructions for bfloat16" in log) == is_slow
@@ -407,7 +396,7 @@ def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_pa
 
 
 def test_training_from_scratch(data, tmp_path):
-    """The baseline that growing has to beat: everything, the text encoder too, at the high resolution from the start."""
+    """The baseline that growing must beat: everything, the text encoder too, at the high resolution from the start."""
     arguments = {"train_data_dir": data, "core_steps": 0, "detail_steps": 0, "joint_steps": 2}
     launch(tmp_path / "short", **arguments)
     launch(tmp_path / "long", **{**arguments, "joint_steps": 12})
@@ -417,20 +406,20 @@ def test_training_from_scratch(data, tmp_path):
         assert all(not torch.equal(short[name], long[name]) for name in short if long[name].ndim > 1), component
 
 
-def test_few_high_resolution_pictures(data, tmp_path):
-    """The core sees all pictures; above its resolution, one is all there is, and all that the growth goes by."""
+def test_few_high_resolution_images(data, tmp_path):
+    """The core sees all images; above its resolution, one is all there is, and all that the growth goes by."""
     arguments = {"train_data_dir": data, "core_steps": 2, "detail_steps": 1, "joint_steps": 0}
-    log = launch(tmp_path / "output", num_high_res_pictures=1, **arguments)
-    assert "57 pictures to train the core on, 1 to train on above its resolution; 3 held out" in log
+    log = launch(tmp_path / "output", num_high_res_images=1, **arguments)
+    assert "57 images to train the core on, 1 to train on above its resolution; 3 held out" in log
     (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances
-    pictures = [to_pixel_values(Image.open(path), 16) for path in sorted(data.rglob("*.png"))]
-    variances = [detail_variance(normalize(picture[None], 1), 2) for picture in pictures]
+    images = [to_pixel_values(Image.open(path), 16) for path in sorted(data.rglob("*.png"))]
+    variances = [detail_variance(normalize(image[None], 1), 2) for image in images]
     assert min(abs(variance - other) for other in variances) < 1e-6
 
     # A joint phase that is added later goes on from what was the last phase.
     shutil.copytree(tmp_path / "output" / "grown-16", tmp_path / "detail")
     later = {"joint_steps": 2, "resume_from_checkpoint": "latest", "resume_with_changes": True}
-    log = launch(tmp_path / "output", num_high_res_pictures=1, **{**arguments, **later})
+    log = launch(tmp_path / "output", num_high_res_images=1, **{**arguments, **later})
     assert "core is done" not in log and "grown-16 is done" in log
     assert_same_weights(tmp_path / "output" / "grown-16-detail", tmp_path / "detail")
     last = weights(tmp_path / "output" / "grown-16")["core.conv_in.weight"]
@@ -438,7 +427,7 @@ def test_few_high_resolution_pictures(data, tmp_path):
 
 
 def test_shapes_by_default(tmp_path):
-    small = {"shapes_pictures": 50, "num_scored_pictures": 24, "resolutions": [16, 64], "train_batch_size": 2}
+    small = {"shapes_images": 50, "num_scored_images": 24, "resolutions": [16, 64], "train_batch_size": 2}
     log = launch(tmp_path / "output", core_steps=2, detail_steps=1, joint_steps=1, **small)
     assert "Drawing 50 captioned shapes" in log
     scores = [line for line in read_metrics(tmp_path / "output") if "score_color" in line]
@@ -503,7 +492,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 
 
 def test_a_core_that_was_only_grown(finished, data, tmp_path):
-    """What `from_core` returns does not know how much detail its pictures have, and grows all the same."""
+    """What `from_core` returns does not know how much detail its images have, and grows all the same."""
     grown = GreedyGrowPipeline.from_core(finished[0] / "core", 16, block_out_channels=(8,))
     grown.save_pretrained(tmp_path / "core")
     launch(tmp_path / "output", train_data_dir=data, core=tmp_path / "core", resolutions=[16, 32], joint_steps=0)
@@ -531,7 +520,7 @@ def test_a_killed_run_on_a_stream_sees_the_samples_it_would_have_seen(tmp_path):
         rows[7] = (b"broken", f"the broken one of {file}")
         write_rows(tmp_path / "data" / f"{file}.parquet", rows)
     arguments = {
-        "train_data_dir": tmp_path / "data", "image_column": "picture", "streaming": True, "shuffle_buffer_size": 5,
+        "train_data_dir": tmp_path / "data", "image_column": "photo", "streaming": True, "shuffle_buffer_size": 5,
         "dataloader_num_workers": 2, "aspect_ratio_buckets": "16,16;8,24", "core_steps": 120, "max_broken_share": 0.2, "detail_steps": 0,
         "joint_steps": 0, "logging_steps": 1, "checkpointing_steps": 7, "validation_steps": 1000,
     }  # fmt: skip
@@ -548,7 +537,7 @@ def test_a_killed_run_on_a_stream_sees_the_samples_it_would_have_seen(tmp_path):
     assert len(read_metrics(tmp_path / "killed")) < 120
 
     said = launch(tmp_path / "killed", resume_from_checkpoint="latest", **arguments)
-    assert re.search(r"Going on from .*core-\d+", said) and "Pictures are streamed; 8 held out" in said
+    assert re.search(r"Going on from .*core-\d+", said) and "Images are streamed; 8 held out" in said
     launch(tmp_path / "whole", **arguments)
     resumed, whole = (
         [{key: line[key] for key in line if "loss" in key or key == "step"} for line in read_metrics(tmp_path / name)]
@@ -562,13 +551,13 @@ def test_a_killed_run_on_a_stream_sees_the_samples_it_would_have_seen(tmp_path):
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_other_pictures_above_the_cores_resolution(data, tmp_path, known):
+def test_other_images_above_the_cores_resolution(data, tmp_path, known):
     """Those of the core are read at its resolution; growth and the held-out loss go by the others, in several shapes."""
     shapes = ((32, 32), (40, 10), (10, 40))
     flat = [
         (
             make_image(i).resize(shapes[i % 3]).point(lambda value: 100 + value // 64),
-            f"{'picture number' if known else 'flat'} {i}",
+            f"{'image number' if known else 'flat'} {i}",
         )
         for i in range(24)
     ]
@@ -579,8 +568,8 @@ def test_other_pictures_above_the_cores_resolution(data, tmp_path, known):
         tmp_path / "output", high_res_data_dir=tmp_path / "flat.parquet", aspect_ratio_buckets="16,16;8,32;32,8",
         dataloader_num_workers=1, **arguments,
     )  # fmt: skip
-    assert "30 pictures to train the core on, 23 to train on above its resolution; 1 held out" in log
-    assert ("Of 1 held-out pictures the caption is in the core's data, too" in log) == known
+    assert "30 images to train the core on, 23 to train on above its resolution; 1 held out" in log
+    assert ("Of 1 held-out images the caption is in the core's data, too" in log) == known
     (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances
     assert 0 < variance < 1e-4
     lines = read_metrics(tmp_path / "output")
@@ -588,7 +577,7 @@ def test_other_pictures_above_the_cores_resolution(data, tmp_path, known):
         [line["loss_high"] for line in lines if line["phase"] == phase and "loss" in line]
         for phase in ("core", "grown-16")
     )
-    assert min(low) > 10 * max(high)  # noise is all detail, flat pictures hardly have any
+    assert min(low) > 10 * max(high)  # noise is all detail, flat images hardly have any
     assert {line["phase"] for line in lines if "val_loss" in line} == {"core", "grown-16"}
 
 
@@ -613,9 +602,9 @@ def test_kept_text_embeddings_change_nothing(finished, data, tmp_path):
 
 
 def test_broken_data_stops_a_run(tmp_path):
-    rows = [(make_image(i), f"picture {i}") for i in range(20)] + [(b"", "nothing"), (None, "none")] * 4
+    rows = [(make_image(i), f"image {i}") for i in range(20)] + [(b"", "nothing"), (None, "none")] * 4
     write_rows(tmp_path / "data.parquet", rows)
-    arguments = {"train_data_dir": tmp_path / "data.parquet", "image_column": "picture", "max_broken_share": 0.003}
+    arguments = {"train_data_dir": tmp_path / "data.parquet", "image_column": "photo", "max_broken_share": 0.003}
     error = refuse(tmp_path / "output", **arguments)
     assert re.search(r"4 of \d+ rows read are broken, .* `max_broken_share=0.003`.*broken_rows.jsonl names all", error)
     assert len((tmp_path / "output" / "broken_rows.jsonl").read_text().splitlines()) >= 4
@@ -638,7 +627,7 @@ def test_options_of_the_recipe_and_samples_along_the_way(finished, data, tmp_pat
     tags = accumulator.Tags()
     assert {"grown-16-detail/samples", "grown-16/samples"} == set(tags["images"])
     assert {"grown-16/val_low_noise_loss_high", "grown-16/grad_norm", "grown-16/memory_gb"} <= set(tags["scalars"])
-    # Other pictures than those of the same run without the options, but of the same data.
+    # Other images than those of the same run without the options, but of the same data.
     assert not torch.equal(*(weights(folder / "grown-16")["stages.0.decoder.conv_out.weight"]
                              for folder in (tmp_path / "output", finished[0])))  # fmt: skip
 
@@ -669,7 +658,7 @@ def test_bad_arguments(arguments, message, here, tmp_path):
 
 def test_noise_levels_for_each_resolution(finished, data, tmp_path):
     """Those of the grown model's training change nothing before it, nor what the held-out loss is taken over."""
-    # In place of an earlier run, whose phases go, and nothing else.
+    # Instead of an earlier run, whose phases go, and nothing else.
     shutil.copytree(finished[0], tmp_path / "output")
     shutil.copytree(finished[0] / "grown-16", tmp_path / "output" / "grown-32")
     for name in ("grown-32-detail", "mine"):
@@ -774,6 +763,6 @@ def test_the_plan_counts_the_share_for_the_inner_model():
 
 def test_a_core_of_another_resolution(finished, data, here, tmp_path):
     with pytest.raises(
-        ValueError, match=r"`resolutions=\[16, 32\]` has to begin with the resolution of `core=.*which is 8"
+        ValueError, match=r"`resolutions=\[16, 32\]` must begin with the resolution of `core=.*which is 8"
     ):
         here(tmp_path / "output", core=finished[0] / "core", resolutions=[16, 32], train_data_dir=data)

@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What the main job hands on to the parts that train, measure and draw, watched in one run in this process."""
 
@@ -36,7 +25,7 @@ ARGUMENTS = {
     "detail_steps": 2,
     "joint_steps": 2,
     "validation_steps": 2,
-    "num_validation_pictures": 3,
+    "num_validation_images": 3,
     "seed": 3,
     "learning_rate": [0.01, 0.002],
     "core_lr_scale": 0.5,
@@ -63,7 +52,7 @@ def seen(data, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
     """Its `output_dir`, and what was called with what."""
     output_dir = tmp_path_factory.mktemp("loop") / "output"
     seen = SimpleNamespace(
-        output_dir=output_dir, noise=[], losses=[], optimizers=[], averages=[], guards=[], pictures=[], captions=[]
+        output_dir=output_dir, noise=[], losses=[], optimizers=[], averages=[], guards=[], images=[], captions=[]
     )
     originals = SimpleNamespace(
         draw_noise=grow.draw_noise,
@@ -115,7 +104,7 @@ def seen(data, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
         return originals.encode(self, phase, pipeline, captions)
 
     def draw(self, *args, **kwargs):
-        seen.pictures.append((self.unet.config.sample_size, kwargs))
+        seen.images.append((self.unet.config.sample_size, kwargs))
         return originals.draw(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -192,9 +181,9 @@ def test_held_out_losses_compare(seen):
 
 
 def test_every_phase_draws_from_the_same_noise(seen):
-    assert all(kwargs["num_inference_steps"] == 3 for _, kwargs in seen.pictures)
-    assert all(kwargs["guidance_scale"] == 2.5 for _, kwargs in seen.pictures)
-    noise = [kwargs["latents"] for size, kwargs in seen.pictures]
+    assert all(kwargs["num_inference_steps"] == 3 for _, kwargs in seen.images)
+    assert all(kwargs["guidance_scale"] == 2.5 for _, kwargs in seen.images)
+    noise = [kwargs["latents"] for size, kwargs in seen.images]
     assert [len(one[0, 0]) for one in noise] == [8, 32, 32]
     torch.testing.assert_close(noise[0], descend(noise[1], torch.ones(1), 4)[0])
     assert torch.equal(noise[1], noise[2])
@@ -203,9 +192,9 @@ def test_every_phase_draws_from_the_same_noise(seen):
 def test_operations_are_counted(seen):
     before = 0
     for i, plan in enumerate(seen.plans):
-        lines = [line for line in read_metrics(seen.output_dir) if line["phase"] == plan.name and "pictures" in line]
-        assert lines and all(line["flops"] == before + line["pictures"] * plan.train_flops for line in lines)
+        lines = [line for line in read_metrics(seen.output_dir) if line["phase"] == plan.name and "images" in line]
+        assert lines and all(line["flops"] == before + line["images"] * plan.train_flops for line in lines)
         before += plan.flops
         left = sum(later.flops for later in seen.plans[i + 1 :])
-        rate = lines[-1]["pictures_per_second"] * plan.train_flops
+        rate = lines[-1]["images_per_second"] * plan.train_flops
         assert lines[-1]["minutes_left"] == pytest.approx(left / rate / 60)

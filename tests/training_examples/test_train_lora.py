@@ -1,16 +1,5 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 """
@@ -35,7 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from benchmarks.lora import draw, score, write_pictures
+from benchmarks.lora import draw, score, write_images
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training import parse_lora_arguments
 from diffusers_greedy_grow.training.shapes import Scene, ShapeObject
@@ -47,7 +36,7 @@ from .test_grow import LAUNCHER, environment, launch, read_metrics, to_flags
 
 SCRIPT = Path(__file__).parents[2] / "training_examples" / "train_lora.py"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-SIZE = 32  # of the pictures in the data, and of those that are scored
+SIZE = 32  # of the images in the data, and of those that are scored
 TRAINING = {"max_train_steps": 100, "learning_rate": 3e-3, "num_inference_steps": 2, "logging_steps": 1, "seed": 1}
 
 
@@ -64,7 +53,7 @@ def sample_scenes(count: int, colors: list[str], seed: int) -> list[Scene]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     scenes = sample_scenes(400, ["red", "blue", "yellow"], seed=1)
-    return write_pictures(tmp_path_factory.mktemp("green") / "data", scenes, SIZE, texture_cells=8, green_circles=True)
+    return write_images(tmp_path_factory.mktemp("green") / "data", scenes, SIZE, texture_cells=8, green_circles=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +63,7 @@ def grown(tmp_path_factory) -> Path:
     scenes = sample_scenes(600, ["red", "blue", "yellow", "green"], seed=0)
     launch(
         folder / "output",
-        train_data_dir=write_pictures(folder / "data", scenes, SIZE, texture_cells=8),
+        train_data_dir=write_images(folder / "data", scenes, SIZE, texture_cells=8),
         hidden_size=32,
         num_layers=2,
         block_out_channels="24",
@@ -171,7 +160,7 @@ def test_what_a_run_leaves_behind(grown, adapter):
     assert len(averages) == len(saved) and not any(torch.equal(value, last[name]) for name, value in saved.items())
     card = ModelCard.load(adapter / "README.md")
     assert "lora" in card.data.tags and card.data.base_model is None  # a folder is no model of the Hub
-    assert "100 steps, 1600 pictures seen" in card.text and "![" in card.text
+    assert "100 steps, 1600 images seen" in card.text and "![" in card.text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,13 +197,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
     resumed, whole = load_file(output_dir / WEIGHTS), load_file(adapter / WEIGHTS)
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
     for a, b in zip(read_metrics(output_dir), read_metrics(adapter), strict=True):
-        assert {k: v for k, v in a.items() if k != "pictures_per_second"} == {
-            k: v for k, v in b.items() if k != "pictures_per_second"
+        assert {k: v for k, v in a.items() if k != "images_per_second"} == {
+            k: v for k, v in b.items() if k != "images_per_second"
         }
 
 
 def test_two_processes_follow_one(grown, data, adapter, tmp_path):
-    """At the same global batch: the same pictures with the same noise, so the same losses up to rounding."""
+    """At the same global batch: the same images with the same noise, so the same losses up to rounding."""
     train(
         tmp_path / "output", 2, train_batch_size=4, gradient_accumulation_steps=2,
         pretrained_model_name_or_path=grown / "core", train_data_dir=data,
@@ -275,7 +264,7 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     pipeline = names["pipe"]
-    assert isinstance(pipeline, DiffusionPipeline) and (tmp_path / "picture.png").exists()
+    assert isinstance(pipeline, DiffusionPipeline) and (tmp_path / "image.png").exists()
     (config,) = pipeline.unet.peft_config.values()
     assert (config.r, config.lora_alpha) == (2, 6)
     for name, value in base.unet.state_dict().items():  # what it was trained around has not changed
@@ -292,15 +281,15 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
     "arguments,message",
     [
         ([], "required: --pretrained_model_name_or_path"),
-        (["--pretrained_model_name_or_path", "x", "--rank", "0"], "--rank 0: has to be at least 1"),
+        (["--pretrained_model_name_or_path", "x", "--rank", "0"], "--rank 0: must be at least 1"),
         (
             ["--pretrained_model_name_or_path", "x", "--max_train_steps", "0"],
-            "--max_train_steps 0: has to be at least 1",
+            "--max_train_steps 0: must be at least 1",
         ),
-        (["--pretrained_model_name_or_path", "x", "--logging_steps", "0"], "--logging_steps 0: has to be at least 1"),
+        (["--pretrained_model_name_or_path", "x", "--logging_steps", "0"], "--logging_steps 0: must be at least 1"),
         (
             ["--pretrained_model_name_or_path", "x", "--caption_dropout", "2"],
-            "--caption_dropout 2.0: has to be from 0",
+            "--caption_dropout 2.0: must be from 0",
         ),
         (
             ["--pretrained_model_name_or_path", "x", "--loss_weighting", "snr"],
@@ -329,7 +318,7 @@ def test_arguments_from_a_file(tmp_path):
     "output_dir,others,message",
     [
         ("new", {"lora_layers": ["to_q", "to_z"]}, r"no name of a layer of the model ends in \['to_z'\]"),
-        ("new", {"resolution": 12}, "`resolution=12` has to be a multiple of the model's 8"),
+        ("new", {"resolution": 12}, "`resolution=12` must be a multiple of the model's 8"),
         ("new", {"train_data_dir": "nowhere"}, "`train_data_dir='nowhere'` does not exist"),
         ("adapter", {}, "holds an earlier run"),
         (
