@@ -48,7 +48,8 @@ from benchmarks.queue_of_runs import (
 from benchmarks.step_time import Steps, timed
 from benchmarks.tables import describe_machine, markdown, mean_and_deviation, spread, write_json
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
-from diffusers_greedy_grow.training import draw_samples, plan_phase
+from diffusers_greedy_grow.training.plan import plan_phase
+from diffusers_greedy_grow.training.samples import draw_samples
 
 
 # All at 16 px inside; each stage ends at single pixels.

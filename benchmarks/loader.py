@@ -29,17 +29,11 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from diffusers_greedy_grow.training import (
-    CaptionedImages,
-    EpochOrder,
-    StreamedImages,
-    StreamLoader,
-    draw_noise,
-    flow_loss,
-    load_captioned_data,
-    load_captioned_stream,
-    normalize,
-)
+from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize
+from diffusers_greedy_grow.training.data.order import EpochOrder
+from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
+from diffusers_greedy_grow.training.objective import draw_noise, flow_loss
 
 from .step_time import NUM_TOKENS, TEXT_DIM, build_ours
 from .tables import RESULTS, describe_machine, markdown, spread, write_json

@@ -28,8 +28,9 @@ from PIL import Image
 
 from benchmarks.tables import RESULTS, describe_machine, markdown, write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.training import draw_samples, sample_generators
-from diffusers_greedy_grow.training.shapes import (
+from diffusers_greedy_grow.training.samples import draw_samples
+from diffusers_greedy_grow.training.seeds import sample_generators
+from diffusers_greedy_grow.training.shapes.scenes import (
     HELD_OUT,
     Scene,
     is_held_out,
@@ -37,7 +38,7 @@ from diffusers_greedy_grow.training.shapes import (
     render,
     sample_scene,
 )
-from diffusers_greedy_grow.training.shapes_scorer import score_images
+from diffusers_greedy_grow.training.shapes.scorer import score_images
 
 
 SCRIPT = Path(__file__).parents[1] / "training_examples" / "train_lora.py"

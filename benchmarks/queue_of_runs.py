@@ -28,14 +28,11 @@ import torch
 
 from benchmarks.tables import RESULTS, describe_commit, describe_machine, write_json
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.training import (
-    PhasePlan,
-    load_captioned_data,
-    multiplies_bfloat16,
-    plan_phase,
-    sorted_checkpoints,
-)
-from diffusers_greedy_grow.training.shapes import write_shapes
+from diffusers_greedy_grow.training.checkpoints import sorted_checkpoints
+from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.plan import PhasePlan, plan_phase
+from diffusers_greedy_grow.training.setup import multiplies_bfloat16
+from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ from diffusers.utils import logging
 from benchmarks.evaluate import held_out, make_noise, score
 from benchmarks.tables import RESULTS, draw_bars, keep_rows, markdown, mean_and_deviation
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
-from diffusers_greedy_grow.training import build_small_text_encoder, train_small_tokenizer
+from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
 
 logging.set_verbosity_error()

@@ -54,73 +54,45 @@ from diffusers_greedy_grow.hub import (
     write_card,
 )
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
-from diffusers_greedy_grow.training import (
+from diffusers_greedy_grow.training.arguments import (
     FREE_TO_CHANGE,
     OF_ONE_LAUNCH,
-    BrokenRows,
-    BucketOrder,
-    CaptionedImages,
     DataArguments,
-    EpochOrder,
-    FlowLoss,
-    GradientGuard,
-    Interrupt,
-    LossMeter,
     ModelArguments,
-    PhasePlan,
-    StreamedImages,
-    StreamLoader,
-    TextEmbeddings,
-    TrainedModel,
     TrainingArguments,
-    averaged,
-    build_small_text_encoder,
-    check_changes,
+)
+from diffusers_greedy_grow.training.checkpoints import check_changes, load_checkpoint, read_progress, save_checkpoint
+from diffusers_greedy_grow.training.curves import draw_losses
+from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize
+from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
+from diffusers_greedy_grow.training.data.rows import BrokenRows
+from diffusers_greedy_grow.training.data.sources import check_data_dir, load_captioned_data
+from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
+from diffusers_greedy_grow.training.ema import averaged
+from diffusers_greedy_grow.training.files import remove_folder, save_pipeline
+from diffusers_greedy_grow.training.guard import GradientGuard
+from diffusers_greedy_grow.training.loop import make_optimizer, save_interrupted, take_step
+from diffusers_greedy_grow.training.objective import FlowLoss, LossMeter, draw_noise, flow_loss
+from diffusers_greedy_grow.training.parsing import parse_arguments, parse_buckets, parse_channels
+from diffusers_greedy_grow.training.plan import PhasePlan, describe_parts, format_memory, format_plan, plan_phase
+from diffusers_greedy_grow.training.run_folder import check_replaced, claim_output_dir, find_start
+from diffusers_greedy_grow.training.samples import draw_samples
+from diffusers_greedy_grow.training.seeds import sample_generators
+from diffusers_greedy_grow.training.setup import (
     check_cpu,
-    check_data_dir,
-    check_replaced,
-    claim_output_dir,
     compute_dtype,
-    consolidate,
-    describe_parts,
-    draw_losses,
-    draw_noise,
-    draw_samples,
-    encode_captions,
-    find_start,
-    flow_loss,
-    format_memory,
-    format_plan,
-    leave_signals_to_the_parent,
-    load_captioned_data,
-    load_captioned_stream,
-    load_checkpoint,
-    make_optimizer,
-    name_encoder,
-    normalize,
-    parse_arguments,
-    parse_buckets,
-    parse_channels,
-    plan_phase,
-    read_progress,
-    remove_folder,
-    reshard,
-    sample_generators,
-    save_checkpoint,
-    save_interrupted,
-    save_pipeline,
     set_attention_backend,
     set_up,
-    set_up_sharding,
-    shard,
     start_trackers,
-    take_step,
-    tokenize_captions,
-    train_small_tokenizer,
-    warn_of_cut_captions,
 )
-from diffusers_greedy_grow.training.shapes import write_shapes
-from diffusers_greedy_grow.training.shapes_scorer import CHANCE, score_images
+from diffusers_greedy_grow.training.shapes.scenes import write_shapes
+from diffusers_greedy_grow.training.shapes.scorer import CHANCE, score_images
+from diffusers_greedy_grow.training.sharding import consolidate, reshard, set_up_sharding, shard
+from diffusers_greedy_grow.training.signals import Interrupt, leave_signals_to_the_parent
+from diffusers_greedy_grow.training.text.captions import encode_captions, tokenize_captions, warn_of_cut_captions
+from diffusers_greedy_grow.training.text.embeddings import TextEmbeddings, name_encoder
+from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
+from diffusers_greedy_grow.training.trained_model import TrainedModel
 
 
 logger = get_logger(__name__)

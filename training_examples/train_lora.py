@@ -41,45 +41,30 @@ from diffusers_greedy_grow.hub import (
     prepare_repository,
     upload,
 )
-from diffusers_greedy_grow.training import (
-    FREE_TO_CHANGE,
-    OF_ONE_LAUNCH,
-    BrokenRows,
-    CaptionedImages,
-    EpochOrder,
-    GradientGuard,
-    Interrupt,
-    LoraArguments,
-    LossMeter,
-    TrainingArguments,
-    averaged,
-    check_changes,
+from diffusers_greedy_grow.training.arguments import FREE_TO_CHANGE, OF_ONE_LAUNCH, LoraArguments, TrainingArguments
+from diffusers_greedy_grow.training.checkpoints import check_changes, load_checkpoint, read_progress, save_checkpoint
+from diffusers_greedy_grow.training.curves import draw_losses
+from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize
+from diffusers_greedy_grow.training.data.order import EpochOrder
+from diffusers_greedy_grow.training.data.rows import BrokenRows
+from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.ema import averaged
+from diffusers_greedy_grow.training.guard import GradientGuard
+from diffusers_greedy_grow.training.loop import make_optimizer, save_interrupted, take_step
+from diffusers_greedy_grow.training.objective import LossMeter, draw_noise, flow_loss
+from diffusers_greedy_grow.training.parsing import parse_lora_arguments
+from diffusers_greedy_grow.training.run_folder import check_replaced, claim_output_dir, find_start
+from diffusers_greedy_grow.training.samples import draw_samples
+from diffusers_greedy_grow.training.seeds import sample_generators
+from diffusers_greedy_grow.training.setup import (
     check_cpu,
-    check_replaced,
-    claim_output_dir,
     compute_dtype,
-    draw_losses,
-    draw_noise,
-    draw_samples,
-    encode_captions,
-    find_start,
-    flow_loss,
-    leave_signals_to_the_parent,
-    load_captioned_data,
-    load_checkpoint,
-    make_optimizer,
-    normalize,
-    parse_lora_arguments,
-    read_progress,
-    sample_generators,
-    save_checkpoint,
-    save_interrupted,
     set_attention_backend,
     set_up,
     start_trackers,
-    take_step,
-    warn_of_cut_captions,
 )
+from diffusers_greedy_grow.training.signals import Interrupt, leave_signals_to_the_parent
+from diffusers_greedy_grow.training.text.captions import encode_captions, warn_of_cut_captions
 
 
 logger = get_logger(__name__)

@@ -5,58 +5,22 @@
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils.constants import SCALER_NAME
-from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from .report import keep_metrics
+from .files import remove
 from .sharding import gather, scatter_as
 
 
 logger = logging.get_logger(__name__)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder, if it exists. A link to one elsewhere, on a larger disk, say, stays, and that one is emptied."""
-    target = folder.resolve()
-    if target.exists():
-        shutil.rmtree(target)
-    if folder.is_symlink():
-        target.mkdir(parents=True)
-
-
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Saves a pipeline to `folder`, which it replaces if it exists."""
-    folder = folder.resolve()  # nothing can be renamed to a link
-    temporary = folder.with_name(folder.name + ".tmp")
-    remove_folder(temporary)
-    pipeline.save_pretrained(temporary)
-    remove_folder(folder)
-    temporary.rename(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def remove(checkpoint: Path) -> None:
-    """At once: what is left if this is cut off does not look like a checkpoint."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
 
 
 def save_checkpoint(
@@ -171,52 +135,6 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
     if damage is not None:
         raise ValueError(f"`resume_from_checkpoint={resume_from_checkpoint!r}` is no complete checkpoint: {damage}.")
     return checkpoint
-
-
-def find_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite_output_dir: bool) -> Path | None:
-    """
-    The checkpoint that a run goes on from, if it is to.
-
-    Raises:
-        `ValueError`: if there is none, or if a run that is to begin again would mix with an earlier one.
-    """
-    if resume_from_checkpoint is not None:
-        return find_checkpoint(output_dir, resume_from_checkpoint)
-    if (output_dir / "config.yaml").exists() and not overwrite_output_dir:
-        raise ValueError(
-            f"`output_dir={str(output_dir)!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
-            "replace it by `--overwrite_output_dir`, or name another folder."
-        )
-    return None
-
-
-def check_replaced(output_dir: Path, names: Iterable[str]) -> None:
-    """Raises a `ValueError` if a run that begins would replace folders in `output_dir` that no run has made."""
-    found = [name for name in names if (output_dir / name).exists()]
-    if found and not (output_dir / "config.yaml").exists():
-        raise ValueError(
-            f"`output_dir={str(output_dir)!r}` holds {', '.join(found)}, which this run would replace, but no `config.yaml` of "
-            "an earlier run: name another folder."
-        )
-
-
-def claim_output_dir(
-    output_dir: Path, config: dict, replaced: Iterable[str], checkpoint: Path | None, resume_with_changes: bool
-) -> None:
-    """
-    From here on `output_dir` holds this run, and `config.yaml` its arguments. Of an earlier run, a new one removes the
-    folders named in `replaced` and the metrics; one that goes on removes what came after its `checkpoint`.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    metrics_path = output_dir / "metrics.jsonl"
-    if checkpoint is None:
-        for name in replaced:
-            remove_folder(output_dir / name)
-        metrics_path.unlink(missing_ok=True)
-    else:
-        keep_metrics(metrics_path, read_progress(checkpoint)["metrics_size"], resume_with_changes)
-        forget_newer(output_dir / "checkpoints", checkpoint)
-    write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def read_progress(checkpoint: Path) -> dict:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .arguments import TrainingArguments
+from .trained_model import TrainedModel
 
 
 # Classes whose parameters are gathered at once. The inner model and each stage are among them, so that no unit mixes what
@@ -34,32 +35,6 @@ def list_units(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
 
     visit(model, units[0])
     return [unit for unit in units if unit]
-
-
-class TrainedModel(torch.nn.Module):
-    """
-    What a phase trains as one module, since FSDP takes only one: the model `unet` and, if it trains along, the
-    `text_encoder`. Called like the model; with one that trains, with `input_ids` instead of `encoder_hidden_states`.
-    """
-
-    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module | None = None):
-        super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        **kwargs,
-    ):
-        if self.text_encoder is not None:
-            assert encoder_attention_mask is not None
-            attention_mask = encoder_attention_mask.long()
-            encoder_hidden_states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        return self.unet(sample, timestep, encoder_hidden_states, encoder_attention_mask, **kwargs)
 
 
 def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:

@@ -33,7 +33,7 @@ from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import enlarge
-from diffusers_greedy_grow.training.shapes import write_shapes
+from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 from ..testing_utils import make_grown, make_pipeline
 

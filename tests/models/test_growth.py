@@ -15,7 +15,9 @@ from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionMod
 from diffusers_greedy_grow.flow import descend, enlarge, expand, pool, upsample
 from diffusers_greedy_grow.models.blocks import TextCache
 from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
-from diffusers_greedy_grow.training import TrainedModel, encode_captions, flow_loss, tokenize_captions
+from diffusers_greedy_grow.training.objective import flow_loss
+from diffusers_greedy_grow.training.text.captions import encode_captions, tokenize_captions
+from diffusers_greedy_grow.training.trained_model import TrainedModel
 
 from ..testing_utils import CAPTIONS, TEXT_DIM, make_core, make_grown, make_inputs, make_pipeline, randomize
 

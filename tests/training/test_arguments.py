@@ -7,7 +7,8 @@ import pytest
 import yaml
 from accelerate.utils import LoggerType
 
-from diffusers_greedy_grow.training import arguments, parse_arguments
+from diffusers_greedy_grow.training import parsing
+from diffusers_greedy_grow.training.parsing import parse_arguments
 
 
 def test_values_for_each_resolution_or_stage(tmp_path):
@@ -96,7 +97,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch, capsys):
-    monkeypatch.setattr(arguments, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setattr(parsing, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     for name in ("tensorboard", "all"):
         assert parse_arguments(["--report_to", name], "")[2].report_to == name
     with pytest.raises(SystemExit):

@@ -15,23 +15,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from diffusers_greedy_grow.flow import pool
-from diffusers_greedy_grow.training import (
-    BrokenRows,
-    BucketOrder,
+from diffusers_greedy_grow.training.data.images import (
     CaptionedImages,
-    EpochOrder,
-    TextEmbeddings,
-    build_small_text_encoder,
-    check_data_dir,
-    encode_captions,
-    load_captioned_data,
-    name_encoder,
     normalize,
-    sample_generators,
-    train_small_tokenizer,
-    warn_of_cut_captions,
+    open_image,
+    to_pixel_values,
+    warn_of_small_images,
 )
-from diffusers_greedy_grow.training.data import load_splits, open_image, to_pixel_values, warn_of_small_images
+from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
+from diffusers_greedy_grow.training.data.rows import BrokenRows
+from diffusers_greedy_grow.training.data.sources import check_data_dir, load_captioned_data, load_splits
+from diffusers_greedy_grow.training.seeds import sample_generators
+from diffusers_greedy_grow.training.text.captions import encode_captions, warn_of_cut_captions
+from diffusers_greedy_grow.training.text.embeddings import TextEmbeddings, name_encoder
+from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
 from ..testing_utils import CAPTIONS, make_pipeline
 

@@ -18,31 +18,23 @@ from PIL import Image
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import descend, high_band, pool
-from diffusers_greedy_grow.training import (
-    GradientGuard,
-    Interrupt,
-    LossMeter,
-    TrainingArguments,
-    check_replaced,
-    describe_parts,
-    draw_losses,
-    draw_samples,
+from diffusers_greedy_grow.training.arguments import TrainingArguments
+from diffusers_greedy_grow.training.checkpoints import (
     find_checkpoint,
-    flow_loss,
     forget_newer,
-    format_plan,
-    keep_metrics,
     load_checkpoint,
-    make_optimizer,
-    plan_phase,
     read_progress,
-    remove_folder,
     save_checkpoint,
-    save_interrupted,
-    save_pipeline,
-    take_step,
 )
-from diffusers_greedy_grow.training.losses import SIGMA_MIN_OF_LOSS, WEIGHTINGS
+from diffusers_greedy_grow.training.curves import draw_losses
+from diffusers_greedy_grow.training.files import remove_folder, save_pipeline
+from diffusers_greedy_grow.training.guard import GradientGuard
+from diffusers_greedy_grow.training.loop import make_optimizer, save_interrupted, take_step
+from diffusers_greedy_grow.training.objective import SIGMA_MIN_OF_LOSS, WEIGHTINGS, LossMeter, flow_loss
+from diffusers_greedy_grow.training.plan import describe_parts, format_plan, plan_phase
+from diffusers_greedy_grow.training.run_folder import check_replaced, keep_metrics
+from diffusers_greedy_grow.training.samples import draw_samples
+from diffusers_greedy_grow.training.signals import Interrupt
 
 from ..testing_utils import make_grown, make_inputs, make_pipeline
 

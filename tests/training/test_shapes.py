@@ -6,7 +6,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from diffusers_greedy_grow.training.shapes import (
+from diffusers_greedy_grow.training.shapes.scenes import (
     COLORS,
     TEXTURES,
     Scene,
@@ -18,7 +18,7 @@ from diffusers_greedy_grow.training.shapes import (
     sample_scene,
     write_shapes,
 )
-from diffusers_greedy_grow.training.shapes_scorer import CHANCE, score_image, score_images
+from diffusers_greedy_grow.training.shapes.scorer import CHANCE, score_image, score_images
 
 
 def draw_scenes(num_objects: int, count: int, seed: int = 0) -> list[Scene]:

@@ -21,18 +21,12 @@ from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub import HfApi
 
-from diffusers_greedy_grow.training import (
-    BrokenRows,
-    CaptionedImages,
-    DataArguments,
-    StreamedImages,
-    StreamLoader,
-    encode_captions,
-    load_captioned_stream,
-    normalize,
-)
-from diffusers_greedy_grow.training import streaming as streaming_module
-from diffusers_greedy_grow.training.data import MAX_CAPTION_CHARACTERS, to_pixel_values
+from diffusers_greedy_grow.training.arguments import DataArguments
+from diffusers_greedy_grow.training.data import streaming as streaming_module
+from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize, to_pixel_values
+from diffusers_greedy_grow.training.data.rows import MAX_CAPTION_CHARACTERS, BrokenRows
+from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
+from diffusers_greedy_grow.training.text.captions import encode_captions
 from training_examples import grow
 
 from ..testing_utils import make_pipeline
@@ -43,9 +37,10 @@ READ = """
 import json, sys
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from diffusers_greedy_grow.training import (
-    BucketOrder, CaptionedImages, StreamedImages, StreamLoader, load_captioned_data, load_captioned_stream,
-)
+from diffusers_greedy_grow.training.data.images import CaptionedImages
+from diffusers_greedy_grow.training.data.order import BucketOrder
+from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.data.streaming import StreamLoader, StreamedImages, load_captioned_stream
 
 accelerator = Accelerator()
 stream, _, first = load_captioned_stream(None, sys.argv[1], "photo", "text", 0)
@@ -264,7 +259,9 @@ def test_an_epoch_without_a_row_is_passed_over(tmp_path, seed):
 
 
 def test_a_stream_that_is_all_held_out(files):
-    with pytest.raises(ValueError, match="24 rows of the stream are held out, and none is left.*num_validation_images"):
+    with pytest.raises(
+        ValueError, match="24 rows of the stream are held out, and none is left.*num_validation_images"
+    ):
         open_stream(files, num_held_out=24)
     assert len(list(open_stream(files, num_held_out=23).captions)) == 1
 

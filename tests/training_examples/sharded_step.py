@@ -8,16 +8,10 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
 
-from diffusers_greedy_grow.training import (
-    TrainedModel,
-    TrainingArguments,
-    averaged,
-    consolidate,
-    reshard,
-    set_up_sharding,
-    shard,
-)
-from diffusers_greedy_grow.training.sharding import gather, list_units
+from diffusers_greedy_grow.training.arguments import TrainingArguments
+from diffusers_greedy_grow.training.ema import averaged
+from diffusers_greedy_grow.training.sharding import consolidate, gather, list_units, reshard, set_up_sharding, shard
+from diffusers_greedy_grow.training.trained_model import TrainedModel
 from tests.testing_utils import make_grown, make_inputs, make_pipeline
 
 

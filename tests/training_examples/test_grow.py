@@ -29,8 +29,9 @@ from transformers import BertConfig
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import detail_variance
-from diffusers_greedy_grow.training import ModelArguments, normalize, parse_arguments
-from diffusers_greedy_grow.training.data import to_pixel_values
+from diffusers_greedy_grow.training.arguments import ModelArguments
+from diffusers_greedy_grow.training.data.images import normalize, to_pixel_values
+from diffusers_greedy_grow.training.parsing import parse_arguments
 from training_examples import grow
 
 from ..testing_utils import make_core

@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import descend, unshift_sigma
-from diffusers_greedy_grow.training import GradientGuard, sample_generators
+from diffusers_greedy_grow.training.guard import GradientGuard
+from diffusers_greedy_grow.training.seeds import sample_generators
 from training_examples import grow
 
 from .test_grow import TINY, data, read_metrics, to_flags, weights  # noqa: F401

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 from benchmarks.lora import draw, score, write_images
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.training import parse_lora_arguments
-from diffusers_greedy_grow.training.shapes import Scene, ShapeObject
+from diffusers_greedy_grow.training.parsing import parse_lora_arguments
+from diffusers_greedy_grow.training.shapes.scenes import Scene, ShapeObject
 from training_examples.train_lora import main
 
 from ..testing_utils import make_core

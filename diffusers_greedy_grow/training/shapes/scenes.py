@@ -20,6 +20,8 @@ from PIL import Image
 
 
 SIZES = ("small", "large")
+
+
 # Mean colours. Textures brighten and darken them by up to 40 %, so the brightest channel leaves room for it.
 COLORS = {
     "red": (178, 24, 30),
@@ -29,10 +31,19 @@ COLORS = {
     "purple": (122, 34, 160),
     "orange": (178, 88, 12),
 }
+
+
 TEXTURES = ("plain", "striped", "dotted", "checked")
+
+
 SHAPES = ("circle", "square", "triangle", "star", "ring")
+
+
 BACKGROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), "pink": (248, 190, 205)}
+
+
 RELATIONS = ("left of", "right of", "above", "below")
+
 
 # Half of an object's extent as a share of the image's side, by the number of objects and the size's name.
 EXTENTS = {
@@ -40,6 +51,8 @@ EXTENTS = {
     2: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
     3: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
 }
+
+
 _CONTRAST = 0.4
 
 
@@ -83,9 +96,12 @@ class Scene:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scenes and captions
-
 _OBJECT = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(TEXTURES)}) ({'|'.join(SHAPES)})"
+
+
 _RELATION = rf"({'|'.join(RELATIONS)})"
+
+
 _CAPTION = re.compile(
     rf"{_OBJECT}(?: {_RELATION} {_OBJECT}(?:, both {_RELATION} {_OBJECT},)?)? on a ({'|'.join(BACKGROUNDS)}) background"
 )
@@ -166,6 +182,8 @@ def _held_out(i: int) -> ShapeObject:
 # Combinations of attributes, a tenth of all, that training never shows. Among them every value of an attribute, and
 # every pair of values of two, is as frequent as the others, as nearly as 24 combinations allow; neighbours differ.
 HELD_OUT = tuple(_held_out(5 * i % 24) for i in range(24))
+
+
 _HELD_OUT_PHRASES = {item.phrase for item in HELD_OUT}
 
 
@@ -176,8 +194,6 @@ def is_held_out(scene: Scene) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
-
-
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Distance from the outline of a shape that fills [-1, 1] x [-1, 1] (x right, y down), negative inside."""
     if shape == "circle":
@@ -245,8 +261,6 @@ def render(scene: Scene, image_size: int, texture_cells: int = 16) -> np.ndarray
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets
-
-
 def write_shapes(
     folder: str | Path,
     num_train: int,

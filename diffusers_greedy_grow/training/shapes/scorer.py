@@ -10,7 +10,7 @@ from itertools import permutations
 import numpy as np
 from PIL import Image
 
-from .shapes import (
+from .scenes import (
     BACKGROUNDS,
     COLORS,
     EXTENTS,
@@ -32,8 +32,13 @@ CHANCE = {
     "background": 1 / len(BACKGROUNDS),
 }
 
+
 _MASK_DISTANCE = 40.0  # RGB distance from the background at which an object begins
+
+
 _MIN_IOU = 0.7  # below it, an outline is none of the shapes
+
+
 _MIN_CONTRAST = 0.12  # below it, a texture is plain; a true one has 0.35 to 0.4
 
 
@@ -100,8 +105,6 @@ def _relations_hold(items: Sequence[ShapeObject | None], relations: Sequence[str
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From pixels to objects
-
-
 def read_image(pixels: np.ndarray, num_objects: int, texture_cells: int) -> tuple[str, list[ShapeObject]]:
     """
     What is in an image `(R, R, 3)`: its background, and its objects, the largest first. `num_objects` says what sizes
@@ -214,8 +217,6 @@ def nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Masks
-
-
 def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
     """Grows a mask by `radius` pixels to all sides, corners included."""
     for axis in (0, 1):

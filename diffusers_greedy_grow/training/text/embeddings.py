@@ -10,98 +10,17 @@ import hashlib
 import json
 import shutil
 import uuid
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from ..pipelines import GreedyGrowPipeline
-from ..pipelines.pipeline_greedy_grow import find_cut, tokenize
-
-
-def train_small_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A lower-case byte-level BPE tokenizer trained on `captions`; knows every string, ends each with `</s>`."""
-    special_tokens = ["<pad>", "</s>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special_tokens,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-
-
-def build_small_text_encoder(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 2
-) -> T5EncoderModel:
-    """
-    A T5 encoder of `num_layers` layers and `hidden_size` channels with random weights. Its word embeddings are three times as
-    large as T5's, so that what its layers add does not bury the words: it trains with the core, which has no use for words
-    about what only shows at a higher resolution, but the stages around it will need them.
-    """
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=hidden_size,
-        d_kv=32,
-        d_ff=4 * hidden_size,
-        num_layers=num_layers,
-        num_heads=max(1, hidden_size // 32),
-        dropout_rate=0.0,
-        feed_forward_proj="gelu",
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    text_encoder = T5EncoderModel(config)
-    with torch.no_grad():
-        text_encoder.get_input_embeddings().weight.mul_(3)
-    return text_encoder
-
-
-def tokenize_captions(
-    pipeline: GreedyGrowPipeline, captions: list[str], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """`input_ids` and `encoder_attention_mask` of `captions`, each `(B, L)`, as the pipeline makes them for prompts."""
-    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device, non_blocking=True)
-    return {"input_ids": tokens["input_ids"], "encoder_attention_mask": tokens["attention_mask"].bool()}
-
-
-def warn_of_cut_captions(pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
-    """Once, before training, where each step's captions are cut without a word."""
-    length = pipeline.config.max_sequence_length
-    if cut := find_cut(pipeline.tokenizer, captions, length):
-        warnings.warn(
-            f"{len(cut)} of {len(captions)} captions are longer than the `max_sequence_length={length}` tokens that are "
-            f"read, such as {cut[0][:200]!r}.",
-            stacklevel=2,
-        )
-
-
-def encode_captions(
-    pipeline: GreedyGrowPipeline, text_encoder: torch.nn.Module, captions: list[str], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The model's text arguments for `captions`, as the pipeline makes them for prompts."""
-    tokens = tokenize_captions(pipeline, captions, device)
-    mask = tokens["encoder_attention_mask"]
-    hidden_states = text_encoder(tokens["input_ids"], attention_mask=mask.long()).last_hidden_state
-    return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}
+from ...pipelines import GreedyGrowPipeline
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Embeddings on disk
-
-
 def name_encoder(pipeline: GreedyGrowPipeline, *precision: str) -> str:
     """A name that is the same only for the same text encoder, tokenizer, `max_sequence_length` and `precision`."""
     digest = hashlib.sha256(json.dumps([pipeline.config.max_sequence_length, *precision]).encode())

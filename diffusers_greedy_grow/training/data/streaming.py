@@ -29,17 +29,10 @@ from datasets import Dataset, IterableDataset
 from diffusers.training_utils import find_nearest_bucket
 from torch.utils.data import DataLoader, get_worker_info
 
-from .data import (
-    BrokenRow,
-    BrokenRows,
-    average_down,
-    check_caption,
-    load_splits,
-    name_row,
-    open_image,
-    to_pixel_values,
-)
-from .loop import leave_signals_to_the_parent
+from ..signals import leave_signals_to_the_parent
+from .images import average_down, open_image, to_pixel_values
+from .rows import BrokenRow, BrokenRows, check_caption, name_row
+from .sources import load_splits
 
 
 # Rows that are taken from a stream at once.

@@ -10,13 +10,17 @@ from accelerate import Accelerator
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from ..flow import add_noise, expand, pool, sample_sigma
-from .data import sample_seeds
+from .seeds import sample_seeds
 
 
 # Below this noise level the weight of the velocity's error, `1 / sigma ** 2`, stops growing.
 SIGMA_MIN_OF_LOSS = 0.05
+
+
 # Edges of the noise-level bins that the loss is reported in. The first holds the levels at which grain would show.
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
+
+
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 
 

@@ -1,0 +1,78 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""TODO"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class EpochOrder(Sampler[int]):
+    """
+    `num_samples` indices into a dataset of `size` rows, starting after the first `start`: epoch after epoch, each in an
+    order of its own that depends on `seed` and the epoch alone, so a resumed run sees what it would have seen.
+    """
+
+    def __init__(self, size: int, start: int, num_samples: int, seed: tuple[int, ...]):
+        self.size, self.start, self.num_samples, self.seed = size, start, num_samples, seed
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        position, end = self.start, self.start + self.num_samples
+        while position < end:
+            epoch, first = divmod(position, self.size)
+            order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
+            yield from order[first : first + end - position].tolist()
+            position += self.size - first
+
+
+class BucketOrder(Sampler[list[int]]):
+    """
+    Batches of indices such that all images of a step have one shape: rows in the order of [`EpochOrder`] are collected by
+    shape, and whenever those of one shape are enough for a step, they make one. What is left of an epoch goes into the
+    next one's batches, so that every epoch shows every row.
+
+    Args:
+        shapes (`np.ndarray`): The shape of each row, as an index.
+        batch_size (`int`): Rows of a batch.
+        batches_per_step (`int`): Consecutive batches that have one shape.
+        start (`int`), num_steps (`int`): How many steps are left out, and how many follow.
+        seed (`tuple[int, ...]`): What the order depends on.
+    """
+
+    def __init__(
+        self,
+        shapes: np.ndarray,
+        batch_size: int,
+        batches_per_step: int,
+        start: int,
+        num_steps: int,
+        seed: tuple[int, ...],
+    ):
+        self.shapes, self.batch_size, self.batches_per_step = shapes, batch_size, batches_per_step
+        self.start, self.num_steps, self.seed = start, num_steps, seed
+        self.drop_last = True  # for accelerate: every batch is full
+
+    def __len__(self) -> int:
+        return self.num_steps * self.batches_per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, step_size = len(self.shapes), self.batch_size * self.batches_per_step
+        steps = self.start + self.num_steps
+        waiting: dict[int, list[int]] = defaultdict(list)
+        step = 0
+        for index in EpochOrder(size, 0, (steps + len(set(self.shapes))) * step_size, self.seed):
+            if step == steps:
+                return
+            rows = waiting[self.shapes[index]]
+            rows.append(index)
+            if len(rows) == step_size:
+                if step >= self.start:
+                    yield from (rows[i : i + self.batch_size] for i in range(0, step_size, self.batch_size))
+                rows.clear()
+                step += 1

@@ -1,0 +1,32 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""TODO"""
+
+import torch
+
+
+class TrainedModel(torch.nn.Module):
+    """
+    What a phase trains as one module, since FSDP takes only one: the model `unet` and, if it trains along, the
+    `text_encoder`. Called like the model; with one that trains, with `input_ids` instead of `encoder_hidden_states`.
+    """
+
+    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module | None = None):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        if self.text_encoder is not None:
+            assert encoder_attention_mask is not None
+            attention_mask = encoder_attention_mask.long()
+            encoder_hidden_states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.unet(sample, timestep, encoder_hidden_states, encoder_attention_mask, **kwargs)
