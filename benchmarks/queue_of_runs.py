@@ -31,7 +31,7 @@ from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DMod
 from diffusers_greedy_grow.training.checkpoints import sorted_checkpoints
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
 from diffusers_greedy_grow.training.plan import PhasePlan, plan_phase
-from diffusers_greedy_grow.training.setup import multiplies_bfloat16
+from diffusers_greedy_grow.training.setup import has_native_bfloat16
 from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 
@@ -74,7 +74,7 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
         help="For a GPU: models twice as wide and more operations; apart from the others.",
     )
     parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
-    precision = "bf16" if torch.cuda.is_available() or multiplies_bfloat16() else "no"
+    precision = "bf16" if torch.cuda.is_available() or has_native_bfloat16() else "no"
     parser.add_argument("--mixed_precision", default=precision, choices=["no", "bf16"])
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""Loss curves."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,12 @@ from pathlib import Path
 
 def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     """
-    Writes the loss curves in `metrics.jsonl`: for each phase by band and, below, by noise level, with held-out losses as dots.
-    All are errors of the velocity, but the held-out ones are over the noise levels of the first phase, so that phases compare.
+    Plot the losses in `metrics.jsonl`: per phase by frequency band and, below, by noise level, with held-out losses as dots. All are
+    errors of the velocity. Held-out losses use the noise levels of the first phase in all phases, so that phases compare.
+
+    Args:
+        metrics_path (`str` or `Path`): The metrics.
+        path (`str` or `Path`): The PNG to write.
     """
     from matplotlib.figure import Figure
 
@@ -47,7 +51,7 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
 
 
 def _draw_curve(axis, records: list[dict], key: str | None, label: str, val_key: str) -> None:
-    """A curve of `key`, and of `val_key` dots in its color; of that alone a dotted line."""
+    """Plot `key` as a curve and `val_key` as dots in its colour, or `val_key` alone as a dotted line."""
     points = [(record["step"], record[key]) for record in records if key in record]
     held_out = [(record["step"], record[val_key]) for record in records if val_key in record]
     color = axis.plot(*zip(*points), label=label, linewidth=1)[0].get_color() if points else None

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""Protection of a run against bad batches."""
 
 import math
 import statistics
@@ -9,12 +9,12 @@ import statistics
 
 class GradientGuard:
     """
-    Refuses gradients that are not finite, and those whose norm is more than `factor` times the median of the last 100
-    accepted ones, so that a bad batch costs its step and not the run.
+    Rejects a gradient that is not finite, or whose norm is more than `factor` times the median of the last 100 accepted
+    norms. A bad batch then costs one step and not the run.
 
     Args:
-        factor (`float`): Far above what norms vary by, such as 20.
-        limit (`int`): How many steps in a row may be refused.
+        factor (`float`): Well above the usual variation of the norm, such as 20.
+        limit (`int`): How many steps in a row may be rejected.
     """
 
     def __init__(self, factor: float, limit: int):
@@ -25,10 +25,10 @@ class GradientGuard:
 
     def accept(self, norm: float) -> bool:
         """
-        Whether to take the step.
+        Return whether to take the step whose gradient has this `norm`.
 
         Raises:
-            `FloatingPointError`: if this is one refusal in a row more than the limit.
+            `FloatingPointError`: if more steps in a row are rejected than the limit.
         """
         usual = statistics.median(self.norms) if len(self.norms) >= 20 else math.inf
         self.unlogged.append(norm)
@@ -46,7 +46,7 @@ class GradientGuard:
         return False
 
     def compute(self) -> dict[str, float]:
-        """Of the finite ones since the last call the mean `grad_norm` and the largest; `skipped_steps` of the phase."""
+        """Return the mean `grad_norm` and the largest since the last call, and the phase's number of `skipped_steps`."""
         norms = [norm for norm in self.unlogged if math.isfinite(norm)]
         self.unlogged = []
         means = {"grad_norm": statistics.fmean(norms), "grad_norm_max": max(norms)} if norms else {}

@@ -1,26 +1,43 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a phase of training will cost, counted on a model without weights."""
+"""The cost of each phase of training, counted on models without weights."""
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models import ShallowUNet2DModel
+from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from ..models.growable_unet_2d_condition import find_core
+from .arguments import DataArguments, ModelArguments, TrainingArguments
+from .growing import build_core, get_text_hidden_size, stage_arguments
+from .parsing import parse_buckets
+from .phases import Phase
+from .setup import compute_dtype
 from .sharding import list_units
 
 
 @dataclass
 class PhasePlan:
     """
-    One phase: `name`, `resolution`, `steps`, `batch_size` (images per step over all processes), `process_batch_size`
-    (images that one process has in hand at once), `parameters` and `trained_parameters` of the model, `train_flops`
-    (forward and backward, per image), `forward_flops` (per image), in bytes per image the `activations` that the
-    backward pass needs, without and with gradient checkpointing, and in bytes the `largest_unit` that FSDP gathers.
+    The cost of one phase.
+
+    Args:
+        name (`str`), resolution (`int`), steps (`int`): The phase.
+        batch_size (`int`): Images per step, over all processes.
+        process_batch_size (`int`): Images that one process holds at once.
+        parameters (`int`), trained_parameters (`int`): The model's parameters, and those that train.
+        train_flops (`int`): Operations per image, forward and backward.
+        forward_flops (`int`): Operations per image, forward only.
+        activations (`int`): Bytes per image that are stored for the backward pass.
+        checkpointed_activations (`int`): The same with gradient checkpointing.
+        largest_unit (`int`): Bytes of the largest group of parameters that FSDP gathers at once.
     """
 
     name: str
@@ -42,14 +59,14 @@ class PhasePlan:
 
     @property
     def flops(self) -> int:
-        """Of the whole phase, without what gradient checkpointing computes twice."""
+        """Operations of the whole phase, without what gradient checkpointing computes twice."""
         return self.images * self.train_flops
 
     def memory(self, num_shards: int = 1, gradient_checkpointing: bool = False) -> int:
         """
-        Bytes per process, with the model sharded over `num_shards` processes: float32 weights and, for what trains, the
-        gradient, AdamW's two moments and the average; the activations; and of a sharded model two gathered units, of which
-        one computes while the other arrives. Without what kernels and the allocator take besides.
+        Return the bytes per process, with the model sharded over `num_shards` processes: float32 weights; the gradient, AdamW's two
+        moments and the moving average of what trains; the activations; and for a sharded model two gathered units, of which
+        one computes while the other arrives. Memory of kernels and of the allocator comes on top.
         """
         state = 4 * (self.parameters + 4 * self.trained_parameters) // num_shards
         activations = self.checkpointed_activations if gradient_checkpointing else self.activations
@@ -67,17 +84,24 @@ def plan_phase(
     dtype: torch.dtype = torch.float32,
 ) -> PhasePlan:
     """
-    Counts one training step of `model`, a [`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`] on the meta
-    device, frozen as the phase has it, that computes in `dtype`. Neither weights nor activations are allocated.
+    Count one training step, without allocating weights or activations.
+
+    Args:
+        name (`str`), resolution (`int`), steps (`int`): The phase.
+        model ([`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`]): On the meta device, frozen as in the phase.
+        batch_size (`int`): Images per step, over all processes.
+        batches_per_step (`int`): Into how many batches a step's images are split.
+        num_tokens (`int`): Text tokens per image.
+        dtype (`torch.dtype`, defaults to float32): The dtype in which layers compute.
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     largest_unit = max(sum(p.numel() for p in unit) for unit in list_units(model)) * dtype.itemsize
 
-    # The core's layers are alike: what the second one adds, each further one does.
+    # The core's layers are alike: each further layer adds what the second one adds.
     core = model if isinstance(model, ShallowUNet2DModel) else model.core
     layers, was = core.transformer_blocks, model.dtype
-    torch.nn.Module.to(model, dtype)  # that of diffusers warns of modules that are kept in float32
+    torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules that are kept in float32
     counts = []
     for num_layers in (1, 2):
         core.transformer_blocks = layers[:num_layers]
@@ -104,7 +128,7 @@ def plan_phase(
 
 
 def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, int, int, int]:
-    """The `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`]."""
+    """Return the `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`]."""
     config = model.config
     sample = torch.empty(1, config.in_channels, resolution, resolution, device="meta")
     timestep = torch.empty(1, device="meta")
@@ -124,8 +148,8 @@ def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tupl
 
 def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, int]:
     """
-    Runs a forward pass on the meta device, and returns something to run backward from and how many bytes are stored for that.
-    With gradient checkpointing, what the largest of the blocks will store when it is computed again is counted on top.
+    Run a forward pass on the meta device, and return a scalar to run backward from and how many bytes are stored for that.
+    With gradient checkpointing, this counts what the largest block will store when it is computed again.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}  # by storage, since several operations may save the same tensor
@@ -161,7 +185,7 @@ def count_bytes(tensors: dict[int, torch.Tensor]) -> int:
 
 
 def describe_parts(model: torch.nn.Module) -> dict[str, int]:
-    """The number of parameters of each part: the core's, and each growth stage's."""
+    """Return the number of parameters of the core and of each growth stage."""
     if isinstance(model, ShallowUNet2DModel):
         return {f"core {model.config.sample_size}": model.num_parameters()}
     parts = {f"core {model.sample_sizes[0]}": model.core.num_parameters()}
@@ -170,10 +194,95 @@ def describe_parts(model: torch.nn.Module) -> dict[str, int]:
     return parts
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# All phases of a run
+
+
+def plan_phases(
+    phases: list[Phase],
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    accelerator: Accelerator,
+) -> tuple[list[PhasePlan], str]:
+    """
+    Return what each phase will cost, for square images, and a table of it. Reads and allocates no weights.
+
+    Raises:
+        `ValueError`: if the resolutions do not begin with the core's, or do not fit the aspect-ratio buckets.
+    """
+    num_processes = args.plan_processes if args.plan and args.plan_processes else accelerator.num_processes
+    batches_per_step = num_processes * args.gradient_accumulation_steps
+    plans = []
+    with torch.device("meta"):
+        unet = build_unet_without_weights(model_args)
+        for phase in phases:
+            if phase.resolution != unet.config.sample_size:
+                stage = stage_arguments(phase, model_args)
+                unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage)
+            phase.freeze(unet)
+            plans.append(
+                plan_phase(
+                    phase.name,
+                    unet,
+                    unet.config.sample_size,
+                    phase.steps,
+                    phase.batch_size * batches_per_step,
+                    batches_per_step,
+                    model_args.max_sequence_length,
+                    compute_dtype(accelerator),
+                )
+            )
+    if data_args.aspect_ratio_buckets is not None:
+        check_buckets(data_args.aspect_ratio_buckets, model_args.resolutions, unet)
+    num_shards = num_processes if accelerator.is_fsdp2 else 1
+    text = format_plan(plans, describe_parts(unet), num_shards, args.gradient_checkpointing)
+    if args.plan:
+        text += "\n" + format_memory(plans, num_processes if num_processes > 1 else 8)
+    return plans, text
+
+
+def build_unet_without_weights(model_args: ModelArguments) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
+    """
+    Build the model that a run starts from, on the meta device.
+
+    Raises:
+        `ValueError`: if the resolutions do not begin with the core's.
+    """
+    if model_args.core is None:
+        return build_core(model_args, get_text_hidden_size(model_args))
+    model_class, config, _, _ = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)
+    unet = model_class.from_config(config)
+    if unet.config.sample_size != model_args.resolutions[0]:
+        raise ValueError(
+            f"`resolutions={model_args.resolutions}` must begin with the resolution of `core={model_args.core!r}`, which is "
+            f"{unet.config.sample_size}."
+        )
+    return unet
+
+
+def check_buckets(
+    buckets: str, resolutions: list[int], unet: ShallowUNet2DModel | GrowableUNet2DConditionModel
+) -> None:
+    """Raise a `ValueError` if the aspect-ratio buckets hold a side that the models cannot take."""
+    cell = unet.config.patch_size * resolutions[-1] // unet.sample_sizes[0]
+    cell = math.lcm(cell, 2 * resolutions[-1] // resolutions[0])  # the core's losses are by bands of factor 2
+    for side in itertools.chain(*parse_buckets(buckets)):
+        if side % cell:
+            raise ValueError(
+                f"`aspect_ratio_buckets={buckets!r}`: {side} is not a multiple of {cell}, as the sides must be with "
+                f"`resolutions={resolutions}`."
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As text
+
+
 def format_plan(
     phases: list[PhasePlan], parts: dict[str, int], num_shards: int = 1, gradient_checkpointing: bool = False
 ) -> str:
-    """The plan as text: a table, and a warning if growing will not pay."""
+    """Return the plan as a table, with a warning if growing will not pay."""
     lines = ["Parameters: " + ", ".join(f"{name} px {count / 1e6:.2f} M" for name, count in parts.items())]
     lines.append(
         f"{'phase':<18}{'px':>6}{'steps':>9}{'batch':>7}{'images':>11}{'trained':>10}"
@@ -198,7 +307,7 @@ def format_plan(
 
 
 def format_memory(phases: list[PhasePlan], num_processes: int) -> str:
-    """The memory that each process needs for the model and its training, by strategy, as a table."""
+    """Return a table of the memory that each process needs for the model and its training, by strategy."""
     strategies = [("one GPU or DDP", 1), (f"FSDP2 on {num_processes} GPUs", num_processes)]
     lines = [
         "GB per GPU without the text encoder; (c): with gradient checkpointing",

@@ -1,52 +1,80 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""A run's `output_dir`: whether a run may use it, what it replaces there, and where it resumes."""
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
+from accelerate.logging import get_logger
 
-from .checkpoints import find_checkpoint, forget_newer, read_progress
+from .arguments import LoopArguments
+from .checkpoints import Progress, find_checkpoint, remove_newer
 from .files import remove_folder, write_text
+from .phases import Phase
 
 
-def keep_metrics(path: Path, size: int, resume_with_changes: bool) -> None:
+logger = get_logger(__name__)
+
+
+def find_start(
+    output_dir: Path,
+    args: LoopArguments,
+    folders: Sequence[str],
+    pipelines: Sequence[str] = (),
+    core: str | None = None,
+) -> tuple[Path | None, list[str]]:
     """
-    Drops what was written after a checkpoint was saved: it will be written again. Raises a `ValueError` if lines are missing
-    from before, unless that is meant.
-    """
-    found = path.stat().st_size if path.exists() else 0
-    if found < size and not resume_with_changes:
-        raise ValueError(
-            f"{path} lacks lines that were there when the checkpoint was saved: put it back, or say by "
-            "`--resume_with_changes` that curves and card may do without them."
-        )
-    if found > size:
-        os.truncate(path, size)
+    Decide where a run starts, before it changes anything.
 
+    Args:
+        output_dir (`Path`): Where the run puts everything.
+        args (`LoopArguments`): For `resume_from_checkpoint` and `overwrite_output_dir`.
+        folders (`Sequence[str]`), pipelines (`Sequence[str]`):
+            The names of folders in `output_dir` that the run makes, and of the pipelines among its results.
+        core (`str`, *optional*): The pipeline that the run grows, which it must not replace.
 
-def find_start(output_dir: Path, resume_from_checkpoint: str | None, overwrite_output_dir: bool) -> Path | None:
-    """
-    The checkpoint that a run goes on from, if it is to.
+    Returns:
+        The checkpoint to resume from, or None; and the names of all folders that a new run replaces.
 
     Raises:
-        `ValueError`: if there is none, or if a run that is to begin again would mix with an earlier one.
+        `ValueError`: if the checkpoint is missing or damaged, or a new run would replace something that must stay.
     """
-    if resume_from_checkpoint is not None:
-        return find_checkpoint(output_dir, resume_from_checkpoint)
-    if (output_dir / "config.yaml").exists() and not overwrite_output_dir:
+    checkpoint = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        finished = [name for name in pipelines if (output_dir / name).exists()]
+        if checkpoint is None and finished:
+            raise ValueError(
+                f"`resume_from_checkpoint='latest'`: there is no checkpoint in {output_dir / 'checkpoints'}, and to start again "
+                f"would replace {', '.join(finished)}. Grow them further with `--core`, or name another `output_dir`."
+            )
+        logger.info(f"Resuming from {checkpoint}." if checkpoint else f"{output_dir} has no checkpoint yet.")
+    elif (output_dir / "config.yaml").exists() and not args.overwrite_output_dir:
         raise ValueError(
-            f"`output_dir={str(output_dir)!r}` holds an earlier run. Go on with it by `--resume_from_checkpoint latest`, "
+            f"`output_dir={str(output_dir)!r}` holds an earlier run. Resume it by `--resume_from_checkpoint latest`, "
             "replace it by `--overwrite_output_dir`, or name another folder."
         )
-    return None
+    replaced = [*folders, *pipelines]
+    if checkpoint is not None:
+        return checkpoint, replaced
+
+    def holds_core(name: str) -> bool:
+        return core is not None and Path(core).resolve().is_relative_to((output_dir / name).resolve())
+
+    if any(map(holds_core, replaced)):
+        raise ValueError(f"`core={core!r}` would be replaced by this run: name another `output_dir`.")
+    check_replaced(output_dir, replaced)
+    if args.overwrite_output_dir and pipelines:  # phases that only the earlier run had are replaced too
+        replaced += [name for name in find_finished(output_dir) if not holds_core(name)]
+    return None, replaced
 
 
 def check_replaced(output_dir: Path, names: Iterable[str]) -> None:
-    """Raises a `ValueError` if a run that begins would replace folders in `output_dir` that no run has made."""
+    """Raise a `ValueError` if a new run would replace folders in `output_dir` that no run has made."""
     found = [name for name in names if (output_dir / name).exists()]
     if found and not (output_dir / "config.yaml").exists():
         raise ValueError(
@@ -55,12 +83,60 @@ def check_replaced(output_dir: Path, names: Iterable[str]) -> None:
         )
 
 
+def find_finished(output_dir: Path) -> list[str]:
+    """Return the names of the phases that an earlier run has finished in `output_dir`, according to its `config.yaml`."""
+    if not (output_dir / "config.yaml").exists():
+        return []
+    config = yaml.safe_load((output_dir / "config.yaml").read_text()) or {}
+    names = [f"grown-{size}{end}" for size in config.get("resolutions", [])[1:] for end in ("-detail", "")]
+    if config.get("core") is None:
+        names.append("core")
+    return [name for name in names if (output_dir / name / "model_index.json").exists()]
+
+
+def find_resumed_phase(checkpoint: Path, phases: list[Phase], config: dict, resume_with_changes: bool) -> int:
+    """
+    Return the index in `phases` of the one that `checkpoint` is of.
+
+    Args:
+        checkpoint (`Path`): The checkpoint to resume from.
+        phases (`list[Phase]`): The phases of this run.
+        config (`dict`): The settings that must match for a resumed run to be the same run.
+        resume_with_changes (`bool`): Whether other settings are meant.
+
+    Raises:
+        `ValueError`: if this run has no such phase or fewer steps of it, or settings differ.
+    """
+    progress = Progress.read(checkpoint)
+    index = next((i for i, phase in enumerate(phases) if phase.is_same(progress.phase_index, progress.phase)), -1)
+    if index < 0:
+        raise ValueError(f"{checkpoint} is of phase {progress.phase}, which this run does not have.")
+    check_changes(checkpoint, progress.config, config, resume_with_changes)
+    if progress.step > phases[index].steps:
+        raise ValueError(
+            f"{checkpoint} is after step {progress.step}, but {phases[index].name} has {phases[index].steps} steps now."
+        )
+    return index
+
+
+def check_changes(checkpoint: Path, earlier: dict, now: dict, resume_with_changes: bool) -> None:
+    """Raise a `ValueError` that names the settings that differ from the checkpoint's, unless changes are meant."""
+    now = json.loads(json.dumps(now))  # with lists for tuples, as they were saved
+    names = [name for name in earlier | now if earlier.get(name) != now.get(name)]
+    if names and not resume_with_changes:
+        changes = ", ".join(f"{name} ({earlier.get(name)} -> {now.get(name)})" for name in names)
+        raise ValueError(
+            f"{checkpoint} was saved with other arguments: {changes}. Resume with the same ones, or say by "
+            "`--resume_with_changes` that these are meant."
+        )
+
+
 def claim_output_dir(
     output_dir: Path, config: dict, replaced: Iterable[str], checkpoint: Path | None, resume_with_changes: bool
 ) -> None:
     """
-    From here on `output_dir` holds this run, and `config.yaml` its arguments. Of an earlier run, a new one removes the
-    folders named in `replaced` and the metrics; one that goes on removes what came after its `checkpoint`.
+    Make `output_dir` this run's, with its arguments in `config.yaml`. A new run removes the folders in `replaced` and the metrics;
+    a resumed run removes what came after its `checkpoint`.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics_path = output_dir / "metrics.jsonl"
@@ -69,6 +145,23 @@ def claim_output_dir(
             remove_folder(output_dir / name)
         metrics_path.unlink(missing_ok=True)
     else:
-        keep_metrics(metrics_path, read_progress(checkpoint)["metrics_size"], resume_with_changes)
-        forget_newer(output_dir / "checkpoints", checkpoint)
+        truncate_metrics(metrics_path, Progress.read(checkpoint).metrics_size, resume_with_changes)
+        remove_newer(output_dir / "checkpoints", checkpoint)
     write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def truncate_metrics(path: Path, size: int, resume_with_changes: bool) -> None:
+    """
+    Remove the lines that were written after a checkpoint was saved: they will be written again.
+
+    Raises:
+        `ValueError`: if lines from before the checkpoint are missing and no changes are meant.
+    """
+    found = path.stat().st_size if path.exists() else 0
+    if found < size and not resume_with_changes:
+        raise ValueError(
+            f"{path} lacks lines that were there when the checkpoint was saved: put it back, or say by "
+            "`--resume_with_changes` that the curves and the card may lack them."
+        )
+    if found > size:
+        os.truncate(path, size)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What training needs to know of FSDP2, by which every process keeps only a part of each parameter."""
+"""FSDP2, under which every process keeps only a part of each parameter."""
 
 import functools
 
@@ -17,13 +17,13 @@ from .arguments import TrainingArguments
 from .trained_model import TrainedModel
 
 
-# Classes whose parameters are gathered at once. The inner model and each stage are among them, so that no unit mixes what
-# a detail phase freezes with what it trains.
+# The classes whose parameters FSDP gathers at once. The inner model and each stage are among them, so that no unit mixes frozen
+# parameters with parameters that train.
 UNITS = ("ShallowUNet2DModel", "GrowthStage", "GreedyGrowTransformerBlock", "ResnetBlock2D")
 
 
 def list_units(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """The parameters of `model`, grouped by what is gathered at once: the innermost of [`UNITS`] around each, or the model."""
+    """Group the parameters of `model` by what FSDP gathers at once: the innermost module of the classes `UNITS`, or the model."""
     units: list[list[torch.nn.Parameter]] = [[]]
 
     def visit(module: torch.nn.Module, unit: list[torch.nn.Parameter]) -> None:
@@ -39,8 +39,7 @@ def list_units(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
 
 def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:
     """
-    Under FSDP, the model's own gradient checkpointing takes the place of accelerate's, and accumulated gradients stay
-    sharded.
+    Under FSDP, use the model's own gradient checkpointing instead of accelerate's, and keep accumulated gradients sharded.
 
     Raises:
         `ValueError`: under FSDP's first version, and under DeepSpeed.
@@ -63,8 +62,8 @@ def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:
 
 def shard(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipeline) -> None:
     """
-    Under FSDP, tells accelerate how to shard `model`, which holds modules of `pipeline`, when it prepares it; the pipeline
-    gets modules without weights in their place, to be filled by [`consolidate`].
+    Under FSDP, tell accelerate how to shard `model`, which holds modules of `pipeline`. The pipeline gets modules without weights
+    instead, to be filled by [`consolidate`]. Called before accelerate prepares the model.
     """
     if not accelerator.is_fsdp2:
         return
@@ -73,8 +72,8 @@ def shard(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipe
     plugin.transformer_cls_names_to_wrap = [unit.__name__ for unit in classes]
     plugin.auto_wrap_policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
     if accelerator.mixed_precision != "no":
-        # By accelerate's own policy the noisy images, the noise levels and the sum of all gradients would lose precision
-        # as well; here only the weights do, while layers compute. Autocast does the rest.
+        # Accelerate's own policy would also lower the precision of noisy images, noise levels and summed gradients. This one
+        # lowers only the weights' precision while layers compute; autocast does the rest.
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -87,8 +86,8 @@ def shard(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipe
 
 def consolidate(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipeline) -> None:
     """
-    Under FSDP, gathers the weights of `model` into the modules that [`shard`] has left in `pipeline`, on the CPU of the main
-    process; on the others they stay without weights. Called on all processes.
+    Under FSDP, gather the weights of `model` into the modules that [`shard`] has left in `pipeline`, on the CPU of the main
+    process. On the other processes these stay without weights. Called on all processes.
     """
     if not accelerator.is_fsdp2:
         return
@@ -100,13 +99,13 @@ def consolidate(accelerator: Accelerator, model: TrainedModel, pipeline: Diffusi
         values = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         getattr(pipeline, name).load_state_dict(values, assign=True)
     if model.text_encoder is not None:
-        pipeline.text_encoder.tie_weights()  # gathered one by one
+        pipeline.text_encoder.tie_weights()  # they were gathered one by one
 
 
 def reshard(model: TrainedModel) -> None:
     """
-    Drops the whole weights that FSDP has gathered and kept after a forward pass without a backward pass. Without this, the
-    next forward pass would use them even if parameters have been changed since, by anything but the optimizer.
+    Drop the whole weights that FSDP keeps after a forward pass without a backward pass. Otherwise the next forward pass would
+    use them even if something other than the optimizer has changed the parameters since.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -114,12 +113,12 @@ def reshard(model: TrainedModel) -> None:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded. Called on all processes."""
+    """Return the whole of a tensor that may be sharded. Called on all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scatter_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of `tensor`, which all processes have, on the device of `like` and sharded as it is."""
+    """Return this process's part of `tensor`, sharded like `like` and on its device. All processes must hold `tensor`."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor

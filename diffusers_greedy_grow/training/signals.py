@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""Signals that stop a run: the current step is finished and a checkpoint is saved."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 
 class Interrupt:
-    """Notes Ctrl-C and SIGTERM, so that the step at hand is finished and a checkpoint is saved."""
+    """Catches Ctrl-C and SIGTERM, so that the loop can finish its step and save a checkpoint."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -21,18 +21,19 @@ class Interrupt:
             signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
+        """Handle a signal: remember the first, and stop at once at a second Ctrl-C."""
         if self.signal is None:
             self.signal = number
             text = "a checkpoint is saved after the next training step, then the run stops. Ctrl-C again stops it at once."
-            # Not by print, which may be what the signal has interrupted.
+            # `os.write` and not `print`: the signal may have interrupted a `print`.
             os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
-        elif number == signal.SIGINT:  # a second SIGTERM is that of a scheduler, passed on by the launcher
+        elif number == signal.SIGINT:  # a second SIGTERM comes from a scheduler, passed on by the launcher
             sys.exit(128 + number)
 
     def noted(self, accelerator: Accelerator, ask: bool) -> bool:
         """
-        Whether to stop: if any process has noted a signal. Several are only heard if they `ask`, all of them at the same
-        steps, since that waits for the GPU.
+        Return whether to stop, because any process has caught a signal. Several processes tell each other only if they
+        `ask`, all at the same steps, since that waits for the GPU.
         """
         if accelerator.num_processes == 1:
             return self.signal is not None
@@ -40,14 +41,19 @@ class Interrupt:
             accelerator.set_trigger()
         return ask and accelerator.check_trigger()
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a process that the signal stopped."""
+        return 128 + (self.signal or signal.SIGTERM)
+
 
 def leave_signals_to_the_parent(worker_id: int) -> None:
     """
-    For each worker of a data loader. Ctrl-C, and SIGTERM to a job, reach all processes of it, but the one that trains still
-    needs its workers to finish a step. They end when it does, by a SIGTERM of its own.
+    Make a data loader's worker ignore the signals that stop a run. Ctrl-C, and SIGTERM to a job, reach all of its processes, but
+    the training process still needs its workers to finish the step. They end by a SIGTERM from the training process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell whose signal it is
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()

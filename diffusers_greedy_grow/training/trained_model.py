@@ -1,15 +1,19 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""Everything that trains in a phase, as one module."""
 
 import torch
 
 
 class TrainedModel(torch.nn.Module):
     """
-    What a phase trains as one module, since FSDP takes only one: the model `unet` and, if it trains along, the
-    `text_encoder`. Called like the model; with one that trains, with `input_ids` instead of `encoder_hidden_states`.
+    The model and, if it trains along, the text encoder, as one module: FSDP takes only one. Called like the model; with a text
+    encoder, called with `input_ids` instead of `encoder_hidden_states`.
+
+    Args:
+        unet (`torch.nn.Module`): The model.
+        text_encoder (`torch.nn.Module`, *optional*): A text encoder that trains.
     """
 
     def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module | None = None):

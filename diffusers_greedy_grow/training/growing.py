@@ -1,0 +1,219 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pipelines of a run: around a new core, around somebody's trained core, loaded from a finished phase, and grown."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
+
+from .. import GreedyGrowPipeline, ShallowUNet2DModel
+from ..flow import detail_variance
+from ..models.growable_unet_2d_condition import find_core, load_core
+from .arguments import ModelArguments
+from .data.captioned import CaptionedImages
+from .data.images import normalize
+from .parsing import parse_channels
+from .phases import Phase
+from .text.small_encoder import build_small_text_encoder, train_small_tokenizer
+
+
+logger = get_logger(__name__)
+
+SMALL_TEXT_HIDDEN_SIZE = 128
+# The small text encoder's tokenizer is trained on this many captions at most.
+TOKENIZER_CAPTIONS = 100_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# New
+
+
+def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowUNet2DModel:
+    """Build a core with random weights, whose first predictions are zero."""
+    unet = ShallowUNet2DModel(
+        sample_size=model_args.resolutions[0],
+        patch_size=model_args.patch_size,
+        hidden_size=model_args.hidden_size,
+        num_layers=model_args.num_layers,
+        num_attention_heads=model_args.num_attention_heads,
+        mlp_ratio=model_args.mlp_ratio,
+        cross_attention_dim=cross_attention_dim,
+    )
+    unet.zero_init_output()
+    return unet
+
+
+def build_core_pipeline(
+    model_args: ModelArguments, captions: Iterable[str], checkpoint: Path | None = None
+) -> GreedyGrowPipeline:
+    """
+    Build a pipeline around a new core, with a pretrained text encoder or a small new one.
+
+    Args:
+        model_args (`ModelArguments`): What to build.
+        captions (`Iterable[str]`): The captions that a new tokenizer is trained on; only the first ones are read.
+        checkpoint (`Path`, *optional*): A checkpoint whose tokenizer a small text encoder goes on with.
+
+    Raises:
+        `ValueError`: if `text_hidden_size` is not the named text encoder's.
+    """
+    if model_args.text_encoder == "small":
+        if checkpoint is not None:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+        else:
+            tokenizer = train_small_tokenizer(itertools.islice(captions, TOKENIZER_CAPTIONS))
+        text_encoder = build_small_text_encoder(
+            tokenizer, get_text_hidden_size(model_args), model_args.text_num_layers
+        )
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model_args.text_encoder)
+        text_encoder = AutoModelForTextEncoding.from_pretrained(model_args.text_encoder, use_safetensors=True)
+        if model_args.text_hidden_size not in (None, text_encoder.config.hidden_size):
+            raise ValueError(
+                f"`text_hidden_size={model_args.text_hidden_size}` is not that of "
+                f"`text_encoder={model_args.text_encoder!r}`, which is {text_encoder.config.hidden_size}: leave it out."
+            )
+    return GreedyGrowPipeline(
+        unet=build_core(model_args, text_encoder.config.hidden_size),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        max_sequence_length=model_args.max_sequence_length,
+    )
+
+
+def get_text_hidden_size(model_args: ModelArguments) -> int:
+    """
+    Return the width of the text embeddings: as given, or from the configuration of a named text encoder.
+
+    Raises:
+        `OSError`: if that cannot be read.
+    """
+    if model_args.text_hidden_size is not None:
+        return model_args.text_hidden_size
+    if model_args.text_encoder == "small":
+        return SMALL_TEXT_HIDDEN_SIZE
+    try:
+        return AutoConfig.from_pretrained(model_args.text_encoder).get_text_config().hidden_size
+    except OSError as error:
+        raise OSError(
+            f"`text_encoder={model_args.text_encoder!r}` cannot be read: {error} To plan without it, name its "
+            "`text_hidden_size`."
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loaded and adopted
+
+
+def load_pipeline(folder: str | Path, revision: str | None = None) -> GreedyGrowPipeline:
+    """Load a pipeline to train on, and accept nothing less than all of its model's weights."""
+    core = load_core(folder, subfolder="unet", revision=revision)
+    return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
+
+
+def adopt_core(model_args: ModelArguments) -> None:
+    """
+    Set the arguments that describe a core and its text encoder to those of the pipeline that `core` names.
+
+    Raises:
+        `ValueError`: if other values were given, or that pipeline has no text.
+    """
+    core, revision = model_args.core, model_args.core_revision
+    config = find_core(core, subfolder="unet", revision=revision)[1]
+    if config["cross_attention_dim"] is None:
+        raise ValueError(
+            f"`core={core!r}` has no text, but `grow.py` trains on captions: name one with a text encoder."
+        )
+    text_config = AutoConfig.from_pretrained(core, subfolder="text_encoder", revision=revision).get_text_config()
+    names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio")
+    own = {name: config[name] for name in names}
+    own["text_hidden_size"] = config["cross_attention_dim"]
+    own["max_sequence_length"] = GreedyGrowPipeline.load_config(core, revision=revision)["max_sequence_length"]
+    if model_args.text_encoder == "small":
+        own["text_num_layers"] = text_config.num_hidden_layers
+    defaults = {field.name: field.default for field in fields(model_args)}
+    for name, value in own.items():
+        given = getattr(model_args, name)
+        if given not in (defaults[name], value):
+            raise ValueError(f"`{name}={given}` is not that of `core={core!r}`, which is {value}: leave it out.")
+        setattr(model_args, name, value)
+    if model_args.text_encoder != "small":
+        check_text_encoder(model_args, text_config)
+
+
+def check_text_encoder(model_args: ModelArguments, own) -> None:
+    """Raise a `ValueError` if `text_encoder` is not the core's, whose configuration is `own`."""
+    given, core = f"`text_encoder={model_args.text_encoder!r}`", f"`core={model_args.core!r}`"
+    try:
+        config = AutoConfig.from_pretrained(model_args.text_encoder).get_text_config()
+    except OSError:
+        logger.warning(f"{given} cannot be read here, so it is not compared with that of {core}, which is used.")
+        return
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(config, name) != getattr(own, name):
+            raise ValueError(
+                f"{given} is not that of {core}: its {name} is {getattr(config, name)} and not {getattr(own, name)}. Leave it "
+                "out, since a core keeps the text encoder that it was trained with."
+            )
+
+
+def get_core_resolution(model_args: ModelArguments) -> int:
+    """Return the resolution of the innermost core: of the new one, or of the pipeline that `core` names."""
+    if model_args.core is None:
+        return model_args.resolutions[0]
+    config = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)[1]
+    return (*config.get("inner_sample_sizes", ()), config["sample_size"])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Grown
+
+
+def stage_arguments(phase: Phase, model_args: ModelArguments) -> dict:
+    """Return what `from_core` needs to know about the stage of `phase`."""
+    return {
+        "block_out_channels": parse_channels(model_args.block_out_channels[phase.stage - 1]),
+        "layers_per_block": model_args.layers_per_block,
+        "init": model_args.init,
+    }
+
+
+def grow_pipeline(
+    pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, images: CaptionedImages, seed: int
+) -> GreedyGrowPipeline:
+    """
+    Grow `pipeline` to the resolution of `phase`. A resumed run grows the same stage, since the weights depend on the seed alone.
+
+    Args:
+        pipeline ([`GreedyGrowPipeline`]): The trained pipeline.
+        phase (`Phase`): The first phase of the new stage.
+        model_args (`ModelArguments`): For the stage's channels and layers.
+        images (`CaptionedImages`): The images whose high-frequency detail is measured, for `core_first="auto"`.
+        seed (`int`): The run's seed.
+    """
+    set_seed(seed + phase.stage)
+    factor = phase.resolution // pipeline.unet.config.sample_size
+    variance = None
+    # The pipeline holds one variance per stage, or none.
+    if len(pipeline.unet.sample_sizes) == 1 or pipeline.config.detail_variances is not None:
+        variance = measure_detail(images, phase.resolution, factor)
+    stage = stage_arguments(phase, model_args)
+    return GreedyGrowPipeline.from_core(pipeline, phase.resolution, detail_variance=variance, **stage)
+
+
+def measure_detail(images: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float:
+    """Return the mean [`detail_variance`] of the first `count` images at `resolution`."""
+    images = images.at(resolution)
+    variances = [
+        detail_variance(normalize(images[i]["pixel_values"].unsqueeze(0)), factor)
+        for i in range(min(count, len(images)))
+    ]
+    return sum(variances) / len(variances)

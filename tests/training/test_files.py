@@ -1,0 +1,29 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from diffusers_greedy_grow.training.files import remove_folder, save_pipeline
+
+from ..testing_utils import make_pipeline
+
+
+def test_a_saved_pipeline_replaces_an_earlier_one(tmp_path):
+    pipeline = make_pipeline()
+    save_pipeline(pipeline, tmp_path / "core")
+    (tmp_path / "core" / "left over").write_text("")
+    save_pipeline(pipeline, tmp_path / "core")
+    assert [path.name for path in tmp_path.iterdir()] == ["core"]
+    assert not (tmp_path / "core" / "left over").exists() and (tmp_path / "core" / "model_index.json").exists()
+
+
+def test_a_folder_may_be_a_link_to_a_larger_disk(tmp_path):
+    """What is there is replaced, the link stays."""
+    (tmp_path / "disk" / "core").mkdir(parents=True)
+    (tmp_path / "disk" / "core" / "old").touch()
+    (tmp_path / "core").symlink_to(tmp_path / "disk" / "core")
+    save_pipeline(make_pipeline(), tmp_path / "core")
+    assert (tmp_path / "core").is_symlink() and not (tmp_path / "core" / "old").exists()
+    assert (tmp_path / "core" / "model_index.json").exists()
+    remove_folder(tmp_path / "core")
+    assert (tmp_path / "core").is_symlink() and not list((tmp_path / "disk" / "core").iterdir())
+    remove_folder(tmp_path / "disk")
+    assert not (tmp_path / "disk").exists()
