@@ -25,7 +25,8 @@ from benchmarks.queue_of_runs import NARROW, WIDE
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import add_noise, enlarge, expand, pool, sample_sigma, velocity_from_clean
-from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
+from diffusers_greedy_grow.training.data.images import normalize
 from diffusers_greedy_grow.training.data.order import EpochOrder
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
 from diffusers_greedy_grow.training.objective import SIGMA_MIN_OF_LOSS

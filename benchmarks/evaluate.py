@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.training.data.images import CaptionedImages
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
 from diffusers_greedy_grow.training.seeds import sample_generators
 from diffusers_greedy_grow.training.shapes.scorer import score_images

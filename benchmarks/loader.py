@@ -29,7 +29,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
+from diffusers_greedy_grow.training.data.images import normalize
 from diffusers_greedy_grow.training.data.order import EpochOrder
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from benchmarks.tables import RESULTS, describe_machine, markdown, write_json
 from diffusers_greedy_grow.flow import pool, upsample
-from diffusers_greedy_grow.training.data.images import CaptionedImages
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
 
 

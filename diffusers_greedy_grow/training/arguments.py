@@ -1,79 +1,106 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The arguments of `training_examples/`: flags over a YAML file over defaults."""
+"""
+The arguments of `training_examples/`: one dataclass per subject, with the defaults and the help of each field.
+`parsing.py` reads them from a YAML file and from flags, and checks them.
+"""
 
 from dataclasses import dataclass, field
 
-from .objective import WEIGHTINGS
+
+# The errors by which a phase can train; see `training.objective`.
+WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 
 
 @dataclass
 class ImageArguments:
-    """Captioned images."""
+    """Captioned images, and how they are read."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub to train on."})
     train_data_dir: str | None = field(
         default=None,
-        metadata={"help": "A folder: imagefolder with metadata, parquet or WebDataset tar files; or one such file."},
+        metadata={
+            "help": "Folder to train on: an imagefolder with metadata, parquet files or WebDataset tar files; or one parquet or "
+            "tar file."
+        },
     )
-    image_column: str = field(default="image", metadata={"help": "The column with the images."})
-    caption_column: str = field(default="text", metadata={"help": "The column with the captions."})
+    image_column: str = field(default="image", metadata={"help": "Name of the column with the images."})
+    caption_column: str = field(default="text", metadata={"help": "Name of the column with the captions."})
     max_broken_share: float = field(
         default=0.01,
         metadata={
-            "help": "The largest share of broken captions, and of broken images; their rows are left out and named in a file."
+            "help": "Largest share of captions, and of images, that may be broken before the run stops. Broken rows are left out "
+            "and named in broken_rows.jsonl."
         },
     )
-    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions left empty, for guidance."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    caption_dropout: float = field(
+        default=0.1,
+        metadata={"help": "Share of captions that are replaced by the empty one, for classifier-free guidance."},
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Number of processes that decode images, per training process."}
+    )
     validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Captions of the sample grid; held-out captions by default."}
+        default=None, metadata={"help": "Captions of the sample grid. Default: held-out captions."}
     )
 
 
 @dataclass
 class DataArguments(ImageArguments):
-    """What to train on; by default captioned shapes, drawn for the purpose."""
+    """The data of `grow.py`: captioned shapes, which are drawn when the run starts, unless other data is named."""
 
     high_res_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Other data above the core's resolution, and to hold images out from. That of the core is then read at the "
-            "core's resolution."
+            "help": "Name of another dataset on the Hub to train on above the core's resolution, and to hold images out from. The "
+            "core's data then only needs the core's resolution."
         },
     )
     high_res_data_dir: str | None = field(
-        default=None, metadata={"help": "Instead of it, a folder or file as train_data_dir."}
+        default=None,
+        metadata={"help": "Folder or file to use instead of high_res_dataset_name, of a kind train_data_dir can be."},
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read rows as they are needed, for data that is too large to be put on a disk first."},
+        metadata={"help": "Read rows when they are needed, for data that is too large to be put on a disk first."},
     )
     shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Streaming: among how many rows each worker draws the next one."}
+        default=1000,
+        metadata={"help": "Number of rows among which each worker draws the next one when data is streamed."},
     )
     aspect_ratio_buckets: str | None = field(
         default=None,
         metadata={
-            "help": 'Heights and widths of images at the final resolution, such as "64,64;48,80;80,48": each image gets the '
-            "nearest shape. All are square by default, and held-out ones always."
+            "help": 'Heights and widths of images at the final resolution, such as "64,64;48,80;80,48": each training image gets '
+            "the nearest shape. Default: all images are square. Held-out images always are."
         },
     )
-    shapes_objects: int = field(default=1, metadata={"help": "Captioned shapes: at most how many objects (1 to 3)."})
-    shapes_images: int = field(default=20000, metadata={"help": "Captioned shapes: how many to draw."})
+    shapes_objects: int = field(
+        default=1, metadata={"help": "Largest number of objects in an image of captioned shapes, 1 to 3."}
+    )
+    shapes_images: int = field(default=20000, metadata={"help": "Number of captioned shapes to draw for training."})
     num_high_res_images: int | None = field(
         default=None,
-        metadata={"help": "Train above the core's resolution on that many images only, drawn at random."},
+        metadata={"help": "Train above the core's resolution on this many images only, chosen at random."},
     )
     text_embeddings_dir: str | None = field(
         default=None,
         metadata={
-            "help": "A folder to keep the embeddings of a text encoder that does not train, of use to other runs too."
+            "help": "Folder that caches the captions' text embeddings, for a text encoder that does not train. Several runs can "
+            "share it."
         },
     )
-    num_validation_images: int = field(default=256, metadata={"help": "Held-out images the loss is measured on."})
-    num_scored_images: int = field(default=96, metadata={"help": "Captioned shapes: images drawn for the score."})
+    num_validation_images: int = field(
+        default=256, metadata={"help": "Number of held-out images on which the loss is measured."}
+    )
+    num_scored_images: int = field(
+        default=96,
+        metadata={
+            "help": "Number of samples per phase that are scored by whether they show their captions, when training on captioned "
+            "shapes; 0 turns this off."
+        },
+    )
 
     @property
     def has_high_res_data(self) -> bool:
@@ -86,209 +113,277 @@ class DataArguments(ImageArguments):
 
 @dataclass
 class ModelArguments:
-    """The core, and what grows around it."""
+    """The core, its text encoder, and the stages that grow around it."""
 
     core: str | None = field(
         default=None,
         metadata={
-            "help": "A trained pipeline to grow, a folder or Hub id; skips the core phase. What describes a core or its text encoder "
-            "is then this one's, whose text encoder is used."
+            "help": "Folder or Hub id of a trained pipeline to grow, which skips the core phase. Its own architecture and text "
+            "encoder are used: leave out the arguments that describe them."
         },
     )
-    core_revision: str | None = field(
-        default=None, metadata={"help": "Its branch, tag or commit, if it is on the Hub."}
-    )
+    core_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a core on the Hub."})
     resolutions: list[int] = field(
-        default_factory=lambda: [16, 64], metadata={"help": "The core's, then each stage's, in pixels."}
+        default_factory=lambda: [16, 64],
+        metadata={"help": "Resolution of the core and then of each stage, in pixels per side."},
     )
-    init: str = field(default="preserve", metadata={"help": '"preserve", or the paper\'s "random".'})
-    patch_size: int = field(default=2, metadata={"help": "The core's."})
-    hidden_size: int = field(default=128, metadata={"help": "The core's."})
-    num_layers: int = field(default=6, metadata={"help": "The core's."})
-    num_attention_heads: int = field(default=2, metadata={"help": "The core's."})
-    mlp_ratio: float = field(default=4.0, metadata={"help": "The core's."})
+    init: str = field(
+        default="preserve",
+        metadata={"help": 'How a stage starts: "preserve" keeps the core\'s answer; "random" is the paper\'s growth.'},
+    )
+    patch_size: int = field(default=2, metadata={"help": "Patch size of the core, in pixels per side."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the core's transformer layers."})
+    num_layers: int = field(default=6, metadata={"help": "Number of the core's transformer layers."})
+    num_attention_heads: int = field(default=2, metadata={"help": "Number of attention heads of each core layer."})
+    mlp_ratio: float = field(
+        default=4.0, metadata={"help": "Width of the core's feed-forward layers, as a multiple of hidden_size."}
+    )
     block_out_channels: list[str] = field(
         default_factory=lambda: ["48,96"],
         metadata={
-            "help": 'Channels of each stage, outermost first, such as "64,128"; the last entry for all further stages.'
+            "help": 'Channels of each stage, outermost level first, such as "64,128". The last entry is used for all further '
+            "stages."
         },
     )
-    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per entry of block_out_channels."})
+    layers_per_block: int = field(
+        default=1, metadata={"help": "Number of residual blocks per entry of block_out_channels."}
+    )
     text_encoder: str = field(
         default="small",
-        metadata={"help": 'A folder or Hub id, used frozen; or "small": one trained with the core, from scratch.'},
+        metadata={
+            "help": 'Folder or Hub id of a text encoder, which stays frozen; or "small" for a new one that trains with the core.'
+        },
     )
     text_hidden_size: int | None = field(
         default=None,
         metadata={
-            "help": "Of the small text encoder, 128 by default. Of another, only to plan where it cannot be read."
+            "help": "Width of the small text encoder, 128 by default. With another text encoder, it is needed only to plan a run "
+            "where that encoder cannot be read."
         },
     )
-    text_num_layers: int = field(default=1, metadata={"help": "Of the small text encoder."})
-    max_sequence_length: int = field(default=64, metadata={"help": "How many text tokens are read."})
+    text_num_layers: int = field(default=1, metadata={"help": "Number of layers of the small text encoder."})
+    max_sequence_length: int = field(
+        default=64, metadata={"help": "Number of text tokens that are read; longer captions are truncated."}
+    )
 
 
 @dataclass
 class LoopArguments:
-    """What every training loop has."""
+    """The settings of a training loop that both scripts have."""
 
-    output_dir: str = field(default="output", metadata={"help": "Where everything goes."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Whether to replace an earlier run there."})
+    output_dir: str = field(
+        default="output", metadata={"help": "Folder for models, checkpoints, samples and metrics."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an earlier run in output_dir instead of refusing to start."}
+    )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": '"latest", if there is one, or a checkpoint folder.'}
+        default=None,
+        metadata={"help": 'Checkpoint folder to resume from, or "latest" for the newest one, if there is any.'},
     )
     resume_with_changes: bool = field(
-        default=False, metadata={"help": "Go on although arguments differ from those of the checkpoint."}
+        default=False, metadata={"help": "Resume although arguments differ from those of the checkpoint."}
     )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "Of diffusers.optimization, within each phase."})
-    lr_warmup_steps: int = field(default=100, metadata={"help": "In each phase, of which they are a tenth at most."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "AdamW's second beta."})
-    adam_weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it; with 0 they are not."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Number of batches whose gradients are accumulated per step."}
+    )
+    lr_scheduler: str = field(
+        default="cosine",
+        metadata={"help": "Learning rate schedule of diffusers.optimization, which runs once per phase."},
+    )
+    lr_warmup_steps: int = field(
+        default=100,
+        metadata={"help": "Number of warmup steps at the start of each phase, at most a tenth of its steps."},
+    )
+    adam_beta2: float = field(default=0.99, metadata={"help": "Second beta of AdamW."})
+    adam_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 turns clipping off."}
+    )
     spike_factor: float = field(
         default=20.0,
-        metadata={"help": "Leave out a step whose gradient has so many times the median norm of the last 100 steps."},
+        metadata={
+            "help": "Skip a step whose gradient norm is more than this many times the median of the last 100 steps."
+        },
     )
-    max_skipped_steps: int = field(default=20, metadata={"help": "Stop if more steps in a row are left out."})
-    ema_decay: float = field(default=0.998, metadata={"help": "Of the moving average that is saved and sampled."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
+    max_skipped_steps: int = field(
+        default=20, metadata={"help": "Stop the run when more than this many steps in a row are skipped."}
+    )
+    ema_decay: float = field(
+        default=0.998, metadata={"help": "Decay of the moving average of the weights, which is saved and sampled."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass, which saves memory."}
+    )
     attention_backend: str | None = field(
         default=None,
-        metadata={"help": "Of diffusers, such as _native_cudnn or _native_math; torch's choice by default."},
+        metadata={
+            "help": "Attention backend of diffusers, such as _native_cudnn or _native_math. Default: torch chooses."
+        },
     )
-    mixed_precision: str | None = field(default=None, metadata={"help": '"no", "bf16" or "fp16".'})
-    seed: int = field(default=0, metadata={"help": "Of weights, data order, noise and caption dropout."})
-    num_inference_steps: int = field(default=20, metadata={"help": "Of the samples."})
-    guidance_scale: float = field(default=3.0, metadata={"help": "Of the samples."})
-    logging_steps: int = field(default=50, metadata={"help": "Steps between lines in metrics.jsonl."})
-    checkpointing_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints."})
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": 'Precision to compute in: "no", "bf16" or "fp16". Default: as accelerate is configured.'},
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the weights, the data order, the noise and the caption dropout."}
+    )
+    num_inference_steps: int = field(default=20, metadata={"help": "Number of steps in which samples are drawn."})
+    guidance_scale: float = field(default=3.0, metadata={"help": "Scale of classifier-free guidance for samples."})
+    logging_steps: int = field(default=50, metadata={"help": "Number of steps between lines in metrics.jsonl."})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Number of steps between checkpoints."})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     push_to_hub: bool = field(
         default=False,
         metadata={
-            "help": "Publish on the Hub, with the token of `hf auth login` or HF_TOKEN; grow.py publishes each phase's pipeline, "
-            "under a tag of its name."
+            "help": "Publish on the Hub with the token of `hf auth login` or HF_TOKEN. grow.py publishes the pipeline of each "
+            "phase under a tag of its name."
         },
     )
     hub_model_id: str | None = field(
         default=None,
         metadata={
-            "help": 'The repository that is published to and that model cards name, such as "user/model"; one of your own with '
-            "the name of output_dir by default."
+            "help": 'Repository to publish to, such as "user/model", which model cards name too. Default: your own repository '
+            "with the name of output_dir."
         },
     )
-    hub_private_repo: bool = field(default=False, metadata={"help": "Whether a new repository is private."})
-    hub_license: str | None = field(default=None, metadata={"help": "For the model cards, such as apache-2.0."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository on the Hub private."})
+    hub_license: str | None = field(
+        default=None, metadata={"help": "License to state in model cards, such as apache-2.0."}
+    )
     report_to: str | None = field(
         default=None,
-        metadata={"help": "A tracker of accelerate: tensorboard, wandb, trackio, or all that are installed."},
+        metadata={
+            "help": "Tracker of accelerate to report to: tensorboard, wandb, trackio, or all that are installed."
+        },
     )
 
 
 @dataclass
 class TrainingArguments(LoopArguments):
-    """What trains for how long. Of arguments that take a value for each resolution or stage, the last one holds for all further."""
+    """
+    The steps, rates and noise levels of each phase. Where an argument takes one value per resolution or per stage, the last
+    value is used for all further ones.
+    """
 
-    plan: bool = field(default=False, metadata={"help": "Print the plan and stop."})
+    plan: bool = field(default=False, metadata={"help": "Print what the run will cost, and stop."})
     plan_processes: int | None = field(
-        default=None, metadata={"help": "Plan for so many processes; by default for those of this launch."}
+        default=None,
+        metadata={"help": "Number of processes to plan for. Default: the number of processes of this launch."},
     )
-    core_steps: int = field(default=1600, metadata={"help": "Steps of the core phase; 0 trains all from scratch."})
-    detail_steps: list[int] = field(default_factory=lambda: [600], metadata={"help": "For each stage."})
-    joint_steps: list[int] = field(default_factory=lambda: [300], metadata={"help": "For each stage."})
+    core_steps: int = field(
+        default=1600, metadata={"help": "Number of steps of the core phase; 0 trains the grown model from scratch."}
+    )
+    detail_steps: list[int] = field(
+        default_factory=lambda: [600], metadata={"help": "Number of steps of each stage's detail phase."}
+    )
+    joint_steps: list[int] = field(
+        default_factory=lambda: [300], metadata={"help": "Number of steps of each stage's joint phase."}
+    )
     train_batch_size: list[int] = field(
-        default_factory=lambda: [32, 16], metadata={"help": "Images per process and step, at each resolution."}
+        default_factory=lambda: [32, 16], metadata={"help": "Images per process and batch, at each resolution."}
     )
     learning_rate: list[float] = field(
-        default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate, at each resolution."}
+        default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate at each resolution."}
     )
     core_lr_scale: float | None = field(
         default=None,
-        metadata={"help": "Joint phase: the inner model's rate, relative; by default .3, from scratch 1."},
+        metadata={
+            "help": "Learning rate of the inner model in a joint phase, as a multiple of the stage's. Default: 0.3, or 1 if the "
+            "grown model trains from scratch."
+        },
     )
     offload_ema: bool = field(
         default=False,
-        metadata={"help": "Keep that average in the CPU's memory, from where it is fetched in every step: slow."},
+        metadata={
+            "help": "Keep the moving average in CPU memory and copy it to the GPU in every step, which is slow."
+        },
     )
     logit_mean: list[float] = field(
         default_factory=lambda: [1.0, -0.7],
         metadata={
-            "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses "
-            "are over the first one's levels, whichever resolution trains."
+            "help": "Mean of logit(sigma) while each resolution trains, in terms of the core's noise level. Held-out losses are "
+            "always taken over the noise levels of the first resolution."
         },
     )
     logit_std: list[float] = field(
-        default_factory=lambda: [1.0, 1.3], metadata={"help": "Its standard deviation, at each resolution."}
+        default_factory=lambda: [1.0, 1.3],
+        metadata={"help": "Standard deviation of logit(sigma) while each resolution trains."},
     )
     loss_weighting: list[str] = field(
         default_factory=lambda: ["velocity", "clean"],
         metadata={
-            "help": f"By what error, or weight of noise levels, each resolution trains: {', '.join(WEIGHTINGS)}."
+            "help": f"Error, or weight of noise levels, by which each resolution trains: {', '.join(WEIGHTINGS)}."
         },
     )
-    low_res_loss_weight: float = field(
-        default=0.0,
-        metadata={"help": "Joint phase: the weight of an extra loss on images pooled to the inner resolution."},
-    )
-    low_res_share: float = field(
-        default=0.0,
-        metadata={"help": "Joint phase: the share of a batch that only the inner model sees, at its resolution."},
-    )
     sample_steps: int | None = field(
-        default=None, metadata={"help": "Also draw the captions of the sample grid after every so many steps."}
+        default=None,
+        metadata={"help": "Number of steps between sample grids within a phase. Default: only at the end of a phase."},
     )
-    validation_steps: int = field(default=1000, metadata={"help": "Steps between held-out losses."})
+    validation_steps: int = field(default=1000, metadata={"help": "Number of steps between held-out losses."})
     hub_steps: int | None = field(
         default=None,
-        metadata={"help": "Also publish the averaged weights after every so many steps, on the branch `training`."},
+        metadata={
+            "help": "Number of steps between uploads of the averaged weights to the branch `training`. Default: no such uploads."
+        },
     )
 
 
 @dataclass(kw_only=True)
 class LoraArguments(ImageArguments, LoopArguments):
-    """What `train_lora.py` adapts, and how."""
+    """The arguments of `train_lora.py`: the pipeline to adapt, the adapter, and its training."""
 
-    pretrained_model_name_or_path: str = field(metadata={"help": "The pipeline to adapt, a folder or Hub id."})
-    revision: str | None = field(default=None, metadata={"help": "Its branch, tag or commit, if it is on the Hub."})
-    output_dir: str = field(default="output-lora", metadata={"help": "Where everything goes."})
+    pretrained_model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the pipeline to adapt."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a pipeline on the Hub."})
+    output_dir: str = field(
+        default="output-lora", metadata={"help": "Folder for the adapter, checkpoints, samples and metrics."}
+    )
     resolution: int | None = field(
         default=None,
         metadata={
-            "help": "Images are scaled to it and averaged down to the model's, as a core's are by grow.py; by default "
-            "four times a core's, and a grown model's own."
+            "help": "Resolution to which images are scaled before they are averaged down to the model's, as grow.py does for a "
+            "core. Default: four times the resolution of a core, and a grown model's own resolution."
         },
     )
-    rank: int = field(default=8, metadata={"help": "Of the adapter's matrices."})
+    rank: int = field(default=8, metadata={"help": "Rank of the adapter's matrices."})
     lora_alpha: float | None = field(
-        default=None, metadata={"help": "They are scaled by lora_alpha / rank; by default the rank."}
+        default=None,
+        metadata={
+            "help": "Strength of the adapter: its output is multiplied by lora_alpha / rank. Default: the rank."
+        },
     )
     lora_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "How the names of the layers to adapt end. By default to_q, to_k, to_v and to_out.0, all attention; of a grown "
-            "model also its residual blocks' conv1 and conv2, and text_proj."
+            "help": "Endings of the names of the layers to adapt. Default: to_q, to_k, to_v and to_out.0, which is all attention; "
+            "in a grown model also conv1 and conv2 of the residual blocks, and text_proj."
         },
     )
-    max_train_steps: int = field(default=500, metadata={"help": "Steps to train."})
-    train_batch_size: int = field(default=16, metadata={"help": "Images per process and step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Its peak."})
+    max_train_steps: int = field(default=500, metadata={"help": "Number of steps to train."})
+    train_batch_size: int = field(default=16, metadata={"help": "Images per process and batch."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     logit_mean: float | None = field(
-        default=None, metadata={"help": "Of logit(sigma), in terms of the core's noise level; by default grow.py's."}
+        default=None,
+        metadata={"help": "Mean of logit(sigma), in terms of the core's noise level. Default: as in grow.py."},
     )
-    logit_std: float | None = field(default=None, metadata={"help": "Its standard deviation; by default grow.py's."})
+    logit_std: float | None = field(
+        default=None, metadata={"help": "Standard deviation of logit(sigma). Default: as in grow.py."}
+    )
     loss_weighting: str | None = field(
         default=None,
-        metadata={"help": f"One of {', '.join(WEIGHTINGS)}; by default grow.py's, which is by resolution."},
+        metadata={
+            "help": f"Error, or weight of noise levels, to train by: {', '.join(WEIGHTINGS)}. Default: as in grow.py, which "
+            "depends on the resolution."
+        },
     )
-    validation_steps: int = field(default=250, metadata={"help": "Steps between sample grids."})
+    validation_steps: int = field(default=250, metadata={"help": "Number of steps between sample grids."})
 
 
-# What is said of one launch and not of the run: `config.yaml` leaves it out, or using that again would remove a finished run.
+# Arguments of a single launch. `config.yaml` leaves them out: a later launch with that file must not remove a finished run.
 OF_ONE_LAUNCH = {"overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "plan"}
 
 
-# What may be different when a run goes on: it changes neither what is trained nor how.
+# Arguments that may differ when a run resumes: they change neither what is trained nor how.
 FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "output_dir",
     "plan_processes",
@@ -313,7 +408,7 @@ FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "hub_steps",
     "report_to",
     "sample_steps",
-    # These may be split otherwise, as long as the images per step remain the same.
+    # How a step's images are split may differ, as long as their number remains the same.
     "train_batch_size",
     "gradient_accumulation_steps",
 }

@@ -1,7 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""
+Reads the arguments of `training_examples/`, from flags over a YAML file over defaults, and stops with a message of the parser
+at values that cannot work, alone or together.
+"""
 
 import argparse
 import math
@@ -16,14 +19,49 @@ from diffusers.optimization import SchedulerType
 from diffusers.training_utils import parse_buckets_string
 from transformers import HfArgumentParser
 
-from .arguments import DataArguments, ImageArguments, LoraArguments, ModelArguments, TrainingArguments
-from .objective import WEIGHTINGS
+from .arguments import (
+    WEIGHTINGS,
+    DataArguments,
+    ImageArguments,
+    LoraArguments,
+    ModelArguments,
+    TrainingArguments,
+)
+
+
+def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """
+    Return the arguments of `grow.py`, read by [`parse_dataclasses`] and checked as far as they can be without data or models.
+    Lists with a value per resolution or stage are filled up to full length.
+    """
+    classes = (DataArguments, ModelArguments, TrainingArguments)
+    parser, (data, model, training) = parse_dataclasses(classes, argv, description)
+    check_resolutions(parser, model)
+    fill_lists(parser, model, training)
+    check_common(parser, data, training)
+    if training.core_lr_scale is None:
+        training.core_lr_scale = 0.3 if model.core is not None or training.core_steps else 1.0
+    check_grow_ranges(parser, data, model, training)
+    check_data(parser, data, model)
+    check_model(parser, model)
+    check_phases(parser, model, training)
+    return data, model, training
+
+
+def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
+    """Return the arguments of `train_lora.py`, checked as far as they can be without data or models."""
+    parser, (args,) = parse_dataclasses((LoraArguments,), argv, description)
+    check_common(parser, args, args)
+    check_ranges(parser, *((args, name, 1, math.inf) for name in ("rank", "max_train_steps", "resolution")))
+    if args.loss_weighting not in (None, *WEIGHTINGS):
+        parser.error(f"--loss_weighting {args.loss_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
+    return args
 
 
 def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tuple[HfArgumentParser, list]:
-    """Reads flags over the YAML file that `--config` names over the defaults, and returns an instance of each class."""
+    """Read flags over the YAML file that `--config` names over the defaults, and return an instance of each class."""
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
-    parser.add_argument("--config", help="A YAML file with any of these arguments; flags win.")
+    parser.add_argument("--config", help="YAML file with any of these arguments. Flags override it.")
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     path = config.parse_known_args(argv)[0].config
@@ -38,13 +76,33 @@ def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tupl
                 flags += [f"--{name}", *map(str, value)]
             elif value is not None and value != []:
                 flags.append(f"--{name}={value}")
-        argv = [*flags, *argv]  # the last one of a name wins
+        argv = [*flags, *argv]  # of several flags with the same name, the last one wins
     *instances, _ = parser.parse_args_into_dataclasses(argv)
     return parser, instances
 
 
+def parse_channels(channels: str) -> tuple[int, ...]:
+    """Return the channels of a stage's levels from text such as "64,128"."""
+    return tuple(int(count) for count in str(channels).split(","))
+
+
+def parse_buckets(buckets: str) -> list[tuple[int, int]]:
+    """
+    Return heights and widths from text such as "64,64;48,80;80,48".
+
+    Raises:
+        `ValueError`: if the text has another form.
+    """
+    with warnings.catch_warnings():
+        # diffusers warns of sides that are not a multiple of 8; the models' own condition is checked with the models.
+        warnings.simplefilter("ignore")
+        return parse_buckets_string(buckets)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules for both scripts
 def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
-    """Stops at an argument out of its range; each rule is its owner, its name, and the least and the largest value."""
+    """Stop at a value out of its range. Each rule is an instance, a field's name, and its least and its largest value."""
     for owner, name, low, high in rules:
         value = getattr(owner, name)
         if not all(one is None or low <= one <= high for one in (value if isinstance(value, list) else [value])):
@@ -52,8 +110,8 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
             parser.error(f"--{name} {value}: must be {span}.")
 
 
-def check_common(parser: HfArgumentParser, images: ImageArguments, loop: "TrainingArguments | LoraArguments") -> None:
-    """Stops at a value that no training can have."""
+def check_common(parser: HfArgumentParser, images: ImageArguments, loop: TrainingArguments | LoraArguments) -> None:
+    """Stop at a value that neither script can train with."""
     check_ranges(
         parser,
         (loop, "train_batch_size", 1, math.inf),
@@ -77,7 +135,7 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: "Traini
         (loop, "adam_weight_decay", 0, math.inf),
     )
     choices = {
-        # All but the one that needs rules.
+        # `piecewise_constant` needs rules, for which there is no argument.
         "lr_scheduler": [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
         "attention_backend": [backend.value for backend in AttentionBackendName],
         "report_to": LoggerType.list(),
@@ -91,36 +149,39 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: "Traini
         parser.error("--hub_private_repo needs --push_to_hub.")
 
 
-def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
-    """The arguments of `grow.py`, by [`parse_dataclasses`], with everything checked that can be checked now."""
-    classes = (DataArguments, ModelArguments, TrainingArguments)
-    parser, (data, model, training) = parse_dataclasses(classes, argv, description)
-
-    sizes = model.resolutions
-    for smaller, larger in zip(sizes, sizes[1:]):
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules for grow.py
+def check_resolutions(parser: HfArgumentParser, model: ModelArguments) -> None:
+    """Stop unless each resolution is a larger multiple of the one before."""
+    for smaller, larger in zip(model.resolutions, model.resolutions[1:]):
         if smaller < 1 or larger <= smaller or larger % smaller:
-            parser.error(f"--resolutions {sizes}: {larger} is no larger multiple of {smaller}.")
+            parser.error(f"--resolutions {model.resolutions}: {larger} is not a larger multiple of {smaller}.")
+
+
+def fill_lists(parser: HfArgumentParser, model: ModelArguments, training: TrainingArguments) -> None:
+    """Repeat the last value of each list with a value per resolution or stage, and stop at a list that is too long."""
+    num_resolutions = len(model.resolutions)
+    num_stages = num_resolutions - 1
     for owner, name, count in (
-        (model, "block_out_channels", len(sizes) - 1),
-        (training, "detail_steps", len(sizes) - 1),
-        (training, "joint_steps", len(sizes) - 1),
-        (training, "train_batch_size", len(sizes)),
-        (training, "learning_rate", len(sizes)),
-        (training, "logit_mean", len(sizes)),
-        (training, "logit_std", len(sizes)),
-        (training, "loss_weighting", len(sizes)),
+        (model, "block_out_channels", num_stages),
+        (training, "detail_steps", num_stages),
+        (training, "joint_steps", num_stages),
+        (training, "train_batch_size", num_resolutions),
+        (training, "learning_rate", num_resolutions),
+        (training, "logit_mean", num_resolutions),
+        (training, "logit_std", num_resolutions),
+        (training, "loss_weighting", num_resolutions),
     ):
-        given, default = getattr(owner, name), type(owner).__dataclass_fields__[name].default_factory()
+        given, default = getattr(owner, name), getattr(type(owner)(), name)
         if len(given) > count and given != default:
-            parser.error(f"--{name} {given}: with --resolutions {sizes} it takes at most {count}.")
+            parser.error(f"--{name} {given}: with --resolutions {model.resolutions} it takes at most {count}.")
         setattr(owner, name, (given + given[-1:] * count)[:count])
-    try:
-        [parse_channels(channels) for channels in model.block_out_channels]
-    except ValueError:
-        parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
-    check_common(parser, data, training)
-    if training.core_lr_scale is None:
-        training.core_lr_scale = 0.3 if model.core is not None or training.core_steps else 1.0
+
+
+def check_grow_ranges(
+    parser: HfArgumentParser, data: DataArguments, model: ModelArguments, training: TrainingArguments
+) -> None:
+    """Stop at a value of `grow.py` that is out of its range."""
     check_ranges(
         parser,
         (data, "shapes_objects", 1, 3),
@@ -139,21 +200,11 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
         (training, "core_lr_scale", 0, math.inf),
         (training, "sample_steps", 1, math.inf),
         (training, "hub_steps", 1, math.inf),
-        (training, "low_res_loss_weight", 0, math.inf),
-        (training, "low_res_share", 0, 0.9),
     )
-    if model.core_revision is not None and model.core is None:
-        parser.error(f"--core_revision {model.core_revision}: needs --core.")
-    if model.core is None and training.core_steps < 1 and (len(sizes) != 2 or training.detail_steps[0]):
-        parser.error(
-            f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
-        )
-    for batch_size, steps in zip(training.train_batch_size[1:], training.joint_steps):
-        if training.low_res_share and steps and not 0 < round(training.low_res_share * batch_size) < batch_size:
-            parser.error(
-                f"--low_res_share {training.low_res_share}: of --train_batch_size {batch_size} that is none or all; take a larger "
-                "batch or another share."
-            )
+
+
+def check_data(parser: HfArgumentParser, data: DataArguments, model: ModelArguments) -> None:
+    """Stop at data arguments that contradict each other."""
     if data.has_high_res_data and (data.on_shapes or data.num_high_res_images is not None):
         parser.error(
             "--high_res_dataset_name and --high_res_data_dir need --dataset_name or --train_data_dir for the core, and no "
@@ -174,44 +225,32 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
             parse_buckets(data.aspect_ratio_buckets)
         except ValueError as error:
             parser.error(f'--aspect_ratio_buckets {data.aspect_ratio_buckets}: {error} Write "64,64;48,80;80,48".')
+
+
+def check_model(parser: HfArgumentParser, model: ModelArguments) -> None:
+    """Stop at a model that cannot be built."""
+    try:
+        [parse_channels(channels) for channels in model.block_out_channels]
+    except ValueError:
+        parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
+    if model.core_revision is not None and model.core is None:
+        parser.error(f"--core_revision {model.core_revision}: needs --core.")
+    if model.init not in ("preserve", "random"):
+        parser.error(f'--init {model.init}: choose "preserve" or "random".')
+    sizes = model.resolutions
+    if model.init == "random" and len(sizes) > 2:
+        parser.error(f"--init random grows one stage, not the {len(sizes) - 1} of --resolutions {sizes}.")
+
+
+def check_phases(parser: HfArgumentParser, model: ModelArguments, training: TrainingArguments) -> None:
+    """Stop at phases that cannot follow each other, and at a run without any."""
+    if model.core is None and training.core_steps < 1 and (len(model.resolutions) != 2 or training.detail_steps[0]):
+        parser.error(
+            f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
+        )
     if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
     if training.hub_steps is not None and not training.push_to_hub:
         parser.error("--hub_steps needs --push_to_hub.")
     if not {*training.loss_weighting} <= {*WEIGHTINGS}:
-        parser.error(f"--loss_weighting {training.loss_weighting}: choose of {', '.join(WEIGHTINGS)}.")
-    if model.init == "random" and training.low_res_share:
-        parser.error(
-            f"--low_res_share {training.low_res_share}: with --init random, the core draws no images of its own."
-        )
-    if model.init not in ("preserve", "random"):
-        parser.error(f'--init {model.init}: choose "preserve" or "random".')
-    if model.init == "random" and len(sizes) > 2:
-        parser.error(f"--init random grows one stage, not the {len(sizes) - 1} of --resolutions {sizes}.")
-    return data, model, training
-
-
-def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
-    """The arguments of `train_lora.py`, checked as far as they can be without the model."""
-    parser, (args,) = parse_dataclasses((LoraArguments,), argv, description)
-    check_common(parser, args, args)
-    check_ranges(parser, *((args, name, 1, math.inf) for name in ("rank", "max_train_steps", "resolution")))
-    if args.loss_weighting not in (None, *WEIGHTINGS):
-        parser.error(f"--loss_weighting {args.loss_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
-    return args
-
-
-def parse_channels(channels: str) -> tuple[int, ...]:
-    return tuple(int(count) for count in str(channels).split(","))
-
-
-def parse_buckets(buckets: str) -> list[tuple[int, int]]:
-    """
-    Heights and widths from text.
-
-    Raises:
-        `ValueError`: if it does not say any.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sides that 8 does not divide; the model's own condition is checked
-        return parse_buckets_string(buckets)
+        parser.error(f"--loss_weighting {training.loss_weighting}: choose from {', '.join(WEIGHTINGS)}.")

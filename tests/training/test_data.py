@@ -3,20 +3,16 @@
 
 import io
 import json
-import os
-import zlib
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from diffusers_greedy_grow.flow import pool
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.images import (
-    CaptionedImages,
     normalize,
     open_image,
     to_pixel_values,
@@ -26,75 +22,8 @@ from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import check_data_dir, load_captioned_data, load_splits
 from diffusers_greedy_grow.training.seeds import sample_generators
-from diffusers_greedy_grow.training.text.captions import encode_captions, warn_of_cut_captions
-from diffusers_greedy_grow.training.text.embeddings import TextEmbeddings, name_encoder
-from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
-from ..testing_utils import CAPTIONS, make_pipeline
-
-
-def make_image(i: int, size: int = 32) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (size, size, 3)).astype(np.uint8))
-
-
-def write_image_folder(folder, count: int = 40, size: int = 32):
-    folder.mkdir()
-    lines = []
-    for i in range(count):
-        make_image(i, size).save(folder / f"{i:03}.png")
-        lines.append(json.dumps({"file_name": f"{i:03}.png", "text": f"image number {i}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def to_bytes(image: Image.Image, format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=format)
-    return buffer.getvalue()
-
-
-def write_rows(path, rows, caption_column: str = "text", image_column: str = "photo"):
-    """Images, or the bytes of their files, with their captions."""
-    images = [
-        image
-        if image is None
-        else {"bytes": to_bytes(image) if isinstance(image, Image.Image) else image, "path": None}
-        for image, _ in rows
-    ]
-    features = Features({image_column: ImageFeature(), caption_column: Value("string")})
-    table = {image_column: images, caption_column: [caption for _, caption in rows]}
-    Dataset.from_dict(table, features=features).to_parquet(path)
-
-
-def write_parquet(path, count: int = 40, caption_column: str = "text", first: int = 0):
-    write_rows(path, [(make_image(i), f"image number {i}") for i in range(first, first + count)], caption_column)
-
-
-def make_bomb() -> bytes:
-    """A small file of an image of 200 million pixels: only its header says so."""
-    content = bytearray(to_bytes(Image.new("L", (1, 1))))
-    content[16:24] = (20_000).to_bytes(4, "big") + (10_000).to_bytes(4, "big")
-    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    return bytes(content)
-
-
-# For each kind of broken row: an image, its caption, and what is said of it.
-BROKEN = {
-    "truncated": (to_bytes(make_image(0))[:1000], "the truncated one", "truncated"),
-    "truncated jpeg": (to_bytes(make_image(0), "JPEG")[:700], "a jpeg", "truncated"),
-    "zero bytes": (b"", "nothing", "zero bytes"),
-    "no image": (b"not an image", "some text", "cannot identify image file"),
-    "wrong mode": (
-        to_bytes(Image.fromarray(np.full((9, 9), 70000, np.int32)), "TIFF"),
-        "thick",
-        "an image of mode I",
-    ),
-    "decompression bomb": (make_bomb(), "a bomb", "decompression bomb"),
-    "missing image": (None, "no image", "no image"),
-    "empty caption": (make_image(1), " \n", "the caption is empty"),
-    "long caption": (make_image(2), "long " * 2000, "the caption has 10000 characters"),
-    "missing caption": (make_image(3), None, "no caption"),
-}
+from ..data_utils import BROKEN, make_image, make_rows, to_bytes, write_image_folder, write_parquet, write_rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,12 +188,6 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
         CaptionedImages(train, 16, broken=BrokenRows(max_share=0))
 
 
-def make_rows(images: list[bytes]) -> Dataset:
-    features = Features({"image": ImageFeature(decode=False), "text": Value("string")})
-    rows = [{"bytes": image, "path": None} for image in images]
-    return Dataset.from_dict({"image": rows, "text": ["an image"] * len(rows)}, features=features)
-
-
 def test_the_share_of_broken_images():
     """Each row counts once: of 1500, 24 broken ones are more than 1 %."""
     good = to_bytes(make_image(0, size=2))
@@ -366,113 +289,3 @@ def test_noise_depends_on_the_place_in_the_global_batch_only():
     halves = draw((0, 1, 2), 0, 4) + draw((0, 1, 2), 4, 4)
     assert all(torch.equal(a, b) for a, b in zip(batch, halves))
     assert len({tuple(noise.tolist()) for noise in batch + draw((0, 1, 3), 0, 8) + draw((1, 1, 2), 0, 8)}) == 24
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def test_small_text_encoder(tmp_path):
-    captions = ["a large Red circle", "a small blue square, both above a ring", "übergroß 🎉"]
-    tokenizer = train_small_tokenizer(captions, vocab_size=400)
-    for text in [*captions, "zebra-crossing 日本"]:
-        ids = tokenizer(text)["input_ids"]
-        assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.lower()
-    assert len(tokenizer("a large red circle")["input_ids"]) == 5  # a word each
-    assert len(tokenizer("")["input_ids"]) == 1  # an empty caption is not empty to the model
-    encoder = build_small_text_encoder(tokenizer, hidden_size=64, num_layers=1).eval()
-    tokens = tokenizer(captions, padding=True, return_tensors="pt")
-    hidden_states = encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-    assert hidden_states.shape == (*tokens["input_ids"].shape, 64)
-    encoder.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again = type(tokenizer).from_pretrained(tmp_path)
-    assert again(captions)["input_ids"] == tokenizer(captions)["input_ids"]
-
-
-def test_words_outweigh_what_is_around_them():
-    """In a new small text encoder, so that words are there for the stages which the core has no use for."""
-    colors, textures, shapes = ("red", "blue", "green"), ("plain", "dotted", "striped"), ("circle", "star", "ring")
-    captions = [f"a {a} {b} {c}" for a in colors for b in textures for c in shapes]
-    tokenizer = train_small_tokenizer(captions)
-    tokens = tokenizer(captions, padding=True, return_tensors="pt")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        hidden_states = build_small_text_encoder(tokenizer)(**tokens).last_hidden_state
-    textured = hidden_states[:, 2].reshape(3, 3, 3, -1)  # by color, texture and shape
-    words = textured.mean(dim=(0, 2), keepdim=True)
-    between = (words - words.mean(dim=1, keepdim=True)).square().sum(dim=-1).mean()
-    within = (textured - words).square().sum(dim=-1).mean()
-    assert within < 0.1 * between
-
-
-def test_cut_captions_are_told_of_before_training_and_not_in_each_step(recwarn):
-    pipeline, long = make_pipeline(), "a red circle " * 50
-    encoded = encode_captions(pipeline, pipeline.text_encoder, [long, CAPTIONS[0]], torch.device("cpu"))
-    assert encoded["encoder_hidden_states"].shape[1] == pipeline.config.max_sequence_length
-    warn_of_cut_captions(pipeline, CAPTIONS)
-    assert not recwarn.list
-    warn_of_cut_captions(pipeline, [*CAPTIONS, long])
-    (warning,) = recwarn.list
-    assert f"1 of {len(CAPTIONS) + 1} captions are longer than the `max_sequence_length=24` tokens" in str(
-        warning.message
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_embeddings(tmp_path, dtype):
-    pipeline = make_pipeline()
-    pipeline.text_encoder.to(dtype)
-    calls = []
-
-    def encode(captions):
-        calls.extend(captions)
-        with torch.no_grad():
-            return encode_captions(pipeline, pipeline.text_encoder, captions, torch.device("cpu"))
-
-    first, embeddings = TextEmbeddings(tmp_path), TextEmbeddings(tmp_path)
-    # Two processes, each with its share; then a run with more captions.
-    shares = [*CAPTIONS[:2]] * 2, [*CAPTIONS[2:], ""]
-    assert first.add(shares[0], encode) + embeddings.add(shares[1], encode) == 4
-    embeddings.reload()
-    assert embeddings.add([*CAPTIONS, "something else"], encode, batch_size=1) == 1
-    num_parts, num_files = len(list(tmp_path.glob("*/index.json"))), len(os.listdir("/proc/self/fd"))
-    assert embeddings.find("something else") is None
-    more = TextEmbeddings(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) - num_files == num_parts > 1  # one for each, since large data has many
-    embeddings = more
-    assert sorted(calls) == sorted([*CAPTIONS, "", "something else"])
-    captions = ["", CAPTIONS[2], "something else"]
-    kept, expected = embeddings(captions, torch.device("cpu")), encode(captions)
-    mask = expected["encoder_attention_mask"]
-    assert torch.equal(kept["encoder_attention_mask"], mask) and not mask.all()
-    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
-    torch.testing.assert_close(
-        kept["encoder_hidden_states"][mask], expected["encoder_hidden_states"][mask], **tolerance
-    )
-    assert kept["encoder_hidden_states"].dtype == dtype
-    with pytest.raises(KeyError, match="has no embedding of 'a cat'"):
-        embeddings(["a cat"], torch.device("cpu"))
-
-
-def test_nothing_is_left_of_embeddings_that_were_interrupted(tmp_path):
-    def encode(captions):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        TextEmbeddings(tmp_path).add(["a circle"], encode)
-    assert not list(tmp_path.iterdir())
-
-
-def test_embeddings_are_of_one_encoder():
-    pipeline = make_pipeline()
-    names = {name_encoder(pipeline, "no"), name_encoder(make_pipeline(), "no")}
-    assert len(names) == 1
-    names.add(name_encoder(pipeline, "bf16"))
-    with torch.no_grad():
-        next(pipeline.text_encoder.parameters())[0, 0] += 1
-    names.add(name_encoder(pipeline, "no"))
-    pipeline.register_to_config(max_sequence_length=5)
-    names.add(name_encoder(pipeline, "no"))
-    assert len(names) == 4

@@ -57,7 +57,7 @@ def test_relations_hold_and_nothing_overlaps():
 
 
 def test_unknown_captions_are_refused():
-    with pytest.raises(ValueError, match="`caption='a big cat'` is none of these"):
+    with pytest.raises(ValueError, match="`caption='a big cat'` does not describe captioned shapes"):
         parse_caption("a big cat")
 
 

@@ -1,58 +1,44 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import contextlib
 import io
 import itertools
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
-from datasets import Dataset
 from huggingface_hub import HfApi
 
-from diffusers_greedy_grow.training.arguments import DataArguments
-from diffusers_greedy_grow.training.data import streaming as streaming_module
-from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize, to_pixel_values
+from diffusers_greedy_grow.training.data.images import normalize, to_pixel_values
 from diffusers_greedy_grow.training.data.rows import MAX_CAPTION_CHARACTERS, BrokenRows
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
-from diffusers_greedy_grow.training.text.captions import encode_captions
-from training_examples import grow
 
-from ..testing_utils import make_pipeline
-from .test_data import BROKEN, make_image, write_image_folder, write_parquet, write_rows
+from ..data_utils import BROKEN, make_image, write_image_folder, write_parquet, write_rows
 
 
 READ = """
 import json, sys
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
-from diffusers_greedy_grow.training.data.images import CaptionedImages
-from diffusers_greedy_grow.training.data.order import BucketOrder
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
+from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
-from diffusers_greedy_grow.training.data.streaming import StreamLoader, StreamedImages, load_captioned_stream
+from diffusers_greedy_grow.training.data.streaming import StreamedImages, load_captioned_stream
 
 accelerator = Accelerator()
+phase = {"batch_size": 2, "steps_done": 0, "num_steps": 6, "seed": (0,), "gradient_accumulation_steps": 1}
 stream, _, first = load_captioned_stream(None, sys.argv[1], "photo", "text", 0)
-place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-loader = StreamLoader(StreamedImages(stream, first, 8), 2, 0, 6, num_workers=2, seed=(0,), **place)
+loader = make_loader(StreamedImages(stream, first, 8), accelerator, num_workers=2, **phase)
 captions = [batch["caption"] for batch in loader]
 state = loader.state()
-buckets = [(8, 8), (4, 16)]
 rows, _ = load_captioned_data(None, sys.argv[1], "photo", "text")
-images = CaptionedImages(rows, 8, buckets)
-order = BucketOrder(images.shapes, 2, 2, 0, 6, (0,))
-batches = list(accelerator.prepare(DataLoader(images, batch_sampler=order)))
+images = CaptionedImages(rows, 8, buckets=[(8, 8), (4, 16)])
+batches = list(make_loader(images, accelerator, num_workers=0, **phase))
 shapes = [list(batch["pixel_values"].shape) for batch in batches]
 in_order = [batch["caption"] for batch in batches]
 with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
@@ -81,17 +67,6 @@ def read(images: StreamedImages, num_batches: int, num_workers: int = 0, batch_s
     place = {"start": 0, "process_index": 0, "num_processes": 1, "seed": (0,), **kwargs}
     loader = StreamLoader(images, batch_size, num_batches=num_batches, num_workers=num_workers, **place)
     return list(loader), loader
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    """A folder of four parquet files of six rows each, all different, every third one wide."""
-    folder = tmp_path_factory.mktemp("files")
-    for i in range(0, 24, 6):
-        shapes = [(40, 10) if j % 3 == 0 else (32, 32) for j in range(i, i + 6)]
-        rows = [(make_image(j).resize(shape), f"image number {j}") for j, shape in zip(range(i, i + 6), shapes)]
-        write_rows(folder / f"{i // 6}.parquet", rows)
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,20 +262,6 @@ def test_a_reader_that_never_gets_a_row(tmp_path, num_files):
 # Captions
 
 
-@pytest.fixture
-def rows_read(monkeypatch) -> list[tuple[int, int]]:
-    """The places of the rows that have been read from any stream."""
-    places, read_files = [], streaming_module.read_files
-
-    def read_and_note(*args):
-        for place, row in read_files(*args):
-            places.append(place)
-            yield place, row
-
-    monkeypatch.setattr(streaming_module, "read_files", read_and_note)
-    return places
-
-
 @pytest.mark.parametrize("shares", [1, 3, 4, 7])
 def test_readers_of_captions_share_the_files(files, rows_read, shares):
     images = open_stream(files, num_held_out=8)
@@ -309,85 +270,6 @@ def test_readers_of_captions_share_the_files(files, rows_read, shares):
     assert counts == {f"image number {i}": 1 for i in range(8, 24)}
     # Neither of others, if there are enough, nor those that are held out altogether.
     assert Counter(file for file, _ in rows_read) == {1: 6 * (1 + (shares == 7)), 2: 6 * (1 + (shares == 7)), 3: 6}
-
-
-def make_run(source: Path, folder: Path, rank: int = 0, num_processes: int = 1, num_held_out: int = 4, **kwargs):
-    """What [`keep_embeddings`] takes of a run on a stream, as one of several processes."""
-    data_args = DataArguments(
-        train_data_dir=str(source), image_column="photo", streaming=True, text_embeddings_dir=str(folder), **kwargs
-    )
-    columns = data_args.image_column, data_args.caption_column
-    stream, held_out, first = load_captioned_stream(None, str(source), *columns, num_held_out)
-    PartialState(cpu=True)  # which logging asks for
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), mixed_precision="no", autocast=contextlib.nullcontext, wait_for_everyone=lambda: None,
-        process_index=rank, num_processes=num_processes, is_main_process=rank == 0,
-    )  # fmt: skip
-    return SimpleNamespace(
-        accelerator=accelerator, data_args=data_args, args=SimpleNamespace(seed=0), fingerprint=None,
-        train_data=StreamedImages(stream, first, 8), validation_data=CaptionedImages(held_out, 8),
-    )  # fmt: skip
-
-
-def test_a_stream_is_read_for_its_embeddings_once(files, tmp_path, rows_read):
-    """Each of two processes reads its own files; what would be other captions is read, and new ones only are embedded."""
-    source = shutil.copytree(files, tmp_path / "data")
-    pipeline, folder = make_pipeline(), tmp_path / "embeddings"
-
-    def start(**kwargs):
-        run = make_run(source, folder, **kwargs)
-        rows_read.clear()
-        return grow.keep_embeddings(run, pipeline)
-
-    start(rank=1, num_processes=2)
-    assert {file for file, _ in rows_read} == {1, 3} and not list(folder.glob("*/seen-*"))
-    start(rank=0, num_processes=2)
-    assert {file for file, _ in rows_read} == {0, 2}
-    (marker,) = folder.glob("*/seen-*.json")
-    parts = sorted(folder.glob("*/*/index.json"))
-    for rank, num_processes in ((0, 1), (0, 2), (1, 2)):
-        embeddings = start(rank=rank, num_processes=num_processes)
-        assert not rows_read
-    assert len(embeddings.hashes) == 25 and all(embeddings.find(f"image number {i}") is not None for i in range(24))
-    # Another column, whose captions are the same ones as far as they are held out; and more that are held out.
-    for i, file in enumerate(sorted(source.iterdir())):
-        rows = Dataset.from_parquet(str(file))
-        others = [f"image number {j + (j > 3)}" for j in range(6 * i, 6 * i + 6)]
-        rows.add_column("other", others).to_parquet(file)
-    start(caption_column="other")
-    assert len(rows_read) == 24
-    start(num_held_out=5)
-    assert len(rows_read) == 24
-    added = [part for part in folder.glob("*/*/index.json") if part not in parts]
-    assert len(added) == 1 and len(list(folder.glob("*/seen-*.json"))) == 3
-    assert len(start().hashes) == 26 and not rows_read
-    # The data changes after all, where nobody has looked.
-    write_rows(source / "3.parquet", [(make_image(i), f"a new image {i}") for i in range(6)])
-    embeddings = start()
-    with pytest.raises(KeyError, match=rf"no embedding of 'a new image 5'.*remove {re.escape(str(marker.parent))}/se"):
-        embeddings(["a new image 5"], torch.device("cpu"))
-    marker.unlink()
-    assert start().find("a new image 5") is not None and len(rows_read) == 24
-
-
-def test_a_stream_that_was_not_read_to_its_end_is_read_again(files, tmp_path, rows_read, monkeypatch):
-    pipeline, folder, encoded = make_pipeline(), tmp_path / "embeddings", []
-
-    def encode(_, text_encoder, captions, device):
-        encoded.extend(captions)
-        if len(encoded) > 15:
-            raise KeyboardInterrupt
-        return encode_captions(pipeline, text_encoder, captions, device)
-
-    monkeypatch.setattr(grow, "EMBEDDED_AT_ONCE", 5)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(grow, "encode_captions", encode)
-        grow.keep_embeddings(make_run(files, folder), pipeline)
-    assert not list(folder.glob("*/seen-*")) and len(list(folder.glob("*/*/index.json"))) == 3
-    run = make_run(files, folder)
-    rows_read.clear()
-    embeddings = grow.keep_embeddings(run, pipeline)
-    assert len(rows_read) == 24 and len(embeddings.hashes) == 25 and len(list(folder.glob("*/seen-*.json"))) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import StateDictType
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.checkpoints import read_progress
 
-from ..training.test_data import write_image_folder
+from ..data_utils import write_image_folder
 from .test_grow import LAUNCHER, SCRIPT, environment, launch, read_metrics, weights
 
 

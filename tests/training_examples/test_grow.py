@@ -34,8 +34,8 @@ from diffusers_greedy_grow.training.data.images import normalize, to_pixel_value
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from training_examples import grow
 
+from ..data_utils import make_image, write_image_folder, write_parquet, write_rows
 from ..testing_utils import make_core
-from ..training.test_data import make_image, write_image_folder, write_parquet, write_rows
 
 
 SCRIPT = Path(__file__).parents[2] / "training_examples" / "grow.py"

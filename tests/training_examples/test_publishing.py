@@ -17,8 +17,8 @@ from safetensors.torch import load
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.hub import get_lineage
 
+from ..data_utils import write_image_folder
 from ..testing_utils import run_in_a_shell
-from ..training.test_data import write_image_folder
 from .test_grow import assert_same_weights, command, weights
 
 

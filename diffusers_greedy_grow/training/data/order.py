@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""The order in which rows are shown. It depends on the seed alone, so that a resumed run sees what it would have seen."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,8 +12,12 @@ from torch.utils.data import Sampler
 
 class EpochOrder(Sampler[int]):
     """
-    `num_samples` indices into a dataset of `size` rows, starting after the first `start`: epoch after epoch, each in an
-    order of its own that depends on `seed` and the epoch alone, so a resumed run sees what it would have seen.
+    Indices of rows, epoch after epoch, each epoch in its own random order.
+
+    Args:
+        size (`int`): The number of rows.
+        start (`int`), num_samples (`int`): How many indices to leave out at the start, and how many to give.
+        seed (`tuple[int, ...]`): The seed. The order of an epoch depends on it and on the epoch's number.
     """
 
     def __init__(self, size: int, start: int, num_samples: int, seed: tuple[int, ...]):
@@ -33,16 +37,16 @@ class EpochOrder(Sampler[int]):
 
 class BucketOrder(Sampler[list[int]]):
     """
-    Batches of indices such that all images of a step have one shape: rows in the order of [`EpochOrder`] are collected by
-    shape, and whenever those of one shape are enough for a step, they make one. What is left of an epoch goes into the
-    next one's batches, so that every epoch shows every row.
+    Batches of indices such that all images of a step have the same shape. Rows are collected by shape in the order of
+    [`EpochOrder`]; as soon as a shape has enough rows for a step, they make one. Rows that are left at the end of an epoch
+    go into the batches of the next one, so that every epoch shows every row.
 
     Args:
         shapes (`np.ndarray`): The shape of each row, as an index.
-        batch_size (`int`): Rows of a batch.
-        batches_per_step (`int`): Consecutive batches that have one shape.
-        start (`int`), num_steps (`int`): How many steps are left out, and how many follow.
-        seed (`tuple[int, ...]`): What the order depends on.
+        batch_size (`int`): The number of rows per batch.
+        batches_per_step (`int`): The number of consecutive batches that have the same shape.
+        start (`int`), num_steps (`int`): How many steps to leave out at the start, and how many to give.
+        seed (`tuple[int, ...]`): The seed, as for [`EpochOrder`].
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class BucketOrder(Sampler[list[int]]):
     ):
         self.shapes, self.batch_size, self.batches_per_step = shapes, batch_size, batches_per_step
         self.start, self.num_steps, self.seed = start, num_steps, seed
-        self.drop_last = True  # for accelerate: every batch is full
+        self.drop_last = True  # tells accelerate that every batch is full
 
     def __len__(self) -> int:
         return self.num_steps * self.batches_per_step

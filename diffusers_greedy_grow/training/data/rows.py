@@ -1,34 +1,34 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""Broken rows: how they are found, counted and named, and how many a run accepts."""
 
 import contextlib
 import json
 from pathlib import Path
 
 
-# A longer caption is a page of text that was scraped along, not a caption.
+# A longer caption is a page of text that was scraped by mistake.
 MAX_CAPTION_CHARACTERS = 5000
 
 
 class BrokenRow(ValueError):
-    """Why a row cannot be trained on."""
+    """The reason why a row cannot be trained on."""
 
 
 class BrokenRows:
     """
-    Counts broken rows, writes a line for each to a file, and stops the run when there are too many.
+    Counts broken rows, writes a line per row to a file, and stops the run when there are too many.
 
-    Every process and every worker of a data loader counts what it reads itself; lines are short, so those of several
-    do not mix in the file.
+    Every process, and every worker of a data loader, counts the rows that it reads itself. All of them write to the same
+    file; lines are so short that they do not mix.
 
     Args:
         path (`Path`, *optional*):
-            The file, of one JSON object for each row: its name and the reason.
+            The file, with one JSON object per row: its name and the reason.
         max_share (`float`, defaults to 0.01):
-            The largest share of the rows read that may be broken. The first 1000 are taken together, since one of the
-            first ten would be a tenth already.
+            The largest share of the rows read that may be broken. It applies from 1000 rows on: with fewer, as many may be
+            broken as among 1000, since a single one of the first ten would be a tenth.
     """
 
     def __init__(self, path: Path | None = None, max_share: float = 0.01):
@@ -37,8 +37,10 @@ class BrokenRows:
 
     def add(self, name: str, reason: Exception) -> None:
         """
+        Count and note a broken row.
+
         Raises:
-            `ValueError`: if rows are broken beyond `max_share`.
+            `ValueError`: if more rows are broken than `max_share` allows.
         """
         self.broken += 1
         if self.path is not None:
@@ -54,26 +56,30 @@ class BrokenRows:
             )
 
     def found(self) -> int:
-        """How many different rows the file names."""
+        """Return how many different rows the file names."""
         if self.path is None or not self.path.exists():
             return 0
         rows = set()
         for line in self.path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # on a network drive, lines of several processes may mix after all
+            with contextlib.suppress(
+                ValueError
+            ):  # on a network drive, the lines of several processes may mix after all
                 rows.add(json.loads(line)["row"])
         return len(rows)
 
 
 def name_row(place: str, row: dict) -> str:
-    """Where a row stands, its file's name if it has one, and how its caption begins."""
+    """Return a name for a row: its place, its file's name if it has one, and the beginning of its caption."""
     path = (row["image"] or {}).get("path")
     return f"{place}{f', {path}' if path else ''}, {(row['text'] or '')[:80]!r}"
 
 
 def check_caption(caption: str | None) -> str:
     """
+    Return the caption if it can be trained on.
+
     Raises:
-        [`BrokenRow`]: if there is none, it is empty or longer than `MAX_CAPTION_CHARACTERS`.
+        [`BrokenRow`]: if there is none, or if it is empty or longer than `MAX_CAPTION_CHARACTERS`.
     """
     if caption is None:
         raise BrokenRow("no caption")

@@ -1,18 +1,33 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""
+Sources of captioned images: a dataset on the Hub, a folder, a file, or, by default, captioned shapes that are drawn when a run
+starts.
+"""
 
 from pathlib import Path
 
+from accelerate.logging import get_logger
 from datasets import Dataset, Image, IterableDataset, load_dataset
+
+from ..arguments import DataArguments
+from ..shapes.scenes import write_shapes
+
+
+logger = get_logger(__name__)
 
 
 FILE_TYPES = {".parquet": "parquet", ".tar": "webdataset"}
 
 
 def check_data_dir(data_dir: str, argument: str = "train_data_dir") -> None:
-    """Raises a `ValueError` that names the `argument` if `data_dir` is neither a folder nor a file that can be read."""
+    """
+    Check the value of an `argument`.
+
+    Raises:
+        `ValueError`: if `data_dir` is neither a folder nor a file that can be read.
+    """
     path = Path(data_dir)
     if not path.exists():
         raise ValueError(f"`{argument}={data_dir!r}` does not exist.")
@@ -27,19 +42,19 @@ def load_splits(
     dataset_name: str | None, data_dir: str | None, image_column: str, caption_column: str, streaming: bool = False
 ) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """
-    The splits of a source, each with the columns `image` and `text`. Images are left undecoded, as `bytes` or `path`, since
-    a broken one must not stop what reads it.
+    Load the splits of a source, each with the columns `image` and `text`. Images stay undecoded, as `bytes` or `path`, so
+    that a broken image does not stop whoever reads its row.
 
     Args:
         dataset_name (`str`, *optional*):
             A dataset on the Hub.
         data_dir (`str`, *optional*):
-            Instead of it, a folder with images and a `metadata.jsonl` or `metadata.csv` (an imagefolder), a folder
+            Instead of a dataset on the Hub, a folder with images and a `metadata.jsonl` or `metadata.csv` (an imagefolder), a folder
             with parquet or WebDataset tar files, or one such file.
         image_column (`str`), caption_column (`str`):
-            The columns to read; of a WebDataset they are file extensions, such as `jpg` and `txt`.
+            The columns to read. The columns of a WebDataset are file extensions, such as `jpg` and `txt`.
         streaming (`bool`, defaults to `False`):
-            Whether to read rows as they are needed, instead of having all of them on disk and in order.
+            Whether to read rows when they are needed, instead of having all of them on disk and in order.
 
     Raises:
         `ValueError`: if there is not exactly one source that can be read, or a column is missing or of the wrong type.
@@ -51,7 +66,7 @@ def load_splits(
         if Path(data_dir).is_file():
             splits = load_dataset(FILE_TYPES[Path(data_dir).suffix], data_files=data_dir, streaming=streaming)
         elif any((Path(data_dir) / f"metadata.{kind}").exists() for kind in ("jsonl", "csv")):
-            # One set, whatever its images are called: `crash_test_1.png` is no split of its own.
+            # Name the split: else `datasets` would make one of each image that is called like `crash_test_1.png`.
             splits = load_dataset("imagefolder", data_dir=data_dir, data_files={"train": "**"}, streaming=streaming)
         else:
             splits = load_dataset(data_dir, streaming=streaming)
@@ -72,9 +87,9 @@ def load_splits(
         if getattr(split.features[caption_column], "dtype", None) not in ("string", "large_string"):
             raise ValueError(
                 f"`caption_column={caption_column!r}` holds {split.features[caption_column]}, not strings; name another "
-                "column, or write one caption for each image."
+                "column, or write one caption per image."
             )
-        # First of all, since renaming a stream's columns decodes them.
+        # Cast before renaming, which would decode the images of a stream.
         split = split.cast_column(image_column, Image(decode=False)).select_columns([image_column, caption_column])
         names = {image_column: "image", caption_column: "text"}
         splits[name] = split.rename_columns({old: new for old, new in names.items() if old != new})
@@ -87,14 +102,14 @@ def load_captioned_data(
     dataset_name: str | None, train_data_dir: str | None, image_column: str, caption_column: str, hold_out: bool = True
 ) -> tuple[Dataset, Dataset]:
     """
-    Loads images with captions by [`load_splits`] and splits off what is not trained on: with `hold_out`, data with no
-    `validation` or `test` of its own has 5 % held out, 256 at most, and always the same ones.
+    Load images with captions by [`load_splits`], and hold some of them out: the `validation` or `test` split if there is
+    one, else, with `hold_out`, 5 % of the rows and at most 256, always the same ones.
 
     Returns:
         The training and the validation rows, with the columns `image` (undecoded) and `text`.
 
     Raises:
-        `ValueError`: as [`load_splits`] does, and if there are fewer than two rows to hold one out.
+        `ValueError`: if [`load_splits`] raises it, or if there are fewer than two rows to hold one out.
     """
     splits = load_splits(dataset_name, train_data_dir, image_column, caption_column)
     for name in ("validation", "test"):
@@ -107,3 +122,37 @@ def load_captioned_data(
     held_out = min(256, max(1, len(splits["train"]) // 20))
     split = splits["train"].train_test_split(test_size=held_out, seed=0)
     return split["train"], split["test"]
+
+
+def write_shapes_once(
+    data_args: DataArguments, resolutions: list[int], texture_cells: int, seed: int, output_dir: str | Path
+) -> str:
+    """
+    Draw the captioned shapes that the arguments describe, unless `output_dir` has them already.
+
+    Args:
+        data_args ([`DataArguments`]): The number of objects and images.
+        resolutions (`list[int]`): The resolutions of the run; shapes are drawn at the last one.
+        texture_cells (`int`): The resolution of the core, below which textures vanish.
+        seed (`int`): The seed of all scenes.
+        output_dir (`str` or `Path`): The folder of the run.
+
+    Returns:
+        `str`: The folder with the shapes, which [`load_captioned_data`] reads.
+    """
+    size, objects, images = resolutions[-1], data_args.shapes_objects, data_args.shapes_images
+    held_out = max(256, data_args.num_scored_images)
+    name = f"shapes-{size}px-{texture_cells}-cells-{objects}-objects-{images}+{held_out}-seed-{seed}"
+    folder = Path(output_dir) / name
+    if not (folder / "validation.parquet").exists():
+        logger.info(f"Drawing {images} captioned shapes into {folder}.")
+        write_shapes(
+            folder,
+            num_train=images,
+            num_validation=held_out,
+            image_size=size,
+            max_objects=objects,
+            texture_cells=texture_cells,
+            seed=seed,
+        )
+    return str(folder)

@@ -2,18 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Captioned images from a stream: data that is too large to be had in order, as files on the Hub or on a disk.
+Captioned images from a stream of files, on the Hub or on a disk, for data that is too large to be put in order first.
 
-Batches come from *lanes*. The files are dealt to the lanes, again for each epoch; a lane reads its own ones epoch after epoch
-through a shuffle buffer, and batch `g` of a phase is the next one of lane `g % lanes`. There are as many lanes as a run
-has processes times workers, so each reads its own files and nothing else; with fewer files than lanes, some share one. As
-a batch depends on its lane alone, a phase goes on from a checkpoint with the same batches on any number of processes and
-workers that divides the number of lanes. Where batches are larger or smaller now, they hold other rows, but no row is repeated
-or lost.
+Batches come from *lanes*. The files are dealt to the lanes, in a new order each epoch. A lane reads its own files, epoch
+after epoch, through a shuffle buffer, and batch `g` of a phase is the next batch of lane `g % lanes`. There are as many lanes
+as a run has processes times workers, so each worker reads its own files and nothing else; if there are fewer files than
+lanes, some lanes share a file. A batch depends on its lane alone. A phase therefore resumes from a checkpoint with the same
+batches on any number of processes and workers that divides the number of lanes. If the batch size changes, batches hold other
+rows, but no row is repeated or lost.
 
-In each of its epochs a lane shows every row once, and the lanes of an epoch together every row of the data. Lanes with fewer
-rows are done with it sooner, and one that is dealt none (only files that are held out, say) passes over to its next epoch. To
-go on, a lane reads its epoch again from the start, but decodes only what it needs.
+In each of its epochs a lane shows each of its rows once, and all lanes together show every row of the data. Lanes with fewer
+rows finish an epoch sooner. A lane without any row in an epoch, for instance because its files are held out, passes over to
+its next epoch. To resume, a lane reads its epoch again from the start, but decodes only the rows that it still needs.
 """
 
 import copy
@@ -35,14 +35,14 @@ from .rows import BrokenRow, BrokenRows, check_caption, name_row
 from .sources import load_splits
 
 
-# Rows that are taken from a stream at once.
+# How many rows are taken from a stream at once.
 READ_SIZE = 64
 
 
 class LaneState(TypedDict):
     """
-    Where a lane stands: `read` is the epoch and the number of its rows that have been read; `waiting` are those among the
-    rows read, likewise named, that are not in a batch yet.
+    The position of a lane: `read` is the epoch and the number of its rows that have been read; `waiting` holds the positions,
+    in the same form, of the rows that have been read but are not in a batch yet.
     """
 
     read: tuple[int, int]
@@ -58,15 +58,15 @@ def load_captioned_stream(
     broken: BrokenRows | None = None,
 ) -> tuple[IterableDataset, Dataset, tuple[int, int]]:
     """
-    A stream of images with captions, and the rows that are held out: the first `num_held_out` good ones of a `validation` or
-    `test` split if there is one, of the stream itself if not. `broken` counts the others among them.
+    Open a stream of images with captions, and read the rows to hold out: the first `num_held_out` good rows of a `validation`
+    or `test` split if there is one, else of the stream itself. `broken` counts the broken rows among them.
 
     Returns:
-        The stream and the held-out rows, with the columns `image` (undecoded) and `text`; and the file of the stream and
-        the row in it before which nothing is trained on.
+        The stream and the held-out rows, with the columns `image` (undecoded) and `text`; and the first row to train on, as
+        the number of its file and its number in that file.
 
     Raises:
-        `ValueError`: as [`load_splits`] does, if too many are broken, and if none of the stream is left to train on.
+        `ValueError`: if [`load_splits`] raises it, if too many rows are broken, or if no row is left to train on.
     """
     broken = broken or BrokenRows()
     splits = load_splits(dataset_name, train_data_dir, image_column, caption_column, streaming=True)
@@ -85,11 +85,11 @@ def load_captioned_stream(
             rows.append(row)
         except BrokenRow as error:
             broken.add(name_row(f"row {row_number} of file {file}", row), error)
-    else:  # there was no further row
+    else:  # the split has no further row
         if name == "train":
             raise ValueError(
                 f"{len(rows)} rows of the stream are held out, and none is left to train on: hold out fewer by "
-                "`num_validation_images`, or do without `streaming`."
+                "`num_validation_images`, or leave out `streaming`."
             )
     columns = {column: [row[column] for row in rows] for column in ("image", "text")}
     return splits["train"], Dataset.from_dict(columns, features=splits[name].features), first
@@ -97,8 +97,9 @@ def load_captioned_stream(
 
 def read_files(stream: IterableDataset, files: Iterable[int] | None = None) -> Iterator[tuple[tuple[int, int], dict]]:
     """
-    The rows of some of a stream's files or of all, each with the number of its file and its own number in it. Unlike a loop
-    over the stream itself, one in a data loader's worker leaves nothing to the other workers.
+    Yield the rows of some of a stream's files, or of all, each with the number of its file and its number in that file. Unlike
+    a loop over the stream itself, this reads the same rows in a data loader's worker as elsewhere: nothing is left to the other
+    workers.
     """
     for file in range(stream.num_shards) if files is None else files:
         batches = stream.shard(num_shards=stream.num_shards, index=file).iter(READ_SIZE)
@@ -108,8 +109,8 @@ def read_files(stream: IterableDataset, files: Iterable[int] | None = None) -> I
 
 def deal(files: list[int], lane: int, lanes: int) -> tuple[list[int], int]:
     """
-    Which of the files a lane reads, and how many lanes have those files: more than itself only if there are fewer files than
-    lanes. Of a file's rows each of them has the same share whichever file it is.
+    Return the files that a lane reads, and how many lanes share them: several only if there are fewer files than lanes. Of a
+    file that is shared, each lane reads an equal part, which part depends on the lane alone.
     """
     if len(files) < lanes:
         return [files[lane % len(files)]], len(range(lane % len(files), lanes, len(files)))
@@ -118,20 +119,21 @@ def deal(files: list[int], lane: int, lanes: int) -> tuple[list[int], int]:
 
 class StreamedImages:
     """
-    Rows of `image` and `text` as batches of `pixel_values` `(B, 3, H, W)`, uint8, and `caption`. Broken rows are left out.
+    Streamed rows of `image` and `text` as batches of `pixel_values` `(B, 3, H, W)`, uint8, and `caption`. Broken rows are left
+    out.
 
     Args:
         stream (`IterableDataset`), first (`tuple[int, int]`):
-            As [`load_captioned_stream`] returns them.
+            The stream and its first row to train on, as [`load_captioned_stream`] returns them.
         resolution (`int`):
-            The side of the images.
+            The height and width of the images.
         buckets (`list[tuple[int, int]]`, *optional*):
-            Heights and widths, if images are not all to be square. The images of a batch share one; processes may have
-            different ones in a step.
+            Heights and widths, if not all images are to be square: each image gets the nearest shape. The images of a batch
+            have the same shape; the batches of several processes in a step may have different ones.
         broken (`BrokenRows`, *optional*):
-            What counts broken rows.
+            The counter of broken rows.
         shuffle_buffer_size (`int`, defaults to 1000):
-            Among how many rows, undecoded, each lane draws the next one.
+            The number of rows, still undecoded, among which each lane draws the next one.
     """
 
     def __init__(
@@ -151,11 +153,11 @@ class StreamedImages:
 
     @property
     def captions(self) -> Iterator[str]:
-        """Of the whole stream, one after the other, but for broken ones."""
+        """All captions of the stream, one after the other, without broken ones."""
         return self.read_captions(0, 1)
 
     def read_captions(self, share: int, shares: int) -> Iterator[str]:
-        """Those of one of several readers, each of which reads its own files, as lanes do."""
+        """Yield the captions for reader `share` of `shares`, each of which reads its own files, as lanes do."""
         files = list(range(self.stream.num_shards))
         for _, row in self.read_share(self.stream.select_columns(["text"]), files, share, shares):
             try:
@@ -164,7 +166,7 @@ class StreamedImages:
                 continue
 
     def at(self, resolution: int) -> "StreamedImages":
-        """The same images averaged down to `resolution`: float32 in [-1, 1], if it is not their own."""
+        """Return the same images averaged down to `resolution`. Unless it is their own, they are float32 in [-1, 1]."""
         images = copy.copy(self)
         images.pool_factor = self.resolution // resolution
         return images
@@ -172,17 +174,18 @@ class StreamedImages:
     def read_share(
         self, stream: IterableDataset, files: list[int], lane: int, lanes: int
     ) -> Iterator[tuple[tuple[int, int], dict]]:
-        """What [`read_files`] returns, of the rows that a lane is dealt and that are not held out."""
+        """Yield the rows that a lane is dealt and that are not held out, as [`read_files`] does."""
         own, sharing = deal(files, lane, lanes)
         for place, row in read_files(stream, (file for file in own if file >= self.first[0])):
             if place >= self.first and place[1] % sharing == lane // len(files):
                 yield place, row
 
     def shuffle_files(self, seed: tuple[int, ...], epoch: int) -> list[int]:
+        """Return the numbers of all files in the order of an epoch."""
         return np.random.default_rng([*seed, epoch]).permutation(self.stream.num_shards).tolist()
 
     def read_rows(self, lane: int, lanes: int, seed: tuple[int, ...], epoch: int) -> Iterator[tuple[str, dict]]:
-        """The rows of a lane in an epoch, shuffled and undecoded, with their names."""
+        """Yield the rows of a lane in an epoch, shuffled and undecoded, with their names."""
         rng = np.random.default_rng([*seed, epoch, lane])
         buffer: list[tuple[str, dict]] = []
         for (file, row_number), row in self.read_share(self.stream, self.shuffle_files(seed, epoch), lane, lanes):
@@ -197,15 +200,15 @@ class StreamedImages:
         self, lane: int, lanes: int, batch_size: int, seed: tuple[int, ...], state: LaneState | None
     ) -> Iterator[dict]:
         """
-        The batches of a lane without end, each with the `state` after it; from `state` on if it is given.
+        Yield the batches of a lane without end, each with the `state` after it. With `state`, begin where it was taken.
 
         Raises:
-            `ValueError`: if the lane has no rows in any file, or too many broken ones.
+            `ValueError`: if no file has a row for the lane, or if too many rows are broken.
         """
         done = tuple(state["read"]) if state is not None else (0, 0)
         kept = {tuple(position) for position in state["waiting"]} if state is not None else set()
         waiting: dict[tuple[int, int], list] = defaultdict(list)
-        unread = set(range(self.first[0], self.stream.num_shards))  # files that may yet have a row for this lane
+        unread = set(range(self.first[0], self.stream.num_shards))  # files that may still have a row for this lane
         for epoch in itertools.count(min([done, *kept])[0]):
             position = (epoch, 0)
             for i, (place, row) in enumerate(self.read_rows(lane, lanes, seed, epoch)):
@@ -224,24 +227,24 @@ class StreamedImages:
                 if len(waiting[bucket]) == batch_size:
                     _, pixel_values, captions = zip(*waiting.pop(bucket))
                     left = [row[0] for rows in waiting.values() for row in rows]
-                    left += [row for row in kept if row > position]  # only if batches were larger before
+                    left += [row for row in kept if row > position]  # if batches were larger before
                     yield {
                         "pixel_values": average_down(torch.stack(pixel_values), self.pool_factor),
                         "caption": list(captions),
                         "lane": lane,
                         "state": {"read": max(position, done), "waiting": left},
                     }
-            if position == (epoch, 0):  # another epoch deals it other files, but never another share of a file
+            if position == (epoch, 0):  # the next epoch deals the lane other files, but the same part of each
                 unread -= {*deal(self.shuffle_files(seed, epoch), lane, lanes)[0]}
                 if not unread:
                     raise ValueError(
                         f"No file has a row for reader {lane + 1} of {lanes}, as many as processes times workers: lower "
-                        "`dataloader_num_workers`, or do without `streaming`."
+                        "`dataloader_num_workers`, or leave out `streaming`."
                     )
 
 
 class LaneBatches(torch.utils.data.IterableDataset):
-    """The batches of one process, `num_batches` from number `start` of the phase on, dealt to a loader's workers."""
+    """The batches of one process: `num_batches` of them, after `start` batches of all processes, dealt to a loader's workers."""
 
     def __init__(
         self,
@@ -264,7 +267,7 @@ class LaneBatches(torch.utils.data.IterableDataset):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         readers: dict[int, Iterator[dict]] = {}
-        # A loader takes batches from its workers in turn.
+        # A data loader takes batches from its workers in turn, so worker i yields the batches i, i + num_workers, ...
         for i in range(first, self.num_batches, step):
             lane = (self.start + i * self.num_processes + self.process_index) % self.lanes
             if lane not in readers:
@@ -276,26 +279,26 @@ class LaneBatches(torch.utils.data.IterableDataset):
 
 class StreamLoader:
     """
-    The batches of one process from a stream, and the state to go on from.
+    The batches of one process from a stream, and the state to resume from.
 
     Args:
         images (`StreamedImages`):
             The data, at the resolution of the phase.
         batch_size (`int`), num_batches (`int`):
-            Of this process.
+            The number of images per batch, and of batches for this process.
         start (`int`):
-            How many batches all processes together have had in this phase.
+            The number of batches that all processes together have had in this phase.
         process_index (`int`), num_processes (`int`), num_workers (`int`):
-            Who reads.
+            The place of this process among all, and the number of workers in each.
         seed (`tuple[int, ...]`):
-            What the order depends on.
+            The seed of the order.
         state (`dict`, *optional*):
-            What [`StreamLoader.state`] returned, to go on from there.
+            The state to resume from, as [`StreamLoader.state`] returned it.
         pin_memory (`bool`, defaults to `False`):
-            As in a data loader.
+            Whether to put batches into pinned memory, as a data loader does.
 
     Raises:
-        `ValueError`: if the lanes in `state` cannot be dealt to the processes and workers, or are of other data.
+        `ValueError`: if the lanes in `state` cannot be dealt to the processes and workers, or belong to other data.
     """
 
     def __init__(
@@ -316,14 +319,14 @@ class StreamLoader:
         if self.lanes % readers:
             raise ValueError(
                 f"The checkpoint's data was read by {self.lanes} readers, which {num_processes} processes with "
-                f"`dataloader_num_workers={num_workers}` cannot share: take a number of processes times workers that "
-                f"divides {self.lanes}."
+                f"`dataloader_num_workers={num_workers}` cannot share: the number of processes times workers must divide "
+                f"{self.lanes}."
             )
         self.data = {"files": images.stream.num_shards, "first row": list(images.first)}
         if state is not None and state["data"] != self.data:
             raise ValueError(
-                f"The checkpoint's data had {state['data']}, but now it has {self.data}. What it is and how much of it is held "
-                "out by `num_validation_images` must be as it was."
+                f"The checkpoint's data had {state['data']}, but now it has {self.data}. To resume, use the same data and the "
+                "same `num_validation_images`."
             )
         self.earlier = {int(lane): s for lane, s in state["states"].items()} if state is not None else {}
         self.states: dict[int, LaneState] = {}
@@ -344,7 +347,7 @@ class StreamLoader:
             yield batch
 
     def state(self) -> dict:
-        """What all processes need to go on after the batch that each had last. Called on all of them."""
+        """Return what all processes need to resume after the last batch of each. Must be called on all processes."""
         states = dict(self.earlier)
         for own in gather_object([self.states]):
             states.update(own)

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Captioned shapes: a data set with the two halves that greedy growing parts, small enough to learn in minutes.
+Captioned shapes: a synthetic dataset that is small enough to learn in minutes, and that tests alignment and rendering apart.
 
-"a large red striped circle above a small blue plain square on a white background": shapes, colours, sizes, relations
-and backgrounds are alignment and show at the core's resolution. Textures are rendering: their pattern repeats once per
-pixel of the core and averages to the object's colour there, so that only the grown model can see and draw them.
+An example of a caption: "a large red striped circle above a small blue plain square on a white background". Shapes, colours,
+sizes, relations and backgrounds test alignment: they show at the core's resolution. Textures test rendering: their pattern
+repeats once per pixel of the core and averages to the object's colour there, so only the grown model can see and draw them.
 """
 
 import io
@@ -21,7 +21,6 @@ from PIL import Image
 
 SIZES = ("small", "large")
 
-
 # Mean colours. Textures brighten and darken them by up to 40 %, so the brightest channel leaves room for it.
 COLORS = {
     "red": (178, 24, 30),
@@ -32,33 +31,27 @@ COLORS = {
     "orange": (178, 88, 12),
 }
 
-
 TEXTURES = ("plain", "striped", "dotted", "checked")
-
 
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 
-
 BACKGROUNDS = {"white": (250, 250, 250), "black": (12, 12, 12), "gray": (128, 128, 128), "pink": (248, 190, 205)}
-
 
 RELATIONS = ("left of", "right of", "above", "below")
 
-
-# Half of an object's extent as a share of the image's side, by the number of objects and the size's name.
+# Range of half an object's extent, as a share of the image's height: by the number of objects and the name of the size.
 EXTENTS = {
     1: {"small": (0.24, 0.27), "large": (0.36, 0.40)},
     2: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
     3: {"small": (0.115, 0.13), "large": (0.18, 0.195)},
 }
 
-
 _CONTRAST = 0.4
 
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One object: its attributes, and its centre `(x, y)` and half extent as shares of the image's side."""
+    """An object: its attributes, its centre `(x, y)`, and half of its extent, as shares of the image's width and height."""
 
     size: str
     color: str
@@ -75,9 +68,7 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """
-    One to three objects. The first is in `relations[0]` to the second; both are in `relations[1]` to the third.
-    """
+    """One to three objects on a background. `relations[0]` holds from the first to the second, `relations[1]` from both to the third."""
 
     objects: tuple[ShapeObject, ...]
     relations: tuple[str, ...]
@@ -98,9 +89,7 @@ class Scene:
 # Scenes and captions
 _OBJECT = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(TEXTURES)}) ({'|'.join(SHAPES)})"
 
-
 _RELATION = rf"({'|'.join(RELATIONS)})"
-
 
 _CAPTION = re.compile(
     rf"{_OBJECT}(?: {_RELATION} {_OBJECT}(?:, both {_RELATION} {_OBJECT},)?)? on a ({'|'.join(BACKGROUNDS)}) background"
@@ -108,11 +97,16 @@ _CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption describes, without positions; the inverse of [`Scene.caption`]."""
+    """
+    Return the scene that a caption describes, without positions: the inverse of [`Scene.caption`].
+
+    Raises:
+        `ValueError`: if the caption has another form.
+    """
     match = _CAPTION.fullmatch(caption)
     if match is None:
         raise ValueError(
-            f"`caption={caption!r}` is none of these, such as 'a large red striped circle on a white background'."
+            f"`caption={caption!r}` does not describe captioned shapes, such as 'a large red striped circle on a white background'."
         )
     words = match.groups()
     objects = [words[0:4], words[5:9], words[10:14]]
@@ -125,8 +119,8 @@ def parse_caption(caption: str) -> Scene:
 
 def sample_scene(rng: np.random.Generator, num_objects: int = 1, first_object: ShapeObject | None = None) -> Scene:
     """
-    A random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see. The first object
-    has the attributes of `first_object`, if given.
+    Draw a random scene of `num_objects` (1 to 3) objects, placed so that its relations are plain to see. The first object has
+    the attributes of `first_object`, if given.
     """
     items = [
         ShapeObject(
@@ -149,7 +143,7 @@ def sample_scene(rng: np.random.Generator, num_objects: int = 1, first_object: S
         centers = [_place(relations[0], 0.5, 0.25), _place(relations[0], 0.5, 0.75)]
         jitter = [0.01, 0.15] if relations[0] in ("left of", "right of") else [0.15, 0.01]
     else:
-        # The third lies across the line of the first two: above or below a row, left or right of a column.
+        # The third object lies across the line of the first two: above or below a row, left or right of a column.
         first = str(rng.choice(RELATIONS))
         in_row = first in ("left of", "right of")
         second = str(rng.choice(["above", "below"] if in_row else ["left of", "right of"]))
@@ -167,35 +161,36 @@ def sample_scene(rng: np.random.Generator, num_objects: int = 1, first_object: S
 
 
 def _place(relation: str, middle: float, near: float) -> np.ndarray:
-    """Where the first (`near=0.25`) or second (`near=0.75`) party of a relation stands."""
+    """Return the centre of the first (`near=0.25`) or the second (`near=0.75`) object of a relation."""
     if relation in ("right of", "below"):
         near = 1 - near
     return np.array([near, middle] if relation in ("left of", "right of") else [middle, near])
 
 
 def _held_out(i: int) -> ShapeObject:
+    """Return combination `i` of the 24 that [`HELD_OUT`] lists."""
     color, texture = i % 6, (i + i // 12) % 4  # 24 different pairs
     size, shape = i // 12, (color + 2 * texture) % 5
     return ShapeObject(SIZES[size], list(COLORS)[color], TEXTURES[texture], SHAPES[shape])
 
 
-# Combinations of attributes, a tenth of all, that training never shows. Among them every value of an attribute, and
-# every pair of values of two, is as frequent as the others, as nearly as 24 combinations allow; neighbours differ.
+# Combinations of attributes that are never trained on, a tenth of all. Among them, all values of an attribute are as frequent
+# as each other, and so are all pairs of values of two attributes, as nearly as 24 combinations allow. Neighbours in the list
+# differ in several attributes.
 HELD_OUT = tuple(_held_out(5 * i % 24) for i in range(24))
-
 
 _HELD_OUT_PHRASES = {item.phrase for item in HELD_OUT}
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene holds one of the combinations that training never shows."""
+    """Whether a scene has an object with one of the combinations that are never trained on."""
     return any(item.phrase in _HELD_OUT_PHRASES for item in scene.objects)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance from the outline of a shape that fills [-1, 1] x [-1, 1] (x right, y down), negative inside."""
+    """Return the distance from the outline of a shape that fills [-1, 1] x [-1, 1] (x right, y down), negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - 1
     if shape == "ring":
@@ -206,7 +201,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         # Apex (0, -1), base from (-1, 0.9) to (1, 0.9).
         slope = np.hypot(1.9, 1.0)
         return np.maximum(y - 0.9, (1.9 * np.abs(x) - (y + 1)) / slope)
-    # A star of five tips: fold the plane into one half of one tip, whose outline is a straight line.
+    # A star with five tips: fold the plane into one half of one tip, whose outline is a straight line.
     radius, angle = np.hypot(x, y), np.arctan2(x, -y)
     angle = np.abs((angle + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     tip, notch = np.array([0.0, 1.05]), 0.48 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])
@@ -218,8 +213,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @lru_cache
 def pattern(texture: str, image_size: int, texture_cells: int) -> np.ndarray:
     """
-    The brightness of a texture, `(image_size, image_size)` of about -1.5 to 1, with mean zero in each of the
-    `texture_cells x texture_cells` cells of the image.
+    Return the brightness of a texture, `(image_size, image_size)` with values between -1.5 and 1, whose mean is zero in each of
+    the `texture_cells x texture_cells` cells of the image.
     """
     fine = 4  # samples per pixel and axis
     position = (np.arange(image_size * fine) + 0.5) * texture_cells / (image_size * fine) % 1
@@ -237,11 +232,11 @@ def pattern(texture: str, image_size: int, texture_cells: int) -> np.ndarray:
 
 def render(scene: Scene, image_size: int, texture_cells: int = 16) -> np.ndarray:
     """
-    Draws a scene, anti-aliased, at any resolution.
+    Draw a scene, anti-aliased, at any resolution.
 
     Args:
-        scene ([`Scene`]): What to draw.
-        image_size (`int`): Pixels per side.
+        scene ([`Scene`]): The scene to draw.
+        image_size (`int`): The height and width in pixels.
         texture_cells (`int`): How often a texture repeats across the image: the core's resolution in pixels.
 
     Returns:
@@ -260,7 +255,7 @@ def render(scene: Scene, image_size: int, texture_cells: int = 16) -> np.ndarray
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data sets
+# The dataset
 def write_shapes(
     folder: str | Path,
     num_train: int,
@@ -271,20 +266,23 @@ def write_shapes(
     seed: int = 0,
 ) -> Path:
     """
-    Writes `train.parquet` and `validation.parquet` with the columns `image` and `text`, for `datasets.load_dataset`.
+    Write `train.parquet` and `validation.parquet` with the columns `image` and `text`, for `datasets.load_dataset`.
 
     The combinations of attributes in `HELD_OUT` are in the validation rows only, in turn as their first objects.
 
     Args:
-        folder (`str` or `Path`): Where to; made if it is not there.
-        num_train (`int`), num_validation (`int`): How many rows.
-        image_size (`int`): Pixels per side, at least `texture_cells`.
-        max_objects (`int`): Each scene has 1 to `max_objects` (at most 3) objects.
-        texture_cells (`int`): See [`render`].
-        seed (`int`): Row i of a split depends on it and on i alone.
+        folder (`str` or `Path`): The folder to write to, which is created if it does not exist.
+        num_train (`int`), num_validation (`int`): The number of rows of each split.
+        image_size (`int`): The height and width in pixels: at least 16, and at least `texture_cells`.
+        max_objects (`int`): The largest number of objects in a scene, 1 to 3.
+        texture_cells (`int`): How often a texture repeats across the image, as for [`render`].
+        seed (`int`): The seed. Row i of a split depends on the seed and on i alone.
 
     Returns:
         `Path`: The folder.
+
+    Raises:
+        `ValueError`: if an argument is out of its range.
     """
     if image_size < max(16, texture_cells):
         raise ValueError(

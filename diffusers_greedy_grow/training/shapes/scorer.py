@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether an image of captioned shapes shows what its caption says, by plain image analysis."""
+"""Scores of whether an image of captioned shapes shows what its caption says, by plain image analysis."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,7 +23,7 @@ from .scenes import (
 )
 
 
-# What guessing scores on captions with one object.
+# The scores of guessing, for captions with one object.
 CHANCE = {
     "color": 1 / len(COLORS),
     "shape": 1 / len(SHAPES),
@@ -32,20 +32,20 @@ CHANCE = {
     "background": 1 / len(BACKGROUNDS),
 }
 
+# RGB distance from the background at which an object begins.
+_MASK_DISTANCE = 40.0
 
-_MASK_DISTANCE = 40.0  # RGB distance from the background at which an object begins
+# Intersection over union with the best shape below which an outline is not one of the shapes.
+_MIN_IOU = 0.7
 
-
-_MIN_IOU = 0.7  # below it, an outline is none of the shapes
-
-
-_MIN_CONTRAST = 0.12  # below it, a texture is plain; a true one has 0.35 to 0.4
+# Contrast below which a texture is plain; textures as drawn have 0.35 to 0.4.
+_MIN_CONTRAST = 0.12
 
 
 def score_images(
     images: Sequence[Image.Image | np.ndarray], captions: Sequence[str], texture_cells: int = 16
 ) -> dict[str, float]:
-    """The means of [`score_image`] over the images that have each score."""
+    """Return the mean of each score of [`score_image`], over the images that have it."""
     scores = [score_image(image, caption, texture_cells) for image, caption in zip(images, captions)]
     names = dict.fromkeys(name for score in scores for name in score)
     return {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
@@ -53,17 +53,20 @@ def score_images(
 
 def score_image(image: Image.Image | np.ndarray, caption: str, texture_cells: int = 16) -> dict[str, float]:
     """
-    How much of a caption an image shows.
+    Score how much of a caption an image shows.
 
     Args:
-        image (`PIL.Image.Image` or `np.ndarray` of shape `(R, R, 3)`, uint8): With 4 or more pixels per texture cell.
-        caption (`str`): As [`Scene.caption`] writes it.
-        texture_cells (`int`): As it was for [`render`].
+        image (`PIL.Image.Image` or `np.ndarray` of shape `(R, R, 3)`, uint8):
+            The image, with at least 4 pixels per texture cell.
+        caption (`str`):
+            The caption, as [`Scene.caption`] writes it.
+        texture_cells (`int`):
+            How often a texture repeats across the image, as for [`render`].
 
     Returns:
-        `dict[str, float]`: in [0, 1]: `color`, `shape`, `size` and `texture`, the share of the caption's objects that
-        have it right, for the best assignment of the objects found; `count` and `background`; `relation` if the caption
-        has several objects.
+        `dict[str, float]`: scores in [0, 1]. `color`, `shape`, `size` and `texture` are the share of the caption's objects
+        that have this attribute right, for the best assignment of the objects found; `count` and `background` are 0 or 1, and
+        so is `relation`, which only captions with several objects have.
     """
     truth = parse_caption(caption)
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image).astype(float)
@@ -81,7 +84,7 @@ def score_image(image: Image.Image | np.ndarray, caption: str, texture_cells: in
 
 
 def _compare(found: Sequence[ShapeObject | None], truth: Sequence[ShapeObject]) -> dict[str, float]:
-    """For each attribute, the share of the objects that have it right."""
+    """Return the share of the objects that are right, per attribute."""
     return {
         name: float(np.mean([getattr(item, name, None) == getattr(true, name) for item, true in zip(found, truth)]))
         for name in ("color", "shape", "size", "texture")
@@ -89,6 +92,7 @@ def _compare(found: Sequence[ShapeObject | None], truth: Sequence[ShapeObject]) 
 
 
 def _relations_hold(items: Sequence[ShapeObject | None], relations: Sequence[str]) -> bool:
+    """Whether all objects are there and stand in the relations of a [`Scene`]."""
     if any(item is None for item in items):
         return False
     pairs = [(relations[0], items[0], items[1])]
@@ -107,13 +111,13 @@ def _relations_hold(items: Sequence[ShapeObject | None], relations: Sequence[str
 # From pixels to objects
 def read_image(pixels: np.ndarray, num_objects: int, texture_cells: int) -> tuple[str, list[ShapeObject]]:
     """
-    What is in an image `(R, R, 3)`: its background, and its objects, the largest first. `num_objects` says what sizes
-    are to be called small and large. An attribute that nothing fits is `"none"`.
+    Return the background and the objects, the largest first, of an image `(R, R, 3)`. `num_objects` decides which extents
+    count as small and large. An attribute that does not fit any known value is `"none"`.
     """
     size = len(pixels)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background_color = np.median(border, axis=0)
-    # Dark stripes and dots may be close to the background: close gaps up to half a texture cell.
+    # Dark stripes and dots may look like the background: close gaps up to half a texture cell.
     gap = max(1, size // texture_cells // 4)
     mask = close_gaps(np.linalg.norm(pixels - background_color, axis=-1) > _MASK_DISTANCE, gap)
 
@@ -133,6 +137,7 @@ def read_image(pixels: np.ndarray, num_objects: int, texture_cells: int) -> tupl
 
 
 def read_object(pixels: np.ndarray, mask: np.ndarray, num_objects: int, texture_cells: int) -> ShapeObject:
+    """Return the object that covers `mask`."""
     size = len(pixels)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -151,7 +156,7 @@ def read_object(pixels: np.ndarray, mask: np.ndarray, num_objects: int, texture_
 
 
 def read_shape(mask: np.ndarray) -> str:
-    """The shape whose outline, fitted to the mask's bounding box, overlaps most with the mask."""
+    """Return the shape whose outline, fitted to the mask's bounding box, overlaps most with the mask."""
     height, width = mask.shape
     if not 0.65 < height / width < 1.55:
         return "none"
@@ -166,7 +171,7 @@ def read_shape(mask: np.ndarray) -> str:
 
 @lru_cache
 def templates() -> dict[str, np.ndarray]:
-    """Each shape as a mask that fills `(48, 48)`."""
+    """Return each shape as a mask that fills `(48, 48)`."""
     fine = (np.arange(480) + 0.5) / 240 - 1
     result = {}
     for shape in SHAPES:
@@ -179,8 +184,8 @@ def templates() -> dict[str, np.ndarray]:
 
 def read_texture(luminance: np.ndarray, mask: np.ndarray, texture_cells: int) -> str:
     """
-    The texture whose pattern correlates best with what is left of the luminance without its mean in each texture cell;
-    plain if little is left. The pattern may be shifted.
+    Return the texture whose pattern, shifted as needed, correlates best with the luminance minus its mean in each texture cell.
+    It is plain if this difference is small.
     """
     size = len(luminance)
     cell = size // texture_cells
@@ -191,8 +196,8 @@ def read_texture(luminance: np.ndarray, mask: np.ndarray, texture_cells: int) ->
     values = luminance[mask]
     counts = np.bincount(index, minlength=texture_cells**2)
     means = (np.bincount(index, values, minlength=texture_cells**2) / counts.clip(min=1))[index]
-    usable = counts[index] >= cell * cell / 2  # of a smaller piece the mean says little
-    if usable.sum() < cell * cell:  # a thin ring: take it as a whole
+    usable = counts[index] >= cell * cell / 2  # the mean of a smaller piece of a cell says little
+    if usable.sum() < cell * cell:  # a thin ring has no such pieces: use the mean of the whole
         usable, means = np.full(len(values), True), values.mean()
     high = values - means
     if high[usable].std() < _MIN_CONTRAST * values.mean():
@@ -207,18 +212,20 @@ def read_texture(luminance: np.ndarray, mask: np.ndarray, texture_cells: int) ->
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the correlation coefficient of two arrays."""
     a, b = a - a.mean(), b - b.mean()
     return float(a @ b / np.sqrt((a @ a) * (b @ b) + 1e-9))
 
 
 def nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    """Return the name of the nearest colour."""
     return min(palette, key=lambda name: np.linalg.norm(color - np.array(palette[name])))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Masks
 def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Grows a mask by `radius` pixels to all sides, corners included."""
+    """Grow a mask by `radius` pixels on all sides, corners included."""
     for axis in (0, 1):
         padded = np.pad(mask, [(radius, radius) if i == axis else (0, 0) for i in (0, 1)])
         length = mask.shape[axis]
@@ -227,22 +234,22 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def erode(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Takes `radius` pixels off a mask on all sides, unless nothing would be left."""
+    """Take `radius` pixels off a mask on all sides, unless nothing would be left."""
     eroded = mask & ~dilate(~mask, radius)
     return eroded if eroded.any() else mask
 
 
 def close_gaps(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Fills gaps up to `2 * radius` pixels wide."""
+    """Fill gaps up to `2 * radius` pixels wide."""
     padded = np.pad(mask, 2 * radius)
     closed = ~dilate(~dilate(padded, radius), radius)
     return closed[2 * radius : -2 * radius, 2 * radius : -2 * radius]
 
 
 def label_components(mask: np.ndarray) -> np.ndarray:
-    """Numbers the connected parts of a mask from 1; 0 outside. Neighbours share a side."""
+    """Number the connected parts of a mask from 1, with 0 outside. Pixels are connected if they share a side."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # each pixel takes the largest number around it until nothing changes
+    while True:  # each pixel takes the largest number around it, until nothing changes
         padded = np.pad(labels, 1)
         around = np.maximum.reduce([labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
         updated = np.where(mask, around, 0)

@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""From captions to the text arguments of the model that trains."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,30 +12,81 @@ from ...pipelines import GreedyGrowPipeline
 from ...pipelines.pipeline_greedy_grow import find_cut, tokenize
 
 
+if TYPE_CHECKING:
+    from .embeddings import TextEmbeddings
+
+
+class CaptionEncoder:
+    """
+    Turns captions into the text arguments of a [`TrainedModel`], in the way that suits the text encoder: tokens if it trains,
+    cached embeddings if there are any, else the output of the frozen encoder.
+
+    Args:
+        pipeline ([`GreedyGrowPipeline`]): The pipeline with the tokenizer and the text encoder.
+        device (`torch.device`): The device of the results.
+        trains (`bool`, defaults to `False`): Whether the text encoder trains as a part of the model.
+        embeddings ([`TextEmbeddings`], *optional*): The cached embeddings of all captions, for an encoder that does not train.
+
+    Raises:
+        `ValueError`: if there are cached embeddings of an encoder that trains.
+    """
+
+    def __init__(
+        self,
+        pipeline: GreedyGrowPipeline,
+        device: torch.device,
+        trains: bool = False,
+        embeddings: "TextEmbeddings | None" = None,
+    ):
+        if trains and embeddings is not None:
+            raise ValueError("Cached `embeddings` cannot replace a text encoder that trains: pass one of the two.")
+        self.pipeline, self.device, self.embeddings = pipeline, device, embeddings
+        if embeddings is not None:
+            self.encode = self.look_up
+        elif trains:
+            self.encode = self.tokenize
+        else:
+            self.encode = self.run_encoder
+
+    def __call__(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """Return the text arguments for `captions`: their embeddings `(B, L, D)` or tokens `(B, L)`, and a mask `(B, L)`."""
+        return self.encode(captions)
+
+    def look_up(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        assert self.embeddings is not None
+        return self.embeddings(captions, self.device)
+
+    def tokenize(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        return tokenize_captions(self.pipeline, captions, self.device)
+
+    def run_encoder(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        return encode_captions(self.pipeline, self.pipeline.text_encoder, captions, self.device)
+
+
 def tokenize_captions(
     pipeline: GreedyGrowPipeline, captions: list[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `encoder_attention_mask` of `captions`, each `(B, L)`, as the pipeline makes them for prompts."""
+    """Return `input_ids` and `encoder_attention_mask` of `captions`, each `(B, L)`, as the pipeline makes them for prompts."""
     tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device, non_blocking=True)
     return {"input_ids": tokens["input_ids"], "encoder_attention_mask": tokens["attention_mask"].bool()}
-
-
-def warn_of_cut_captions(pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
-    """Once, before training, where each step's captions are cut without a word."""
-    length = pipeline.config.max_sequence_length
-    if cut := find_cut(pipeline.tokenizer, captions, length):
-        warnings.warn(
-            f"{len(cut)} of {len(captions)} captions are longer than the `max_sequence_length={length}` tokens that are "
-            f"read, such as {cut[0][:200]!r}.",
-            stacklevel=2,
-        )
 
 
 def encode_captions(
     pipeline: GreedyGrowPipeline, text_encoder: torch.nn.Module, captions: list[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The model's text arguments for `captions`, as the pipeline makes them for prompts."""
+    """Return `encoder_hidden_states` and `encoder_attention_mask` of `captions`, as the pipeline makes them for prompts."""
     tokens = tokenize_captions(pipeline, captions, device)
     mask = tokens["encoder_attention_mask"]
     hidden_states = text_encoder(tokens["input_ids"], attention_mask=mask.long()).last_hidden_state
     return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}
+
+
+def warn_of_truncated_captions(pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
+    """Warn of captions with more tokens than are read. Called once, before training: the steps truncate without a warning."""
+    length = pipeline.config.max_sequence_length
+    if truncated := find_cut(pipeline.tokenizer, captions, length):
+        warnings.warn(
+            f"{len(truncated)} of {len(captions)} captions are longer than the `max_sequence_length={length}` tokens that are "
+            f"read, such as {truncated[0][:200]!r}.",
+            stacklevel=2,
+        )

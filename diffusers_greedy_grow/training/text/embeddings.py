@@ -1,51 +1,47 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""
-A small text encoder, for data whose language is small: trained with the core from scratch, no download needed. And the
-embeddings of one that does not train, on disk.
-"""
+"""The text embeddings of all captions, cached on disk, for a text encoder that does not train."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 
 from ...pipelines import GreedyGrowPipeline
+from ..arguments import DataArguments
+from ..data.loading import TrainingData, take_fingerprint
+from ..data.streaming import StreamedImages
+from .captions import CaptionEncoder
+
+
+logger = get_logger(__name__)
+
+# How many captions a process puts into one part. A run that is stopped loses no more than the part that it is writing.
+EMBEDDED_AT_ONCE = 100_000
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Embeddings on disk
-def name_encoder(pipeline: GreedyGrowPipeline, *precision: str) -> str:
-    """A name that is the same only for the same text encoder, tokenizer, `max_sequence_length` and `precision`."""
-    digest = hashlib.sha256(json.dumps([pipeline.config.max_sequence_length, *precision]).encode())
-    digest.update(json.dumps(sorted(pipeline.tokenizer.get_vocab().items())).encode())
-    config = pipeline.text_encoder.config.to_diff_dict()
-    known = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    for name, weight in pipeline.text_encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def hash_caption(caption: str) -> int:
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
-
-
+# The store
 class TextEmbeddings:
     """
-    Captions' embeddings in a folder. It holds parts, each written once and then never changed: the hashes of its captions in
-    order, where their tokens begin and how many there are, and the tokens' embeddings without padding, memory-mapped. Besides,
-    it holds a small file for each source all of whose captions are there, so that nobody need read it again to find that out.
+    The embeddings of captions by one text encoder, in a folder.
+
+    The folder holds *parts*, each of which is written once and never changed: the sorted hashes of its captions; where the
+    tokens of each begin, and how many there are; and the embeddings of all tokens, without padding, memory-mapped. For each
+    source whose captions are all there, it also holds a small file that says so, so that the source need not be read again.
 
     Args:
-        folder (`Path`): Of one encoder, see [`name_encoder`].
+        folder (`Path`): The folder, for one encoder: see [`name_encoder`].
     """
 
     def __init__(self, folder: Path):
@@ -53,9 +49,9 @@ class TextEmbeddings:
         self.reload()
 
     def reload(self) -> None:
-        """Takes in parts that have been written since."""
-        self.data: list[tuple[np.ndarray, torch.dtype]] = []  # of each part
-        # Of all captions in the order of their hashes: the hash, the part, where in it the tokens begin, how many there are.
+        """Take in parts that have been written since."""
+        self.data: list[tuple[np.ndarray, torch.dtype]] = []  # one entry per part
+        # Per caption, sorted by hash: the hash, the part, where its tokens begin in the part, and how many there are.
         columns = [[np.empty(0, dtype)] for dtype in (np.uint64, np.int32, np.int64, np.int64)]
         for index in sorted(self.folder.glob("[0-9a-f]*/index.json")):
             about, part = json.loads(index.read_text()), index.parent
@@ -69,7 +65,7 @@ class TextEmbeddings:
         self.hashes, self.parts, self.starts, self.counts = (np.concatenate(column)[order] for column in columns)
 
     def find(self, caption: str) -> torch.Tensor | None:
-        """The embedding `(L, D)` of a caption, if it is there."""
+        """Return the embedding `(L, D)` of a caption, or `None` if it is not there."""
         key = np.uint64(hash_caption(caption))
         i = int(np.searchsorted(self.hashes, key))
         if i == len(self.hashes) or self.hashes[i] != key:
@@ -80,7 +76,7 @@ class TextEmbeddings:
 
     def __call__(self, captions: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         """
-        What [`encode_captions`] returns, padded with zeros.
+        Return `encoder_hidden_states` and `encoder_attention_mask` of `captions`, padded with zeros.
 
         Raises:
             `KeyError`: if a caption is not there.
@@ -90,8 +86,8 @@ class TextEmbeddings:
             embedding = self.find(caption)
             if embedding is None:
                 raise KeyError(
-                    f"{self.folder} has no embedding of {caption!r}. If the data is no longer what it was when its captions were "
-                    f"embedded, remove {self.folder / 'seen-*.json'}: the next start then embeds those that are new."
+                    f"{self.folder} has no embedding of {caption!r}. If the data has changed since its captions were embedded, "
+                    f"remove {self.folder / 'seen-*.json'}: the next start then embeds the new captions."
                 )
             found.append(embedding)
         lengths = torch.tensor([len(one) for one in found])
@@ -102,17 +98,6 @@ class TextEmbeddings:
             "encoder_attention_mask": mask.to(device, non_blocking=True),
         }
 
-    def marker(self, source: dict) -> Path:
-        """The file that says that all captions of a source are there. What JSON can hold must tell it from any other."""
-        digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / f"seen-{digest}.json"
-
-    def mark(self, source: dict) -> None:
-        """To be called when they have been added by all processes."""
-        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"  # several runs may write the same one
-        temporary.write_text(json.dumps(source, indent=1))
-        temporary.replace(self.marker(source))
-
     def add(
         self,
         captions: Iterable[str],
@@ -120,61 +105,175 @@ class TextEmbeddings:
         batch_size: int = 64,
     ) -> int:
         """
-        Writes a part with the captions that are not there yet, and returns how many.
+        Write a part with the captions that are not there yet, and return how many these are.
 
         Args:
-            captions (`Iterable[str]`): Also the same one several times.
-            encode (`Callable`): Returns for a list of captions what [`encode_captions`] does.
-            batch_size (`int`): How many captions are encoded at once.
+            captions (`Iterable[str]`): The captions, which may repeat.
+            encode (`Callable`): Returns `encoder_hidden_states` and `encoder_attention_mask` for a list of captions.
+            batch_size (`int`): How many captions to encode at once.
         """
         part = self.folder / uuid.uuid4().hex
         temporary = self.folder / f".{part.name}.tmp"
-        hashes: list[int] = []
-        counts: list[int] = []
-        batch: list[str] = []
-        about: dict = {}
-        seen: set[int] = set()
         temporary.mkdir(parents=True)
         try:
-            with open(temporary / "embeddings.bin", "wb") as file:
-
-                def write() -> None:
-                    conditions = encode(batch)
-                    hidden_states, mask = (
-                        conditions["encoder_hidden_states"].cpu(),
-                        conditions["encoder_attention_mask"],
-                    )
-                    about.update(
-                        dtype=str(hidden_states.dtype).removeprefix("torch."),
-                        bytes=hidden_states.shape[-1] * hidden_states.itemsize,
-                    )
-                    counts.extend(mask.sum(dim=1).tolist())
-                    file.write(hidden_states[mask.cpu()].contiguous().view(torch.uint8).numpy().tobytes())
-                    batch.clear()
-
-                for caption in captions:
-                    key = hash_caption(caption)
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    if self.find(caption) is None:
-                        hashes.append(key)
-                        batch.append(caption)
-                    if len(batch) == batch_size:
-                        write()
-                if batch:
-                    write()
-        except BaseException:  # Ctrl-C, too
+            count = write_part(temporary, self.find_missing(captions), encode, batch_size)
+        except BaseException:  # Ctrl-C included
             shutil.rmtree(temporary)
             raise
-        if not hashes:
+        if count == 0:
             shutil.rmtree(temporary)
-            return 0
+        else:
+            temporary.rename(part)
+        return count
+
+    def find_missing(self, captions: Iterable[str]) -> Iterator[str]:
+        """Yield the captions that are not there, each once."""
+        seen: set[int] = set()
+        for caption in captions:
+            key = hash_caption(caption)
+            if key not in seen and self.find(caption) is None:
+                yield caption
+            seen.add(key)
+
+    def marker(self, source: dict) -> Path:
+        """
+        Return the path of the file that says that all captions of a source are there.
+
+        Args:
+            source (`dict`): All that tells the source from others, as JSON can hold it.
+        """
+        digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / f"seen-{digest}.json"
+
+    def mark(self, source: dict) -> None:
+        """Note that all captions of a source are there. Must be called after all processes have added theirs."""
+        temporary = self.folder / f".{uuid.uuid4().hex}.tmp"  # several runs may write the same marker at once
+        temporary.write_text(json.dumps(source, indent=1))
+        temporary.replace(self.marker(source))
+
+
+def write_part(
+    folder: Path, captions: Iterator[str], encode: Callable[[list[str]], dict[str, torch.Tensor]], batch_size: int
+) -> int:
+    """Write the files of a part, and return the number of captions. Without captions, the part is not complete."""
+    hashes: list[int] = []
+    counts: list[int] = []
+    about: dict = {}
+    with open(folder / "embeddings.bin", "wb") as file:
+        while batch := list(itertools.islice(captions, batch_size)):
+            conditions = encode(batch)
+            hidden_states, mask = conditions["encoder_hidden_states"].cpu(), conditions["encoder_attention_mask"].cpu()
+            about = {
+                "dtype": str(hidden_states.dtype).removeprefix("torch."),
+                "bytes": hidden_states.shape[-1] * hidden_states.itemsize,
+            }
+            hashes.extend(map(hash_caption, batch))
+            counts.extend(mask.sum(dim=1).tolist())
+            file.write(hidden_states[mask].contiguous().view(torch.uint8).numpy().tobytes())
+    if hashes:
         order = np.argsort(np.array(hashes, dtype=np.uint64))
         starts = np.cumsum([0, *counts[:-1]])
-        np.save(temporary / "hashes.npy", np.array(hashes, dtype=np.uint64)[order])
-        np.save(temporary / "starts.npy", starts[order])
-        np.save(temporary / "counts.npy", np.array(counts)[order])
-        (temporary / "index.json").write_text(json.dumps(about))
-        temporary.rename(part)
-        return len(hashes)
+        np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64)[order])
+        np.save(folder / "starts.npy", starts[order])
+        np.save(folder / "counts.npy", np.array(counts)[order])
+        (folder / "index.json").write_text(json.dumps(about))
+    return len(hashes)
+
+
+def hash_caption(caption: str) -> int:
+    """Return a hash of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+
+
+def name_encoder(pipeline: GreedyGrowPipeline, *precision: str) -> str:
+    """Return a name that is the same only for the same text encoder, tokenizer, `max_sequence_length` and `precision`."""
+    digest = hashlib.sha256(json.dumps([pipeline.config.max_sequence_length, *precision]).encode())
+    digest.update(json.dumps(sorted(pipeline.tokenizer.get_vocab().items())).encode())
+    config = pipeline.text_encoder.config.to_diff_dict()
+    known = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, weight in pipeline.text_encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run's captions
+def embed_captions(
+    pipeline: GreedyGrowPipeline,
+    accelerator: Accelerator,
+    data: TrainingData,
+    data_args: DataArguments,
+    seed: int,
+) -> TextEmbeddings:
+    """
+    Return the embeddings of all captions of a run, from `text_embeddings_dir`, after adding those that are not there yet: each
+    process computes its share. A stream is read for its captions once, and then marked as known.
+
+    Args:
+        pipeline ([`GreedyGrowPipeline`]): The pipeline with the text encoder, which moves to the run's device.
+        accelerator (`Accelerator`): The run's processes, and the precision to compute in.
+        data ([`TrainingData`]): The images with their captions.
+        data_args ([`DataArguments`]): The arguments that the data was loaded by.
+        seed (`int`): The seed of the run, by which captioned shapes were drawn.
+    """
+    assert data_args.text_embeddings_dir is not None
+    embeddings = TextEmbeddings(
+        Path(data_args.text_embeddings_dir) / name_encoder(pipeline, accelerator.mixed_precision)
+    )
+    source = describe_source(data, data_args, seed)
+    # Skipped by all processes or by none: another run may be writing the marker at this moment.
+    if all(gather_object([embeddings.marker(source).exists()])):
+        logger.info(f"All captions have been embedded before: {embeddings.marker(source)} says so.")
+        embeddings.reload()
+        return embeddings
+    pipeline.text_encoder.to(accelerator.device)
+    encoder = CaptionEncoder(pipeline, accelerator.device)
+
+    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+        with torch.no_grad(), accelerator.autocast():
+            return encoder(captions)
+
+    captions = list_captions(data, accelerator.process_index, accelerator.num_processes)
+    added = 0
+    while some := list(itertools.islice(captions, EMBEDDED_AT_ONCE)):
+        added += embeddings.add(some, encode)
+        embeddings.reload()
+    logger.info(f"{sum(gather_object([added]))} captions embedded; {embeddings.folder} keeps them.")
+    if accelerator.is_main_process:  # all processes are done: they have told how many captions they added
+        embeddings.mark(source)
+    accelerator.wait_for_everyone()
+    embeddings.reload()
+    return embeddings
+
+
+def describe_source(data: TrainingData, data_args: DataArguments, seed: int) -> dict:
+    """Return all that tells the captions of a run from those of others, as far as it is known without reading a stream."""
+    folders = data_args.train_data_dir, data_args.high_res_data_dir
+    return {
+        "datasets": [data_args.dataset_name, data_args.high_res_dataset_name],
+        "folders": [folder and str(Path(folder).resolve()) for folder in folders],
+        "columns": [data_args.image_column, data_args.caption_column],
+        "shapes": data_args.on_shapes and [data_args.shapes_objects, data_args.shapes_images, seed],
+        "files and first rows": [[stream.stream.num_shards, stream.first] for stream in list_streams(data)],
+        "fingerprints": [data.fingerprint, take_fingerprint(data.validation)],
+    }
+
+
+def list_captions(data: TrainingData, rank: int, num_processes: int) -> Iterator[str]:
+    """
+    Return one process's share of all captions, among them the empty one and those that are held out. Of a stream, each
+    process reads its own files: a caption that is in several files may come up in several processes.
+    """
+    known = {"", *data.validation.captions}
+    if not data.streams:
+        known.update(data.core.captions, data.high_res.captions)
+    own = (stream.read_captions(rank, num_processes) for stream in list_streams(data))
+    return itertools.chain(sorted(known)[rank::num_processes], *own)
+
+
+def list_streams(data: TrainingData) -> list[StreamedImages]:
+    """Return the different streams to train on: two if the core has data of its own, none if the data is not streamed."""
+    sets = [data.core] if data.high_res is data.core else [data.core, data.high_res]
+    return [images for images in sets if isinstance(images, StreamedImages)]

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""TODO"""
+"""A small text encoder for captions of a small language: it trains from scratch with the core, without a download."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,10 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 
 def train_small_tokenizer(captions: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A lower-case byte-level BPE tokenizer trained on `captions`; knows every string, ends each with `</s>`."""
+    """
+    Train a lower-case byte-level BPE tokenizer on `captions`. It can tokenize every string, and ends each with `</s>`, so that
+    an empty caption has a token, too.
+    """
     special_tokens = ["<pad>", "</s>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -34,9 +37,11 @@ def build_small_text_encoder(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int = 128, num_layers: int = 2
 ) -> T5EncoderModel:
     """
-    A T5 encoder of `num_layers` layers and `hidden_size` channels with random weights. Its word embeddings are three times as
-    large as T5's, so that what its layers add does not bury the words: it trains with the core, which has no use for words
-    about what only shows at a higher resolution, but the stages around it will need them.
+    Build a T5 encoder of `num_layers` layers and `hidden_size` channels with random weights.
+
+    Its word embeddings start three times as large as T5's, so that each word remains recognisable after the layers. The encoder
+    trains with the core only, which learns nothing from words for details that show at higher resolutions ("striped"), but the
+    stages that grow later need these words.
     """
     config = T5Config(
         vocab_size=len(tokenizer),

@@ -1,0 +1,147 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Captioned images that are all on disk and in order, as a dataset."""
+
+import copy
+import io
+import itertools
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers.training_utils import find_nearest_bucket
+from PIL import Image as PILImage
+from torch.utils.data import get_worker_info
+
+from .images import average_down, open_image, to_pixel_values
+from .rows import BrokenRow, BrokenRows, check_caption, name_row
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """
+    Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. A row with a broken caption is left out;
+    a row whose image is broken is replaced by the next one of its shape.
+
+    If all images fit in `max_cache_bytes`, each is decoded and scaled once and then kept in memory. The workers of a data
+    loader do without that cache, since each would hold its own.
+
+    Args:
+        rows (`Dataset`):
+            Rows as [`load_captioned_data`] returns them.
+        resolution (`int`):
+            The height and width of the images.
+        buckets (`list[tuple[int, int]]`, *optional*):
+            Heights and widths, if not all images are to be square: each image gets the nearest shape.
+        broken (`BrokenRows`, *optional*):
+            The counter of broken rows.
+        max_cache_bytes (`int`, defaults to 2 GiB):
+            The most memory to use for decoded images.
+
+    Raises:
+        `ValueError`: if all captions are broken, or too many; later, if too many images are broken, or all of a shape.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        resolution: int,
+        buckets: list[tuple[int, int]] | None = None,
+        broken: BrokenRows | None = None,
+        max_cache_bytes: int = 2 * 2**30,
+    ):
+        self.resolution, self.pool_factor = resolution, 1
+        self.buckets = buckets or [(resolution, resolution)]
+        self.broken = broken or BrokenRows()
+        captions, good = list(rows["text"]), []
+        # Counted apart from broken images: all captions are read now, images one by one.
+        broken_captions = BrokenRows(self.broken.path, self.broken.max_share)
+        broken_captions.read = len(captions)
+        for i, caption in enumerate(captions):
+            try:
+                check_caption(caption)
+                good.append(i)
+            except BrokenRow as error:
+                broken_captions.add(name_row(f"row {i} of {len(captions)}", rows[i]), error)
+        if not good:
+            raise ValueError("No row of the data has a caption.")
+        self.rows = rows if len(good) == len(rows) else rows.select(good)
+        self.captions = [captions[i] for i in good]
+        self.unreadable: set[int] = set()
+        self.max_cache_bytes = max_cache_bytes
+        self.cache = self.make_cache()
+        self.shapes = self.find_shapes() if len(self.buckets) > 1 else np.zeros(len(self.rows), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, resolution: int) -> "CaptionedImages":
+        """Return the same images averaged down to `resolution`. Unless it is their own, they are float32 in [-1, 1]."""
+        images = copy.copy(self)
+        images.pool_factor = self.resolution // resolution
+        return images
+
+    def select(self, indices: np.ndarray) -> "CaptionedImages":
+        """Return some of the images, in the order of `indices`."""
+        images = copy.copy(self)
+        images.rows = self.rows.select(indices)
+        images.captions = [self.captions[i] for i in indices]
+        images.shapes = self.shapes[indices]
+        images.cache = images.make_cache()
+        images.unreadable = set()
+        return images
+
+    def make_cache(self) -> dict[int, torch.Tensor] | None:
+        """Return an empty cache for decoded images, or `None` if not all of them fit."""
+        return {} if len(self) * 3 * self.resolution**2 <= self.max_cache_bytes else None
+
+    def find_shapes(self) -> np.ndarray:
+        """Return the index of each row's bucket, from the headers of the images."""
+        shapes = np.zeros(len(self.rows), dtype=np.int64)
+        for i, image in enumerate(self.rows["image"]):
+            try:
+                opened = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+                width, height = opened.size
+                exif = PILImage.Image.getexif(opened)  # the method of a PNG image would decode all of it
+                if exif.get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # turned by 90 degrees
+                    width, height = height, width
+            except Exception:  # a broken image is counted and named when it is read
+                continue
+            shapes[i] = find_nearest_bucket(height, width, self.buckets)
+        return shapes
+
+    def __getitem__(self, index: int) -> dict:
+        alike = None  # the rows of the same shape
+        for tried in itertools.count(1):
+            if index not in self.unreadable:
+                try:
+                    pixel_values = self.read(index)
+                    break
+                except BrokenRow as error:
+                    self.unreadable.add(index)
+                    self.broken.add(name_row(f"row {index} of {len(self)}", self.rows[index]), error)
+            alike = np.flatnonzero(self.shapes == self.shapes[index]) if alike is None else alike
+            if tried == len(alike):
+                height, width = self.buckets[self.shapes[index]]
+                raise ValueError(
+                    f"There is no readable image among the {tried} of the shape {height} x {width}: repair the data"
+                    + (f", whose broken rows {self.broken.path} names." if self.broken.path is not None else ".")
+                )
+            index = int(alike[np.searchsorted(alike, index, side="right") % len(alike)])
+        return {"pixel_values": average_down(pixel_values, self.pool_factor), "caption": self.captions[index]}
+
+    def read(self, index: int) -> torch.Tensor:
+        """
+        Return the pixels of a row, from the cache if they are there.
+
+        Raises:
+            [`BrokenRow`]: if the image cannot be read.
+        """
+        cache = self.cache if get_worker_info() is None else None
+        if cache is not None and index in cache:
+            return cache[index]
+        self.broken.read += 1
+        pixel_values = to_pixel_values(open_image(self.rows[index]["image"]), *self.buckets[self.shapes[index]])
+        if cache is not None:
+            cache[index] = pixel_values
+        return pixel_values

@@ -1,0 +1,140 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+
+from diffusers_greedy_grow.training.arguments import DataArguments
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
+from diffusers_greedy_grow.training.data.loading import load_training_data, make_loader
+from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
+from diffusers_greedy_grow.training.data.rows import BrokenRows
+from diffusers_greedy_grow.training.data.sources import write_shapes_once
+from diffusers_greedy_grow.training.data.streaming import StreamedImages
+
+from ..data_utils import write_parquet
+
+
+def load(folder, resolutions=(8, 16), seed=0, **kwargs):
+    data_args = DataArguments(image_column="photo", train_data_dir=str(folder), **kwargs)
+    return load_training_data(data_args, list(resolutions), data_args.train_data_dir, BrokenRows(), seed)
+
+
+def digest_of(*sets: CaptionedImages) -> str:
+    text = "".join("".join(f"{caption}\0" for caption in images.captions) + "\0" for images in sets)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data of a run
+
+
+def test_one_source_for_all_phases(tmp_path):
+    write_parquet(tmp_path / "data.parquet", 40)
+    data = load(tmp_path / "data.parquet")
+    assert data.core is data.high_res and not data.streams
+    assert (len(data.core), len(data.validation)) == (38, 2)
+    assert data.describe() == ("38 images to train the core on, 38 to train on above its resolution; 2 held out.")
+    assert data.fingerprint == digest_of(data.core, data.core, data.validation)
+    low, high = data.at(0, 8)[3]["pixel_values"], data.at(1, 16)[3]["pixel_values"]
+    assert low.shape == (3, 8, 8) and low.dtype == torch.float32
+    assert high.shape == (3, 16, 16) and high.dtype == torch.uint8
+
+
+def test_few_images_above_the_cores_resolution(tmp_path):
+    write_parquet(tmp_path / "data.parquet", 40)
+    data = load(tmp_path / "data.parquet", num_high_res_images=5, seed=3)
+    chosen = np.random.default_rng(3).permutation(38)[:5]
+    assert data.high_res.captions == [data.core.captions[i] for i in chosen] == data.at(1, 16).captions
+    assert len(data.core) == len(data.at(0, 8)) == 38
+    assert data.fingerprint == digest_of(data.core, data.high_res, data.validation)
+    assert data.fingerprint != load(tmp_path / "data.parquet").fingerprint
+
+
+def test_the_core_has_data_of_its_own(tmp_path, caplog):
+    """At its own resolution and with nothing held out; captions that both have are told of."""
+    Accelerator(cpu=True)  # which logging asks for
+    write_parquet(tmp_path / "core.parquet", 12)
+    write_parquet(tmp_path / "high.parquet", 40, first=12)
+    files = {"high_res_data_dir": str(tmp_path / "high.parquet"), "aspect_ratio_buckets": "16,16;8,32"}
+    data = load(tmp_path / "core.parquet", **files)
+    assert (len(data.core), len(data.high_res), len(data.validation)) == (12, 38, 2)
+    assert data.core.resolution == 8 and data.core.buckets == [(8, 8), (4, 16)]
+    assert data.high_res.resolution == 16 and data.high_res.buckets == [(16, 16), (8, 32)]
+    assert data.validation.buckets == [(16, 16)] and not caplog.text
+    load(tmp_path / "high.parquet", **files)
+    assert "The captions of 2 held-out images are in the core's data, too" in caplog.text
+
+
+def test_streamed_data(files):
+    data = load(files, streaming=True, num_validation_images=9, shuffle_buffer_size=7)
+    assert data.streams and data.core is data.high_res and data.core.shuffle_buffer_size == 7
+    assert data.validation.captions == [f"image number {i}" for i in range(9)]
+    assert data.core.first == (1, 3) and data.fingerprint is None
+    assert data.describe() == "Images are streamed; 9 held out."
+    assert load(files, streaming=True, num_validation_images=0).core.first == (1, 2)  # eight at least, to show samples
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def read(images, steps_done, num_steps, accumulation=2, num_workers=0, state=None):
+    accelerator = Accelerator(cpu=True)
+    loader = make_loader(images, accelerator, 3, steps_done, num_steps, (5, 1), accumulation, num_workers, state)
+    return list(loader), loader
+
+
+@pytest.mark.parametrize("buckets", [None, [(16, 16), (8, 32)]])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_after_some_steps_are_those_that_would_have_followed(files, buckets, num_workers):
+    """Two batches a step, in the order of the seed alone."""
+    data = load(files, aspect_ratio_buckets=buckets and "16,16;8,32")
+    images = data.at(1, 16)
+    whole, _ = read(images, 0, 7)
+    assert len(whole) == 14 and all(len(batch["caption"]) == 3 for batch in whole)
+    if buckets is None:
+        order = np.array(list(EpochOrder(len(images), 0, 42, (5, 1)))).reshape(14, 3)
+    else:
+        order = list(BucketOrder(images.shapes, 3, 2, 0, 7, (5, 1)))
+        assert len({batch["pixel_values"].shape for batch in whole}) == 2
+    assert [batch["caption"] for batch in whole] == [[images.captions[i] for i in batch] for batch in order]
+    rest, _ = read(images, 4, 7, num_workers=num_workers)
+    assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[8:]]
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(rest, whole[8:]))
+    assert read(images, 7, 7)[0] == []
+
+
+def test_a_stream_resumes_after_some_steps(files):
+    images = load(files, streaming=True, num_validation_images=0).at(1, 16)
+    assert isinstance(images, StreamedImages)
+    whole, _ = read(images, 0, 7)
+    assert len(whole) == 14
+    _, loader = read(images, 0, 4)
+    rest, _ = read(images, 4, 7, state=json.loads(json.dumps(loader.state())))
+    assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[8:]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Captioned shapes
+
+
+def test_shapes_are_drawn_once(tmp_path):
+    Accelerator(cpu=True)  # which logging asks for
+    data_args = DataArguments(shapes_images=5, num_scored_images=300, shapes_objects=2)
+    folder = write_shapes_once(data_args, [16, 32], 16, seed=4, output_dir=tmp_path)
+    assert folder == str(tmp_path / "shapes-32px-16-cells-2-objects-5+300-seed-4")
+    rows = load_dataset(folder)
+    assert {name: len(split) for name, split in rows.items()} == {"train": 5, "validation": 300}
+    assert rows["train"][0]["image"].size == (32, 32)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / folder).iterdir()}
+    assert write_shapes_once(data_args, [16, 32], 16, seed=4, output_dir=tmp_path) == folder
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / folder).iterdir()}
+    few = DataArguments(shapes_images=2, num_scored_images=0)
+    assert write_shapes_once(few, [16], 8, 0, tmp_path).endswith("shapes-16px-8-cells-1-objects-2+256-seed-0")
