@@ -40,7 +40,8 @@ def add_adapter(unet: torch.nn.Module, args: LoraArguments) -> None:
             layers += ["conv1", "conv2", "text_proj"]
     unet.requires_grad_(False)
     alpha = args.rank if args.lora_alpha is None else args.lora_alpha
-    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=layers))
+    config = LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=layers)  # type: ignore[arg-type]  # floats work too
+    unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
 
 

@@ -231,6 +231,7 @@ class LoopArguments:
     num_inference_steps: int = field(default=20, metadata={"help": "Number of steps in which samples are drawn."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Scale of classifier-free guidance for samples."})
     logging_steps: int = field(default=50, metadata={"help": "Number of steps between lines in metrics.jsonl."})
+    validation_steps: int = field(default=1000, metadata={"help": "Number of steps between held-out losses."})
     checkpointing_steps: int = field(default=1000, metadata={"help": "Number of steps between checkpoints."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     push_to_hub: bool = field(
@@ -320,7 +321,6 @@ class TrainingArguments(LoopArguments):
         default=None,
         metadata={"help": "Number of steps between sample grids within a phase. Default: only at the end of a phase."},
     )
-    validation_steps: int = field(default=1000, metadata={"help": "Number of steps between held-out losses."})
     hub_steps: int | None = field(
         default=None,
         metadata={

@@ -127,6 +127,7 @@ def adopt_core(model_args: ModelArguments) -> None:
         `ValueError`: if other values were given, or that pipeline has no text.
     """
     core, revision = model_args.core, model_args.core_revision
+    assert core is not None
     config = find_core(core, subfolder="unet", revision=revision)[1]
     if config["cross_attention_dim"] is None:
         raise ValueError(

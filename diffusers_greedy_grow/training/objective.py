@@ -20,7 +20,6 @@ from .seeds import sample_seeds
 SIGMA_MIN_OF_LOSS = 0.05
 # Edges of the noise-level bins that the loss is reported in. The first bin holds the levels at which grain would show.
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
-WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

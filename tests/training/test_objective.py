@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_greedy_grow.flow import high_band, pool
-from diffusers_greedy_grow.training.objective import SIGMA_MIN_OF_LOSS, WEIGHTINGS, LossMeter, flow_loss
+from diffusers_greedy_grow.training.arguments import WEIGHTINGS
+from diffusers_greedy_grow.training.objective import SIGMA_MIN_OF_LOSS, LossMeter, flow_loss
 
 from ..testing_utils import make_inputs
 
