@@ -42,7 +42,7 @@ class ImageArguments:
         default=0, metadata={"help": "Number of processes that decode images, per training process."}
     )
     validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Captions of the sample grid. Default: held-out captions."}
+        default=None, metadata={"help": "Captions of the sample grid. By default, held-out captions are used."}
     )
 
 
@@ -59,7 +59,9 @@ class DataArguments(ImageArguments):
     )
     high_res_data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder or file to use instead of high_res_dataset_name, of a kind train_data_dir can be."},
+        metadata={
+            "help": "Folder or file to use instead of high_res_dataset_name, of the same kinds as train_data_dir."
+        },
     )
     streaming: bool = field(
         default=False,
@@ -73,7 +75,7 @@ class DataArguments(ImageArguments):
         default=None,
         metadata={
             "help": 'Heights and widths of images at the final resolution, such as "64,64;48,80;80,48": each training image gets '
-            "the nearest shape. Default: all images are square. Held-out images always are."
+            "the nearest shape. By default, all images are square. Held-out images always are."
         },
     )
     shapes_objects: int = field(
@@ -218,12 +220,14 @@ class LoopArguments:
     attention_backend: str | None = field(
         default=None,
         metadata={
-            "help": "Attention backend of diffusers, such as _native_cudnn or _native_math. Default: torch chooses."
+            "help": "Attention backend of diffusers, such as _native_cudnn or _native_math. By default, torch chooses."
         },
     )
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": 'Precision to compute in: "no", "bf16" or "fp16". Default: as accelerate is configured.'},
+        metadata={
+            "help": 'Precision to compute in: "no", "bf16" or "fp16". By default, it is the one that accelerate is configured for.'
+        },
     )
     seed: int = field(
         default=0, metadata={"help": "Seed of the weights, the data order, the noise and the caption dropout."}
@@ -244,7 +248,7 @@ class LoopArguments:
     hub_model_id: str | None = field(
         default=None,
         metadata={
-            "help": 'Repository to publish to, such as "user/model", which model cards name too. Default: your own repository '
+            "help": 'Repository to publish to, such as "user/model", which model cards name too. By default, it is your own repository '
             "with the name of output_dir."
         },
     )
@@ -270,7 +274,7 @@ class TrainingArguments(LoopArguments):
     plan: bool = field(default=False, metadata={"help": "Print what the run will cost, and stop."})
     plan_processes: int | None = field(
         default=None,
-        metadata={"help": "Number of processes to plan for. Default: the number of processes of this launch."},
+        metadata={"help": "Number of processes to plan for. By default, it is the number of this launch."},
     )
     core_steps: int = field(
         default=1600, metadata={"help": "Number of steps of the core phase; 0 trains the grown model from scratch."}
@@ -290,7 +294,7 @@ class TrainingArguments(LoopArguments):
     core_lr_scale: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of the inner model in a joint phase, as a multiple of the stage's. Default: 0.3, or 1 if the "
+            "help": "Learning rate of the inner model in a joint phase, as a multiple of the stage's. By default, it is 0.3, or 1 if the "
             "grown model trains from scratch."
         },
     )
@@ -319,12 +323,14 @@ class TrainingArguments(LoopArguments):
     )
     sample_steps: int | None = field(
         default=None,
-        metadata={"help": "Number of steps between sample grids within a phase. Default: only at the end of a phase."},
+        metadata={
+            "help": "Number of steps between sample grids within a phase. By default, they are drawn only at its end."
+        },
     )
     hub_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Number of steps between uploads of the averaged weights to the branch `training`. Default: no such uploads."
+            "help": "Number of steps between uploads of the averaged weights to the branch `training`. By default, there are none."
         },
     )
 
@@ -342,20 +348,20 @@ class LoraArguments(ImageArguments, LoopArguments):
         default=None,
         metadata={
             "help": "Resolution to which images are scaled before they are averaged down to the model's, as grow.py does for a "
-            "core. Default: four times the resolution of a core, and a grown model's own resolution."
+            "core. By default, it is four times the resolution of a core, and a grown model's own resolution."
         },
     )
     rank: int = field(default=8, metadata={"help": "Rank of the adapter's matrices."})
     lora_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Strength of the adapter: its output is multiplied by lora_alpha / rank. Default: the rank."
+            "help": "Strength of the adapter: its output is multiplied by lora_alpha / rank. By default, it is the rank."
         },
     )
     lora_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Endings of the names of the layers to adapt. Default: to_q, to_k, to_v and to_out.0, which is all attention; "
+            "help": "Endings of the names of the layers to adapt. By default, they are to_q, to_k, to_v and to_out.0, which is all attention; "
             "in a grown model also conv1 and conv2 of the residual blocks, and text_proj."
         },
     )
@@ -364,15 +370,17 @@ class LoraArguments(ImageArguments, LoopArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     logit_mean: float | None = field(
         default=None,
-        metadata={"help": "Mean of logit(sigma), in terms of the core's noise level. Default: as in grow.py."},
+        metadata={
+            "help": "Mean of logit(sigma), in terms of the core's noise level. By default, it is that of grow.py."
+        },
     )
     logit_std: float | None = field(
-        default=None, metadata={"help": "Standard deviation of logit(sigma). Default: as in grow.py."}
+        default=None, metadata={"help": "Standard deviation of logit(sigma). By default, it is that of grow.py."}
     )
     loss_weighting: str | None = field(
         default=None,
         metadata={
-            "help": f"Error, or weight of noise levels, to train by: {', '.join(WEIGHTINGS)}. Default: as in grow.py, which "
+            "help": f"Error, or weight of noise levels, to train by: {', '.join(WEIGHTINGS)}. By default, it is that of grow.py, which "
             "depends on the resolution."
         },
     )

@@ -135,7 +135,7 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
         (loop, "adam_weight_decay", 0, math.inf),
     )
     choices = {
-        # `piecewise_constant` needs rules, for which there is no argument.
+        # `piecewise_constant` needs a schedule of its own, which no argument can give.
         "lr_scheduler": [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
         "attention_backend": [backend.value for backend in AttentionBackendName],
         "report_to": LoggerType.list(),

@@ -113,7 +113,7 @@ def test_bad_sources(tmp_path):
 # Images
 
 
-def test_enlarged_images_are_told_of_once(recwarn):
+def test_a_warning_of_enlarged_images_comes_once(recwarn):
     warn_of_small_images.cache_clear()
     file = io.BytesIO()
     Image.new("RGB", (90, 60)).save(file, format="PNG")
@@ -161,7 +161,7 @@ def test_captioned_images(tmp_path):
 
 
 def test_broken_rows_are_left_out_and_named(tmp_path):
-    """Instead of an image that cannot be read stands the next; a caption that cannot be used is none of the data."""
+    """A row whose image is broken is replaced by the next one; a row whose caption is broken is left out."""
     rows = [(image, caption) for image, caption, _ in BROKEN.values()]
     write_rows(tmp_path / "train.parquet", rows + [(make_image(i), f"image number {i}") for i in range(5)])
     write_parquet(tmp_path / "test.parquet", 2)
@@ -181,7 +181,9 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
         (said,) = [lines[row] for row in lines if row.endswith(repr((caption or "")[:80]))]
         assert reason in said, kind
 
-    few = CaptionedImages(train, 16, broken=BrokenRows(max_share=0.004))  # 4 of 1000; the captions are 3
+    few = CaptionedImages(
+        train, 16, broken=BrokenRows(max_share=0.004)
+    )  # 4 of 1000 rows may be broken; 3 captions are
     with pytest.raises(ValueError, match="5 of 5 rows read are broken, which is beyond `max_broken_share=0.004`"):
         few[0]
     with pytest.raises(ValueError, match="1 of 15 rows read are broken.* The last one is row .*: the caption"):
@@ -189,7 +191,7 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
 
 
 def test_the_share_of_broken_images():
-    """Each row counts once: of 1500, 24 broken ones are more than 1 %."""
+    """Each row counts once: 24 broken rows of 1500 are more than 1 %."""
     good = to_bytes(make_image(0, size=2))
     images = CaptionedImages(make_rows([b"broken" if i % 62 == 61 else good for i in range(1500)]), 2)
     with pytest.raises(ValueError, match=r"1\d of \d+ rows read are broken, which is beyond `max_broken_share=0.01`"):
@@ -208,7 +210,7 @@ def test_no_image_of_a_shape_can_be_read(tmp_path):
 
 
 def write_shapes_of_images(path, count: int = 24):
-    """Square, wide and high images in turn."""
+    """Writes square, wide and high images in turn."""
     shapes = ((32, 32), (32, 16), (16, 40))
     write_rows(path, [(make_image(i).resize(shapes[i % 3]), f"image number {i}") for i in range(count)])
 
@@ -224,14 +226,16 @@ def test_images_of_several_shapes(tmp_path, monkeypatch):
     assert images.at(8)[int(np.flatnonzero(images.shapes == 2)[0])]["pixel_values"].shape == (3, 12, 4)
     lying = make_image(0).resize((32, 16))
     exif = lying.getexif()
-    exif[0x0112] = 6  # turned by 90 degrees: it is high
+    exif[0x0112] = 6  # turned by 90 degrees, so the image is high
     buffer = io.BytesIO()
     lying.save(buffer, format="PNG", exif=exif)
     write_rows(tmp_path / "lying.parquet", [(buffer.getvalue(), "high")] * 2)
     train, _ = load_captioned_data(None, str(tmp_path / "lying.parquet"), "photo", "text")
     images = CaptionedImages(train, 16, [(8, 16), (16, 8)])
     assert images.shapes[0] == 1 and images[0]["pixel_values"].shape == (3, 16, 8)
-    with monkeypatch.context() as patch:  # its header says it: to decode all images first would take hours
+    with (
+        monkeypatch.context() as patch
+    ):  # the header is enough: decoding all images of a large dataset would take hours
         patch.setattr(PngImageFile, "load", None)
         assert CaptionedImages(train, 16, [(8, 16), (16, 8)]).shapes.tolist() == [1] * len(train)
     lying.save(buffer := io.BytesIO(), format="PNG", exif=b"garbage")
@@ -275,7 +279,7 @@ def test_every_epoch_shows_every_row_once_in_its_own_order():
 
 
 @pytest.mark.parametrize("start", [1, 10, 17, 34, 35])
-def test_the_order_goes_on_where_it_was_left(start):
+def test_the_order_resumes_where_it_stopped(start):
     order = list(EpochOrder(10, 0, 35, (3,)))
     sampler = EpochOrder(10, start, 35 - start, (3,))
     assert len(sampler) == 35 - start and list(sampler) == order[start:]

@@ -58,7 +58,7 @@ def test_few_images_above_the_cores_resolution(tmp_path):
 
 
 def test_the_core_has_data_of_its_own(tmp_path, caplog):
-    """At its own resolution and with nothing held out; captions that both have are told of."""
+    """The core's data has the core's resolution, and nothing of it is held out. Held-out captions in it cause a warning."""
     Accelerator(cpu=True)  # which logging asks for
     write_parquet(tmp_path / "core.parquet", 12)
     write_parquet(tmp_path / "high.parquet", 40, first=12)
@@ -78,7 +78,10 @@ def test_streamed_data(files):
     assert data.validation.captions == [f"image number {i}" for i in range(9)]
     assert data.core.first == (1, 3) and data.fingerprint is None
     assert data.describe() == "Images are streamed; 9 held out."
-    assert load(files, streaming=True, num_validation_images=0).core.first == (1, 2)  # eight at least, to show samples
+    assert load(files, streaming=True, num_validation_images=0).core.first == (
+        1,
+        2,
+    )  # at least 8 are held out: their captions are sampled
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def read(images, steps_done, num_steps, accumulation=2, num_workers=0, state=Non
 @pytest.mark.parametrize("buckets", [None, [(16, 16), (8, 32)]])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_after_some_steps_are_those_that_would_have_followed(files, buckets, num_workers):
-    """Two batches a step, in the order of the seed alone."""
+    """With two batches per step, in an order that depends on the seed alone."""
     data = load(files, aspect_ratio_buckets=buckets and "16,16;8,32")
     images = data.at(1, 16)
     whole, _ = read(images, 0, 7)

@@ -85,10 +85,10 @@ def test_written_data_is_an_ordinary_data_set(tmp_path):
     row = data["train"][0]
     assert row["image"].size == (32, 32) and parse_caption(row["text"])
     assert {len(parse_caption(text).objects) for text in data["train"]["text"]} == {1, 2}
-    # What is held out is never trained on.
+    # Combinations that are held out are never trained on.
     assert all(is_held_out(parse_caption(text)) for text in data["validation"]["text"])
     assert not any(is_held_out(parse_caption(text)) for text in data["train"]["text"])
-    # The same seed draws the same, whatever the number of rows.
+    # The same seed draws the same rows, whatever their number.
     again = load_dataset(str(write_shapes(tmp_path / "again", 5, 2, 32, max_objects=2, seed=1)))
     assert again["train"]["text"] == data["train"]["text"][:5]
     assert all(np.array_equal(again["train"][i]["image"], data["train"][i]["image"]) for i in range(5))
@@ -136,7 +136,7 @@ def test_shuffled_captions_score_as_chance():
 
 @pytest.mark.parametrize("num_objects", [2, 3])
 def test_shuffled_captions_of_several_objects_score_far_below_the_true_ones(num_objects):
-    """Chance is higher here than for one object, since each caption is held against its best assignment."""
+    """Chance is higher than for one object, since the best assignment of objects to the caption counts."""
     scenes = draw_scenes(num_objects, 200)
     images, captions = [render(scene, 64) for scene in scenes], [scene.caption for scene in scenes]
     scores = score_images(images, captions[1:] + captions[:1])
@@ -152,7 +152,7 @@ def test_only_texture_is_lost_at_the_cores_resolution(num_objects, method):
     scores = score_images([shrink_and_enlarge(render(scene, 64), 16, method) for scene in scenes], captions)
     assert abs(scores["texture"] - CHANCE["texture"]) < 0.08, scores
     assert min(scores[name] for name in ("color", "size", "count", "background")) > 0.9, scores
-    # Two objects on 16 x 16 pixels leave 4 pixels for a small star: even a human reads half of the shapes only.
+    # Two objects on 16 x 16 pixels leave 4 pixels for a small star: even a human recognises only half of the shapes.
     assert scores["shape"] > (0.85 if num_objects == 1 else 2.2 * CHANCE["shape"]), scores
 
 

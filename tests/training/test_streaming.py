@@ -74,7 +74,7 @@ def read(images: StreamedImages, num_batches: int, num_workers: int = 0, batch_s
 
 
 def test_two_processes_with_two_workers_each_read_every_row_once(files, tmp_path):
-    """As `accelerate launch` starts them; and the workers of one process alone would have another order."""
+    """Processes as `accelerate launch` starts them. Data in order is dealt to them, too: each step has one shape."""
     (tmp_path / "read.py").write_text(READ)
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -87,14 +87,14 @@ def test_two_processes_with_two_workers_each_read_every_row_once(files, tmp_path
     counts = Counter(caption for part in (first, second) for batch in part["captions"] for caption in batch)
     assert counts == {f"image number {i}": 1 for i in range(24)}
     assert not {*sum(first["captions"], [])} & {*sum(second["captions"], [])}
-    # Data that is had in order: accelerate deals the batches of a step to the processes, all of one shape.
+    # Data in order: accelerate deals the batches of a step, which have one shape, to the processes.
     assert first["shapes"] == second["shapes"] and {tuple(shape[2:]) for shape in first["shapes"]} == {(8, 8), (4, 16)}
     assert len(first["in_order"]) == 6 and not any({*a} & {*b} for a, b in zip(first["in_order"], second["in_order"]))
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 4, 7])
 def test_each_epoch_deals_every_row_to_one_lane(files, lanes):
-    """Also where the lanes cannot have files of their own, or as many."""
+    """Also where lanes share a file, or have different numbers of files."""
     images = open_stream(files)
     epochs = [
         [[name for name, _ in images.read_rows(lane, lanes, (3,), epoch)] for lane in range(lanes)] for epoch in (0, 1)
@@ -106,8 +106,8 @@ def test_each_epoch_deals_every_row_to_one_lane(files, lanes):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_going_on_shows_what_would_have_been_seen(files, num_workers):
-    """From any batch, in the middle of an epoch or not, also by another number of readers, and with other shapes waiting."""
+def test_resuming_shows_what_would_have_been_seen(files, num_workers):
+    """From any batch, within an epoch or not, with another number of readers, and with rows of both shapes waiting."""
     buckets = {"buckets": [(16, 16), (8, 32)]}
     whole, _ = read(open_stream(files, **buckets), 20, num_workers=2)
     for stop in (1, 6, 13):
@@ -140,7 +140,7 @@ def test_other_processes_share_the_lanes_of_a_checkpoint(files):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 6])
 def test_other_batches_neither_repeat_nor_lose_a_row(files, batch_size):
-    """From batches of three, with rows of two shapes waiting for theirs."""
+    """After batches of three, while rows of two shapes wait for a full batch."""
     images = open_stream(files, buckets=[(16, 16), (8, 32)])
     before, loader = read(images, 4, batch_size=3)
     state = json.loads(json.dumps(loader.state()))
@@ -172,7 +172,7 @@ def test_sources_give_the_same_batches(tmp_path):
 
 
 def test_from_the_hub(hub, files):
-    """Workers read the files from there, each its own ones."""
+    """Workers read their own files from the Hub."""
     HfApi().create_repo("owner/images", repo_type="dataset")
     HfApi().upload_folder(repo_id="owner/images", repo_type="dataset", folder_path=files)
     stream, _, first = load_captioned_stream("owner/images", None, "photo", "text", 0)
@@ -196,7 +196,7 @@ def test_held_out_rows_are_not_trained_on(files, tmp_path):
     expected = {f"image number {i}": 1 for i in range(8, 24)}
     assert Counter(images.captions) == expected
     assert Counter(caption for batch in read(images, 8)[0] for caption in batch["caption"]) == expected
-    # A split of its own takes nothing from the stream.
+    # If there is a split to hold out, nothing is taken from the stream.
     write_parquet(tmp_path / "train.parquet", 4)
     write_parquet(tmp_path / "test.parquet", 4, first=4)
     stream, held_out, first = load_captioned_stream(None, str(tmp_path), "photo", "text", 3)
@@ -206,7 +206,7 @@ def test_held_out_rows_are_not_trained_on(files, tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_an_epoch_without_a_row_is_passed_over(tmp_path, seed):
-    """One file of six is held out, and in some epoch it is all that one of four lanes is dealt."""
+    """One file of six is held out, and in some epochs one of four lanes is dealt that file only."""
     for file in range(6):
         write_parquet(tmp_path / f"{file}.parquet", 8, first=8 * file)
     images = open_stream(tmp_path, num_held_out=8)
@@ -243,7 +243,7 @@ def test_a_stream_that_is_all_held_out(files):
 
 @pytest.mark.parametrize("num_files", [1, 3])
 def test_a_reader_that_never_gets_a_row(tmp_path, num_files):
-    """More readers share a file than it has rows: those that get none say so at once."""
+    """More readers share a file than it has rows: a reader without a row raises an error at once."""
     for file in range(num_files):
         write_parquet(tmp_path / f"{file}.parquet", 2, first=2 * file)
     images = open_stream(tmp_path)
@@ -268,7 +268,7 @@ def test_readers_of_captions_share_the_files(files, rows_read, shares):
     rows_read.clear()
     counts = Counter(caption for share in range(shares) for caption in images.read_captions(share, shares))
     assert counts == {f"image number {i}": 1 for i in range(8, 24)}
-    # Neither of others, if there are enough, nor those that are held out altogether.
+    # No file is read by two readers, unless there are more readers than files, and file 0 is not read: it is held out.
     assert Counter(file for file, _ in rows_read) == {1: 6 * (1 + (shares == 7)), 2: 6 * (1 + (shares == 7)), 3: 6}
 
 
@@ -296,7 +296,7 @@ def test_broken_rows_are_left_out_and_named(tmp_path):
 def test_too_many_broken_rows_stop_the_run(tmp_path, num_workers):
     rows = [(make_image(i), f"image {i}" if i % 2 else "x" * (MAX_CAPTION_CHARACTERS + 1)) for i in range(40)]
     write_rows(tmp_path / "data.parquet", rows)
-    broken = BrokenRows(tmp_path / "broken.jsonl", max_share=0.005)  # of a thousand at least
+    broken = BrokenRows(tmp_path / "broken.jsonl", max_share=0.005)  # of 1000 rows, so 5 may be broken
     images = open_stream(tmp_path / "data.parquet", broken=broken)
     with pytest.raises(ValueError, match=r"6 of \d+ rows read are broken.*`max_broken_share=0.005`.*of 5000 at most"):
         read(images, 20, num_workers)

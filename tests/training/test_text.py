@@ -43,8 +43,8 @@ def test_small_text_encoder(tmp_path):
         ids = tokenizer(text)["input_ids"]
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.lower()
-    assert len(tokenizer("a large red circle")["input_ids"]) == 5  # a word each
-    assert len(tokenizer("")["input_ids"]) == 1  # an empty caption is not empty to the model
+    assert len(tokenizer("a large red circle")["input_ids"]) == 5  # a token per word, and the end
+    assert len(tokenizer("")["input_ids"]) == 1  # an empty caption has a token, too
     encoder = build_small_text_encoder(tokenizer, hidden_size=64, num_layers=1).eval()
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     hidden_states = encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
@@ -56,7 +56,7 @@ def test_small_text_encoder(tmp_path):
 
 
 def test_words_outweigh_what_is_around_them():
-    """In a new small text encoder, so that words are there for the stages which the core has no use for."""
+    """In a new small text encoder, so that stages find words that the core learns nothing from, such as textures."""
     colors, textures, shapes = ("red", "blue", "green"), ("plain", "dotted", "striped"), ("circle", "star", "ring")
     captions = [f"a {a} {b} {c}" for a in colors for b in textures for c in shapes]
     tokenizer = train_small_tokenizer(captions)
@@ -75,7 +75,7 @@ def test_words_outweigh_what_is_around_them():
 # Captions
 
 
-def test_truncated_captions_are_told_of_before_training_and_not_in_each_step(recwarn):
+def test_a_warning_of_truncated_captions_comes_before_training_and_not_in_each_step(recwarn):
     pipeline, long = make_pipeline(), "a red circle " * 50
     encoded = encode_captions(pipeline, pipeline.text_encoder, [long, CAPTIONS[0]], torch.device("cpu"))
     assert encoded["encoder_hidden_states"].shape[1] == pipeline.config.max_sequence_length
@@ -89,7 +89,7 @@ def test_truncated_captions_are_told_of_before_training_and_not_in_each_step(rec
 
 
 def test_each_way_of_encoding_captions(tmp_path):
-    """The encoder that trains gets tokens, in the model; a frozen one is run; or its cached output is looked up."""
+    """Tokens for an encoder that trains, the output of a frozen encoder, or its cached output."""
     pipeline, device = make_pipeline(), torch.device("cpu")
     captions = ["", CAPTIONS[2]]
     tokens = CaptionEncoder(pipeline, device, trains=True)(captions)
@@ -106,7 +106,7 @@ def test_each_way_of_encoding_captions(tmp_path):
     embeddings = TextEmbeddings(tmp_path)
     embeddings.add(captions, lambda some: live)
     embeddings.reload()
-    pipeline.text_encoder = None  # not needed any more
+    pipeline.text_encoder = None  # cached embeddings do without it
     cached = CaptionEncoder(pipeline, device, embeddings=embeddings)(captions)
     mask = live["encoder_attention_mask"]
     assert torch.equal(cached["encoder_attention_mask"], mask)
@@ -131,7 +131,7 @@ def test_kept_embeddings(tmp_path, dtype):
             return encode_captions(pipeline, pipeline.text_encoder, captions, torch.device("cpu"))
 
     first, embeddings = TextEmbeddings(tmp_path), TextEmbeddings(tmp_path)
-    # Two processes, each with its share; then a run with more captions.
+    # Two processes add their shares; then a run adds another caption.
     shares = [*CAPTIONS[:2]] * 2, [*CAPTIONS[2:], ""]
     assert first.add(shares[0], encode) + embeddings.add(shares[1], encode) == 4
     embeddings.reload()
@@ -139,7 +139,9 @@ def test_kept_embeddings(tmp_path, dtype):
     num_parts, num_files = len(list(tmp_path.glob("*/index.json"))), len(os.listdir("/proc/self/fd"))
     assert embeddings.find("something else") is None
     more = TextEmbeddings(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) - num_files == num_parts > 1  # one for each, since large data has many
+    assert (
+        len(os.listdir("/proc/self/fd")) - num_files == num_parts > 1
+    )  # one open file per part: large data has many parts
     embeddings = more
     assert sorted(calls) == sorted([*CAPTIONS, "", "something else"])
     captions = ["", CAPTIONS[2], "something else"]
@@ -184,7 +186,7 @@ def test_embeddings_are_of_one_encoder():
 def embed(
     pipeline, source: Path, folder: Path, rows_read: list, rank: int = 0, num_processes: int = 1, num_held_out: int = 4, **kwargs
 ) -> TextEmbeddings:  # fmt: skip
-    """Embeds the captions of a stream as one of several processes; `rows_read` then holds what has been read for that."""
+    """Embeds the captions of a stream as one of several processes. `rows_read` then holds the rows that this has read."""
     data_args = DataArguments(
         train_data_dir=str(source), image_column="photo", streaming=True, text_embeddings_dir=str(folder), **kwargs
     )
@@ -203,7 +205,7 @@ def embed(
 
 
 def test_a_stream_is_read_for_its_embeddings_once(files, tmp_path, rows_read):
-    """Each of two processes reads its own files; what would be other captions is read, and new ones only are embedded."""
+    """Each of two processes reads its own files. A changed source is read again, and only its new captions are embedded."""
     source = shutil.copytree(files, tmp_path / "data")
     pipeline, folder = make_pipeline(), tmp_path / "embeddings"
 
@@ -220,7 +222,7 @@ def test_a_stream_is_read_for_its_embeddings_once(files, tmp_path, rows_read):
         embeddings = start(rank=rank, num_processes=num_processes)
         assert not rows_read
     assert len(embeddings.hashes) == 25 and all(embeddings.find(f"image number {i}") is not None for i in range(24))
-    # Another column, whose captions are the same ones as far as they are held out; and more that are held out.
+    # Another caption column, with the same captions in the held-out rows; then more held-out rows.
     for i, file in enumerate(sorted(source.iterdir())):
         rows = Dataset.from_parquet(str(file))
         others = [f"image number {j + (j > 3)}" for j in range(6 * i, 6 * i + 6)]
@@ -232,7 +234,7 @@ def test_a_stream_is_read_for_its_embeddings_once(files, tmp_path, rows_read):
     added = [part for part in folder.glob("*/*/index.json") if part not in parts]
     assert len(added) == 1 and len(list(folder.glob("*/seen-*.json"))) == 3
     assert len(start().hashes) == 26 and not rows_read
-    # The data changes after all, where nobody has looked.
+    # The files change, which the marker cannot know.
     write_rows(source / "3.parquet", [(make_image(i), f"a new image {i}") for i in range(6)])
     embeddings = start()
     with pytest.raises(KeyError, match=rf"no embedding of 'a new image 5'.*remove {re.escape(str(marker.parent))}/se"):
@@ -260,7 +262,7 @@ def test_a_stream_that_was_not_read_to_its_end_is_read_again(files, tmp_path, ro
 
 
 def test_captions_of_data_in_order_are_embedded_once(tmp_path):
-    """Those of the core's own data, too; and which images train above the core's resolution makes no difference."""
+    """The captions of the core's own data and of the stages' data, some of which are the same."""
     write_parquet(tmp_path / "core.parquet", 12)
     write_parquet(tmp_path / "high.parquet", 12, first=6)
     pipeline, folder = make_pipeline(), tmp_path / "embeddings"

@@ -98,8 +98,8 @@ def load_captioned_stream(
 def read_files(stream: IterableDataset, files: Iterable[int] | None = None) -> Iterator[tuple[tuple[int, int], dict]]:
     """
     Yield the rows of some of a stream's files, or of all, each with the number of its file and its number in that file. Unlike
-    a loop over the stream itself, this reads the same rows in a data loader's worker as elsewhere: nothing is left to the other
-    workers.
+    a loop over the stream itself, this reads the same rows in a data loader's worker as elsewhere: `datasets` would leave some
+    to the other workers.
     """
     for file in range(stream.num_shards) if files is None else files:
         batches = stream.shard(num_shards=stream.num_shards, index=file).iter(READ_SIZE)
@@ -109,8 +109,8 @@ def read_files(stream: IterableDataset, files: Iterable[int] | None = None) -> I
 
 def deal(files: list[int], lane: int, lanes: int) -> tuple[list[int], int]:
     """
-    Return the files that a lane reads, and how many lanes share them: several only if there are fewer files than lanes. Of a
-    file that is shared, each lane reads an equal part, which part depends on the lane alone.
+    Return the files that a lane reads, and how many lanes share them: several only if there are fewer files than lanes. Each
+    of the lanes that share a file reads an equal part of its rows; the lane's number decides which part.
     """
     if len(files) < lanes:
         return [files[lane % len(files)]], len(range(lane % len(files), lanes, len(files)))
