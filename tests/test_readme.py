@@ -38,7 +38,7 @@ def run(blocks: list[str]) -> dict:
 
 @pytest.fixture
 def published(hub, tmp_path, monkeypatch):
-    """What the sections start from: a repository with the tag `core`, an adapter of the core, and a folder of a run."""
+    """Prepare what the sections start from: a repository with the tag `core`, an adapter of the core, and a folder of a run."""
     monkeypatch.chdir(tmp_path)
     core = make_core()
     make_pipeline(core).push_to_hub("owner/shapes-64")
