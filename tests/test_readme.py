@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The README's code runs in its order, against the loopback Hub; only `user` is the one who is logged in there."""
+"""The code of the READMEs runs in its order, against the loopback Hub, where `user` is logged in as `owner`."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,32 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
 
-from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel, __version__
+from diffusers_greedy_grow.training.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
 
 from .testing_utils import draw_one, make_core, make_grown, make_pipeline
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "training_examples/README.md", "CONTRIBUTING.md")
+README, TRAINING_README, _ = ((ROOT / page).read_text() for page in PAGES)
 
 
-def code_of(title: str) -> list[str]:
-    (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
+def code_of(text: str, title: str) -> list[str]:
+    (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     return re.findall("```python\n(.*?)```", section.replace('"user/', '"owner/'), re.DOTALL)
+
+
+def run(blocks: list[str]) -> dict:
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    return names
 
 
 @pytest.fixture
 def published(hub, tmp_path, monkeypatch):
-    """What the sections start from: a repository with the tag `core`, an adapter of the core, and a folder of a run."""
+    """Prepare what the sections start from: a repository with the tag `core`, an adapter of the core, and a folder of a run."""
     monkeypatch.chdir(tmp_path)
     core = make_core()
     make_pipeline(core).push_to_hub("owner/shapes-64")
@@ -43,32 +54,64 @@ def published(hub, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_from_the_hub(published, hub):
-    blocks, names = code_of("From the Hub") + code_of("LoRA"), {}
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert type(names["pipe"]) is GreedyGrowPipeline and names["core"].unet.sample_sizes == (16,)
-    again = DiffusionPipeline.from_pretrained("owner/shapes-256")
-    assert again.unet.sample_sizes == (16, 32, 256)
-    assert (
-        "private" in HfApi().model_info("owner/shapes-256").__dict__ and HfApi().model_info("owner/shapes-256").private
-    )
-    assert {"owner/unet-128", "owner/shapes-64-copy"} <= {
-        request.split("/api/models/")[1].split("/commit")[0] for request in hub.requests if "/commit/" in request
-    }
-    pipe, adapter = names["pipe"], make_pipeline(make_grown(make_core()))
-    assert torch.equal(draw_one(pipe), draw_one(adapter))  # unloaded: the base, bit for bit
+def test_readme_code(published):
+    quickstart, grow, fast = (code_of(README, title) for title in ("Quickstart", "Grow and publish", "Sample fast"))
+    assert len(quickstart) == len(grow) == len(fast) == 1
+    run(quickstart + grow + fast)
+    assert (published / "circle.png").exists() and (published / "soft.png").exists()
+    assert DiffusionPipeline.from_pretrained("owner/shapes-256").unet.sample_sizes == (16, 32, 256)
+    assert "license: apache-2.0" in Path(HfApi().hf_hub_download("owner/shapes-256", "README.md")).read_text()
+    assert HfApi().model_info("owner/unet-512").private
+
+
+def test_training_readme_code(published, hub):
+    publish, lora = code_of(TRAINING_README, "Publish"), code_of(TRAINING_README, "LoRA")
+    assert len(publish) == len(lora) == 1
+    names = run(publish + lora)
+    assert type(names["pipe"]) is GreedyGrowPipeline
+    assert type(names["core"].unet) is ShallowUNet2DModel
+    assert any("/api/models/owner/shapes-64-copy/commit" in request for request in hub.requests)
+    pipe, base = names["pipe"], make_pipeline(make_grown(make_core()))
+    assert torch.equal(draw_one(pipe), draw_one(base))  # unloaded: the base, bit for bit
     pipe.load_lora_weights("owner/green-circles")
-    assert not torch.allclose(draw_one(pipe), draw_one(adapter), atol=1e-3)
+    assert not torch.allclose(draw_one(pipe), draw_one(base), atol=1e-3)
     pipe.unload_lora_weights()
     assert (published / "circle.png").exists() and (published / "green.png").exists()
-    assert not names["pipe"].get_list_adapters()
+    assert not pipe.get_list_adapters()
 
 
-def test_quickstart_and_faster_sampling(published):
-    blocks, names = code_of("Quickstart") + code_of("Faster sampling"), {}
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert (published / "circle.png").exists() and (published / "soft.png").exists()
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    missing = [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_of_commands_exist(page):
+    """Commands of our scripts use arguments that exist, and so do flags in running text that belong to no other program."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    grow = {field.name for part in (DataArguments, ModelArguments, TrainingArguments) for field in fields(part)}
+    known = {"grow": grow, "train_lora": {field.name for field in fields(LoraArguments)}}
+    for script, arguments in re.findall(r"training_examples/(grow|train_lora)\.py(.*)", text):
+        assert not set(re.findall(r"--(\w+)", arguments.split("#")[0])) - known[script] - {"config"}
+    # Those with underscores and a sentence around them, other than accelerate's.
+    accelerate = {"num_processes", "num_cpu_threads_per_process", "config_file", "machine_rank", "main_process_ip"}
+    accelerate |= {"main_process_port", "dynamo_backend", "dynamo_use_regional_compilation"}
+    assert not set(re.findall(r"--(\w+_\w+)", text)) - known["grow"] - known["train_lora"] - accelerate
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 160
+
+
+def test_figures_of_both_themes_differ_in_colors_only():
+    light, dark = ((ROOT / "assets" / f"architecture-{theme}.svg").read_text() for theme in ("light", "dark"))
+    assert light != dark
+    assert re.sub("#[0-9a-f]{6}", "", light) == re.sub("#[0-9a-f]{6}", "", dark)
+
+
+def test_version_is_the_same_everywhere():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
