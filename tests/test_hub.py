@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow import hub as hub_module
-from diffusers_greedy_grow.hub import UploadError, get_lineage, make_card
+from diffusers_greedy_grow.hub.cards import make_card
+from diffusers_greedy_grow.hub.lineage import add_to_lineage, get_lineage
+from diffusers_greedy_grow.hub.upload import UploadError, prepare_repository, upload
 
 from .testing_utils import draw_one, make_core, make_grown, make_pipeline, run_in_a_shell
 
@@ -49,7 +51,7 @@ def count_commits(hub, repo_id: str) -> int:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def test_a_failed_upload_loses_nothing(hub, request_, caplog):
         )
     assert grown.config.sample_size == 32
     (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    folder = Path(re.search("Nothing is lost: all files are in (.*). Go on", message)[1])
+    folder = Path(re.search("Nothing is lost: all files are in (.*). Upload them", message)[1])
     assert waiting() == [folder] and TOKEN not in message
     kept = GrowableUNet2DConditionModel.from_pretrained(folder)
     assert all(torch.equal(value, kept.state_dict()[name]) for name, value in grown.state_dict().items())
@@ -232,7 +234,7 @@ def test_a_failed_upload_loses_nothing(hub, request_, caplog):
 
     # What the message says goes on from there.
     hub.faults.clear()
-    run_in_a_shell(re.search("Go on with `(.*)`", message)[1])
+    run_in_a_shell(re.search("Upload them with `(.*)`", message)[1])
     GrowableUNet2DConditionModel.from_pretrained(repo_id, force_download=True)
     for place in waiting():
         shutil.rmtree(place)
@@ -246,7 +248,7 @@ def test_what_goes_on_from_a_failure_leaves_no_other_shards(hub):
     hub.fail("POST .*/commit/", "400")
     with pytest.raises(UploadError) as error:
         newer.push_to_hub(repo_id)
-    run_in_a_shell(re.search("Go on with `(.*)`", str(error.value))[1])
+    run_in_a_shell(re.search("Upload them with `(.*)`", str(error.value))[1])
     again = ShallowUNet2DModel.from_pretrained(repo_id, force_download=True)
     assert torch.equal(again.conv_in.bias, newer.conv_in.bias)
     for place in waiting():
@@ -274,23 +276,23 @@ def test_an_answer_that_is_lost_opens_no_second_pull_request(hub):
 def test_a_tag_moves_and_is_never_lost(hub, tmp_path):
     core = make_core()
     core.save_pretrained(tmp_path)
-    hub_module.prepare_repository("owner/tags")
-    first = hub_module.upload(tmp_path, "owner/tags", tag="core").oid
+    prepare_repository("owner/tags")
+    first = upload(tmp_path, "owner/tags", tag="core").oid
     (tmp_path / "more.txt").write_text("more")
     hub.fail("POST .*/tag/", "500", times=2)
-    second = hub_module.upload(tmp_path, "owner/tags", tag="core").oid
+    second = upload(tmp_path, "owner/tags", tag="core").oid
     (tag,) = HfApi().list_repo_refs("owner/tags").tags
     assert tag.target_commit == second != first
 
 
 def test_a_disk_without_room_loses_nothing(hub, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()  # a folder in a file cannot be made, whoever tries
-    monkeypatch.setattr(hub_module.constants, "HF_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.ERROR, "diffusers_greedy_grow.hub"):
         grown = GrowableUNet2DConditionModel.from_core(
             make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/no-room"
         )
-    assert grown.config.sample_size == 32 and "set HF_HOME to a folder that has" in caplog.text
+    assert grown.config.sample_size == 32 and "set HF_HOME to a folder with enough space" in caplog.text
     assert not hub.files("owner/no-room")
 
 
@@ -356,7 +358,7 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
         make_core().push_to_hub("owner/blanks", token=f"{TOKEN}\n")
     with pytest.raises(ValueError, match="a pull request goes to `main`"):
         make_core().push_to_hub("owner/blanks", create_pr=True, revision="trial")
-    with pytest.raises(TypeError, match=r"\['licence'\] are no arguments of `push_to_hub`"):
+    with pytest.raises(TypeError, match=r"\['licence'\] are not arguments of `push_to_hub`"):
         make_core().push_to_hub("owner/blanks", licence="mit")
     with pytest.raises(ValueError, match="`sample_size=20`"):
         GrowableUNet2DConditionModel.from_core(make_core(), 20, push_to_hub=True, repo_id="owner/blanks")
@@ -376,9 +378,7 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
 
 def test_a_card_says_it_all(hub, tmp_path):
     core = make_pipeline()
-    hub_module.add_to_lineage(
-        core.unet, phase="core", resolution=16, trained="everything", steps=10, images=320, seed=0
-    )
+    add_to_lineage(core.unet, phase="core", resolution=16, trained="everything", steps=10, images=320, seed=0)
     core.push_to_hub("owner/card-core", license="apache-2.0")
     results = [
         EvalResult("text-to-image", "shapes", "Captioned shapes", "accuracy", 0.81, metric_name="shape"),
@@ -395,8 +395,8 @@ def test_a_card_says_it_all(hub, tmp_path):
     assert card.data.eval_results == results and card.data.datasets == ["owner/shapes"]
     revision = HfApi().model_info("owner/card-core").sha
     for text in (
-        "a core of\n16 pixels, grown to 32.",
-        "**Not trained at 32 pixels yet**",
+        "a core of\n16 x 16 pixels, grown to 32 x 32.",
+        "**Not trained at 32 x 32 pixels yet**",
         "| core | 16 | everything | 10 | 320 | 0 |",
         f"| grown from `owner/card-core` at `{revision[:12]}`, `init='preserve'` | 32 |",
         "| Captioned shapes | texture | 0.7 |",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
-from diffusers_greedy_grow.hub import TAGS
+from diffusers_greedy_grow.hub.cards import TAGS
 
 from .testing_utils import make_core, make_grown, make_pipeline
 

@@ -45,14 +45,9 @@ from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import descend, detail_variance, shift_sigma
-from diffusers_greedy_grow.hub import (
-    UploadError,
-    add_to_lineage,
-    check_license,
-    prepare_repository,
-    upload,
-    write_card,
-)
+from diffusers_greedy_grow.hub.cards import write_card
+from diffusers_greedy_grow.hub.lineage import add_to_lineage
+from diffusers_greedy_grow.hub.upload import UploadError, check_license, prepare_repository, upload
 from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core, load_core
 from diffusers_greedy_grow.training.arguments import (
     FREE_TO_CHANGE,

@@ -33,14 +33,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.hub import (
-    UploadError,
-    check_license,
-    make_lora_card,
-    new_upload_folder,
-    prepare_repository,
-    upload,
-)
+from diffusers_greedy_grow.hub.cards import make_lora_card
+from diffusers_greedy_grow.hub.publish import new_upload_folder
+from diffusers_greedy_grow.hub.upload import UploadError, check_license, prepare_repository, upload
 from diffusers_greedy_grow.training.arguments import FREE_TO_CHANGE, OF_ONE_LAUNCH, LoraArguments, TrainingArguments
 from diffusers_greedy_grow.training.checkpoints import check_changes, load_checkpoint, read_progress, save_checkpoint
 from diffusers_greedy_grow.training.curves import draw_losses
