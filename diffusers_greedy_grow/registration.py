@@ -12,8 +12,8 @@ import diffusers
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 
-# The oldest version that has the tables, and the newest one that we have tested.
-SUPPORTED = ("0.38", "0.42.1")
+# The oldest version that pyproject.toml allows, and the newest one that we have tested.
+SUPPORTED = ("0.42", "0.42.1")
 
 
 def find_table(module, name: str) -> dict:
