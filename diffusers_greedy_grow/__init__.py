@@ -3,7 +3,7 @@
 
 """Greedy growing for diffusers: high-resolution text-to-image models in pixel space."""
 
-# diffusers looks this name up in the package that `model_index.json` records for our models.
+# Exported for diffusers, which looks up `ModelMixin` in the package that `model_index.json` names.
 from diffusers import ModelMixin
 
 from .models import GrowableUNet2DConditionModel, ShallowUNet2DModel

@@ -2,27 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Makes diffusers find our classes by name. There is no public way to do so; everything that touches its tables is here.
+Registration of our classes in diffusers, which has no public interface for it. Only this module touches diffusers' tables.
 
-After it, `model_index.json` names the package rather than an inner module, so that moving a file breaks no published
-repository, and `DiffusionPipeline`, `AutoModel` and `AutoPipelineForText2Image` load our folders.
+After registration, `DiffusionPipeline`, `AutoModel` and `AutoPipelineForText2Image` load our folders. `model_index.json` names the
+package instead of an inner module, so published repositories still load after a file of the package has moved.
 """
 
 import diffusers
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 
-# The oldest version that has all that is needed here, and the latest one that was tried.
-SUPPORTED = ("0.38", "0.42.1")
+# The oldest version that pyproject.toml allows, and the newest one that we have tested.
+SUPPORTED = ("0.42", "0.42.1")
 
 
 def find_table(module, name: str) -> dict:
-    """One of diffusers' tables, or an `ImportError` that says which versions have it."""
+    """Return one of diffusers' tables; raise an `ImportError` that names the supported versions if it does not exist."""
     table = getattr(module, name, None)
     if not isinstance(table, dict):
         raise ImportError(
-            f"diffusers {diffusers.__version__} has no table `{module.__name__}.{name}`, by which it would find the classes "
-            f"of diffusers-greedy-grow. Install a version that has: "
+            f"diffusers {diffusers.__version__} has no table `{module.__name__}.{name}`, which diffusers-greedy-grow needs to "
+            "register its classes. Install a version that has it: "
             f'`pip install "diffusers>={SUPPORTED[0]},<={SUPPORTED[1]}"`.'
         )
     return table
@@ -30,16 +30,16 @@ def find_table(module, name: str) -> dict:
 
 def register(package: str, models: tuple[type, ...], pipeline: type, pipeline_name: str) -> None:
     """
-    Registers model classes and a text-to-image pipeline class. Doing so twice changes nothing.
+    Register model classes and a text-to-image pipeline class. A second call changes nothing.
 
     Args:
         package (`str`): The top-level package that exports the classes and diffusers' `ModelMixin`.
-        models (`tuple[type, ...]`): Model classes.
+        models (`tuple[type, ...]`): The model classes.
         pipeline (`type`): The pipeline class.
-        pipeline_name (`str`): Its key in the auto pipeline's table, such as `"greedy-grow"`.
+        pipeline_name (`str`): The pipeline's key in the table of auto pipelines, such as `"greedy-grow"`.
 
     Raises:
-        `ImportError`: if the installed diffusers has changed so that it would not find them.
+        `ImportError`: if the installed diffusers lacks one of the tables.
     """
     loadable = find_table(pipeline_loading_utils, "LOADABLE_CLASSES")
     text_to_image = find_table(auto_pipeline, "AUTO_TEXT2IMAGE_PIPELINES_MAPPING")

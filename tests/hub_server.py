@@ -1,14 +1,13 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-
 """
-A Hub on the loopback interface: what the real `huggingface_hub` client needs to create repositories, commit regular and
-LFS files, branch, tag, open pull requests, list and download, with its state on disk. It can be told to misbehave.
+A Hub on the loopback interface, with its state on disk. The real `huggingface_hub` client can create repositories in it, commit
+regular and LFS files, branch, tag, open pull requests, list and download. It fails on demand.
 
     with HubServer(folder, tokens={"hf_owner": "user"}) as hub:
         ...                                       # HF_ENDPOINT=hub.url, before huggingface_hub is imported
-        hub.fail("PUT /lfs", "reset", times=1)    # the next upload of a large file breaks off
+        hub.fail("PUT /lfs", "reset", times=1)    # the connection breaks in the next upload of a large file
 """
 
 import base64
@@ -26,7 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 
-# As on the Hub: what is written by LFS whatever its size. Anything else is from this size on.
+# As on the Hub: these files are stored by LFS at any size, and all others from `LFS_SIZE` bytes.
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 LFS_SIZE = 10 * 2**20
 
@@ -34,9 +33,9 @@ LFS_SIZE = 10 * 2**20
 @dataclass
 class Fault:
     """
-    One way to misbehave towards requests that match: a status code such as `"500"` or `"429"` (which asks to wait a
-    second), `"reset"` (the connection breaks off, in the middle of the body that is being sent) or `"truncate"` (half of a
-    file, and the connection ends).
+    A failure of the next `times` requests that match `pattern`. Kinds are a status code such as `"500"` or `"429"` (which asks to
+    wait a second), `"reset"` (the connection breaks in the middle of the request's body), `"truncate"` (the connection breaks
+    in the middle of the file that is sent) and `"lost"` (the request is carried out, but the response is not sent).
     """
 
     pattern: str
@@ -46,7 +45,7 @@ class Fault:
 
 @dataclass
 class Repository:
-    """`refs` by full name (`heads/main`, `tags/core`, `pr/1`); each commit holds all of its files."""
+    """A repository. `refs` has full names (`heads/main`, `tags/core`, `pr/1`); a commit lists all of its files."""
 
     private: bool = False
     refs: dict[str, str] = field(default_factory=dict)
@@ -60,10 +59,10 @@ class HubError(Exception):
 
 
 def check_card(content: str) -> list[str]:
-    """What the Hub finds wrong with a card's metadata; the part of its rules that concerns models like ours."""
+    """List the errors in a card's metadata, by those rules of the Hub that apply to models like ours."""
     found = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     if found is None:
-        return ["there is no metadata"]
+        return ["the card has no metadata"]
     data, errors = yaml.safe_load(found[1]), []
     choices = {
         "license": (
@@ -102,8 +101,8 @@ def check_card(content: str) -> list[str]:
 class HubServer:
     """
     Args:
-        folder (`Path`): Where the state is kept; a server started again on it goes on from there.
-        tokens (`dict[str, str]`): The owner of each token. Owners write to their own repositories only.
+        folder (`Path`): The folder of the state. A new server on the same folder resumes from it.
+        tokens (`dict[str, str]`): The owner of each token. Owners can write to their own repositories only.
     """
 
     def __init__(self, folder: Path, tokens: dict[str, str]):
@@ -126,7 +125,7 @@ class HubServer:
         self.server.server_close()
 
     def fail(self, pattern: str, kind: str, times: int = 1) -> None:
-        """The next `times` requests whose `"METHOD path"` has `pattern` in it meet with a [`Fault`]."""
+        """Let the next `times` requests fail whose `"METHOD path"` contains the regular expression `pattern`. See [`Fault`]."""
         self.faults.append(Fault(pattern, kind, times))
 
     def find_fault(self, request: str) -> str | None:
@@ -142,7 +141,7 @@ class HubServer:
 
     def path(self, repo_id: str) -> Path:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id) or ".." in repo_id:
-            raise HubError(400, f"{repo_id!r} is no repository name")
+            raise HubError(400, f"{repo_id!r} is not a repository name")
         return self.folder / "repositories" / f"{repo_id}.json"
 
     def read(self, repo_id: str, token: str | None) -> Repository:
@@ -166,7 +165,7 @@ class HubServer:
             raise HubError(403, f"You don't have the rights to write to {repo_id}.")
 
     def resolve(self, repository: Repository, revision: str) -> str:
-        """The commit that a branch, tag, pull request or commit id names."""
+        """Return the commit that a branch, tag, pull request or commit id names."""
         for name in (f"heads/{revision}", f"tags/{revision}", revision.removeprefix("refs/")):
             if name in repository.refs:
                 return repository.refs[name]
@@ -185,14 +184,14 @@ class HubServer:
         return sha256
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """What a revision of a repository holds, for tests to look at."""
+        """Return the files of a revision, by name."""
         path = self.path(repo_id)
         repository = Repository(**json.loads(path.read_text()))
         files = repository.commits[self.resolve(repository, revision)]["files"]
         return {name: self.blob(entry["sha256"]).read_bytes() for name, entry in files.items()}
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What the client asks for
+    # Requests of the client
 
     def create(self, token: str | None, body: dict) -> dict:
         name = body["name"] if body.get("organization") is None else f"{body['organization']}/{body['name']}"
@@ -228,7 +227,7 @@ class HubServer:
             value = line["value"]
             path = value["path"]
             if path.startswith("/") or ".." in Path(path).parts:
-                raise HubError(400, f"{path!r} is no path in a repository")
+                raise HubError(400, f"{path!r} is not a path in a repository")
             if line["key"] == "file":
                 content = base64.b64decode(value["content"])
                 files[path] = {"sha256": self.store(content), "size": len(content), "lfs": False}
@@ -249,7 +248,7 @@ class HubServer:
         elif ref not in repository.refs:
             ref = revision.removeprefix("refs/")
             if ref not in repository.refs:
-                raise HubError(400, f"{revision} is no branch")
+                raise HubError(400, f"{revision} is not a branch")
         oid = self.add_commit(repository, ref, header["summary"], files, parent)
         self.write(repo_id, repository)
         answer = {"commitOid": oid, "commitUrl": f"{self.url}/{repo_id}/commit/{oid}", "success": True}
@@ -334,7 +333,7 @@ class RequestHandler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         url = urlsplit(self.path)
-        # Data sets are kept as models are, and under the same names.
+        # Data sets are stored like models, under the same names.
         path = re.sub("^(/api)?/datasets/", lambda found: "/api/models/" if found[1] else "/", unquote(url.path))
         query = parse_qs(url.query)
         request = f"{self.command} {path}"
@@ -347,9 +346,9 @@ class RequestHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             if fault is not None and fault.isdigit():
-                raise HubError(int(fault), f"told to answer {fault}")
+                raise HubError(int(fault), f"status {fault}, as the test asked for")
             with self.hub.lock:
-                if fault == "lost":  # done, but the answer does not arrive
+                if fault == "lost":  # the request is carried out, but the response is not sent
                     self.send = lambda *args, **kwargs: None
                 self.route(path, query, body, truncate=fault == "truncate")
             if fault == "lost":
@@ -364,7 +363,7 @@ class RequestHandler(BaseHTTPRequestHandler):
             self.send(error.status, content.encode(), headers)
 
     def break_off(self) -> None:
-        """Ends the connection with a reset, not an orderly goodbye."""
+        """End the connection with a reset instead of an orderly close."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
@@ -423,7 +422,7 @@ class RequestHandler(BaseHTTPRequestHandler):
                 answer["objects"].append(entry)
         elif found := match("PUT", r"/lfs/([0-9a-f]{64})"):
             if hashlib.sha256(body).hexdigest() != found[1]:
-                raise HubError(400, "the content does not have the promised sha256")
+                raise HubError(400, "the content does not have the announced sha256")
             hub.store(body)
             answer = {}
         elif found := match("POST", f"{name}/commit/(.+)"):

@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Publishing and loading, with the real client, against a Hub on the loopback interface that misbehaves on demand."""
+"""Publishing and loading with the real client, against a Hub on the loopback interface that fails on demand."""
 
 import logging
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow import hub as hub_module
-from diffusers_greedy_grow.hub import UploadError, get_lineage, make_card
+from diffusers_greedy_grow.hub.cards import make_card
+from diffusers_greedy_grow.hub.lineage import add_to_lineage, get_lineage
+from diffusers_greedy_grow.hub.upload import UploadError, prepare_repository, upload
 
 from .testing_utils import draw_one, make_core, make_grown, make_pipeline, run_in_a_shell
 
@@ -39,7 +41,7 @@ torch.save(pipe("a small blue square", latents=noise, num_inference_steps=3, out
 
 
 def waiting() -> list[Path]:
-    """The folders of what waits for its upload, or has failed to arrive."""
+    """The folders of uploads that are under way or have failed."""
     return sorted((Path(constants.HF_HOME) / "greedy-grow-uploads").glob("*"))
 
 
@@ -49,28 +51,28 @@ def count_commits(hub, repo_id: str) -> int:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# There and back
+# Push and load
 
 
-def test_a_pipeline_there_and_back_in_a_fresh_process(hub, tmp_path):
+def test_a_pushed_pipeline_loads_in_a_new_process(hub, tmp_path):
     pipeline = make_pipeline(make_grown(), shift=2.0)
-    url = pipeline.push_to_hub("owner/there-and-back")
-    assert re.fullmatch(rf"{hub.url}/owner/there-and-back/commit/[0-9a-f]{{40}}", url)
-    assert count_commits(hub, "owner/there-and-back") == 1
-    files = hub.files("owner/there-and-back")
+    url = pipeline.push_to_hub("owner/push-and-load")
+    assert re.fullmatch(rf"{hub.url}/owner/push-and-load/commit/[0-9a-f]{{40}}", url)
+    assert count_commits(hub, "owner/push-and-load") == 1
+    files = hub.files("owner/push-and-load")
     assert {"README.md", "model_index.json", "unet/config.json", "tokenizer/tokenizer.json"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl", ".py"))]
     assert not waiting()
-    subprocess.run([sys.executable, "-c", DRAW, "owner/there-and-back", tmp_path / "image.pt"], check=True)
+    subprocess.run([sys.executable, "-c", DRAW, "owner/push-and-load", tmp_path / "image.pt"], check=True)
     assert torch.equal(torch.load(tmp_path / "image.pt"), draw_one(pipeline))
 
 
 @pytest.mark.parametrize("make", [make_core, make_grown])
-def test_a_model_there_and_back(hub, make):
+def test_a_pushed_model_loads(hub, make):
     model, repo_id = make(), f"owner/{make.__name__}"
     model.push_to_hub(repo_id)
     for loaded in (type(model).from_pretrained(repo_id), AutoModel.from_pretrained(repo_id)):
@@ -115,10 +117,10 @@ def test_a_variant_and_other_files_stay_beside_the_weights(hub):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Growing from the Hub, and onto it
+# Growing from and to the Hub
 
 
-def test_growing_onto_the_hub(hub, caplog):
+def test_growing_to_the_hub(hub, caplog):
     core = make_pipeline()
     core.push_to_hub("owner/core")
     revision = HfApi().model_info("owner/core").sha
@@ -139,7 +141,7 @@ def test_growing_onto_the_hub(hub, caplog):
     assert data.base_model == "owner/core" and data.base_model_relation == "finetune"
     assert data.library_name == "diffusers" and data.pipeline_tag == "text-to-image"
 
-    # What was loaded before it is grown is named too, and a model alone grows in the same way.
+    # The lineage also names the repository of a core that is passed as an object. A model grows like a pipeline.
     loaded = DiffusionPipeline.from_pretrained("owner/core")
     model = GrowableUNet2DConditionModel.from_core(
         loaded.unet, 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/grown-unet", revision="trial"
@@ -173,7 +175,7 @@ def test_loading_a_core_from_the_hub(hub, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# When the Hub misbehaves
+# When the Hub fails
 
 
 @pytest.mark.parametrize(
@@ -190,11 +192,11 @@ def test_loading_a_core_from_the_hub(hub, tmp_path):
         ("PUT /lfs/", "reset"),
     ],
 )
-def test_an_upload_survives_what_passes(hub, request_, fault):
+def test_an_upload_survives_transient_errors(hub, request_, fault):
     repo_id = f"owner/survives-{re.sub('[^a-z]', '', request_)}-{fault}"
     model = make_core(num_layers=1, hidden_size=48)
     torch.seed()
-    torch.nn.init.normal_(model.conv_in.bias)  # a large file that the Hub has not seen yet
+    torch.nn.init.normal_(model.conv_in.bias)  # a large file that the Hub does not have yet
     hub.fail(request_, fault)
     model.push_to_hub(repo_id)
     assert not hub.faults[0].times and not waiting()
@@ -207,14 +209,14 @@ def test_a_failed_upload_loses_nothing(hub, request_, caplog):
     repo_id = f"owner/fails-{'lfs' in request_}"
     hub.fail(request_, "500", times=1000)
     core = make_core()
-    torch.seed()  # a large file that the Hub has not seen yet
+    torch.seed()  # random weights: a large file that the Hub does not have yet
     with caplog.at_level(logging.ERROR, "diffusers_greedy_grow.hub"):
         grown = GrowableUNet2DConditionModel.from_core(
             core, 32, block_out_channels=(8,), push_to_hub=True, repo_id=repo_id
         )
     assert grown.config.sample_size == 32
     (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    folder = Path(re.search("Nothing is lost: all files are in (.*). Go on", message)[1])
+    folder = Path(re.search("Nothing is lost: all files are in (.*). Upload them", message)[1])
     assert waiting() == [folder] and TOKEN not in message
     kept = GrowableUNet2DConditionModel.from_pretrained(folder)
     assert all(torch.equal(value, kept.state_dict()[name]) for name, value in grown.state_dict().items())
@@ -226,34 +228,34 @@ def test_a_failed_upload_loses_nothing(hub, request_, caplog):
     torch.nn.init.normal_(other.stages[0].conv_to_inner.bias)
     with pytest.raises(UploadError, match=f"The upload to {repo_id} failed"):
         other.push_to_hub(repo_id)
-    assert len(waiting()) == 2  # the first one is still there
+    assert len(waiting()) == 2  # the first folder is still there
     kept = GrowableUNet2DConditionModel.from_pretrained(folder)
     assert all(torch.equal(value, kept.state_dict()[name]) for name, value in grown.state_dict().items())
 
-    # What the message says goes on from there.
+    # The command in the message uploads the folder.
     hub.faults.clear()
-    run_in_a_shell(re.search("Go on with `(.*)`", message)[1])
+    run_in_a_shell(re.search("Upload them with `(.*)`", message)[1])
     GrowableUNet2DConditionModel.from_pretrained(repo_id, force_download=True)
     for place in waiting():
         shutil.rmtree(place)
 
 
-def test_what_goes_on_from_a_failure_leaves_no_other_shards(hub):
-    """By hand as by itself: else the index of shards that are old would be believed."""
+def test_the_command_after_a_failed_upload_removes_older_shards(hub):
+    """Otherwise loading would follow the index of the older shards."""
     core, newer, repo_id = make_core(), make_core(), "owner/by hand".replace(" ", "-")
     core.push_to_hub(repo_id, max_shard_size="20KB")
     torch.nn.init.ones_(newer.conv_in.bias)
     hub.fail("POST .*/commit/", "400")
     with pytest.raises(UploadError) as error:
         newer.push_to_hub(repo_id)
-    run_in_a_shell(re.search("Go on with `(.*)`", str(error.value))[1])
+    run_in_a_shell(re.search("Upload them with `(.*)`", str(error.value))[1])
     again = ShallowUNet2DModel.from_pretrained(repo_id, force_download=True)
     assert torch.equal(again.conv_in.bias, newer.conv_in.bias)
     for place in waiting():
         shutil.rmtree(place)
 
 
-def test_an_answer_that_is_lost_opens_no_second_pull_request(hub):
+def test_a_lost_response_opens_no_second_pull_request(hub):
     core = make_core()
     core.push_to_hub("owner/lost")
     torch.nn.init.ones_(core.conv_in.bias)
@@ -262,7 +264,7 @@ def test_an_answer_that_is_lost_opens_no_second_pull_request(hub):
         core.push_to_hub("owner/lost", create_pr=True)
     assert len(HfApi().list_repo_refs("owner/lost", include_pull_requests=True).pull_requests) == 1
 
-    # Made twice, a commit to a branch changes nothing.
+    # A commit to a branch can be repeated: the second one changes nothing.
     hub.fail("POST .*/commit/", "lost")
     core.push_to_hub("owner/lost")
     again = ShallowUNet2DModel.from_pretrained("owner/lost", force_download=True)
@@ -271,31 +273,31 @@ def test_an_answer_that_is_lost_opens_no_second_pull_request(hub):
         shutil.rmtree(place)
 
 
-def test_a_tag_moves_and_is_never_lost(hub, tmp_path):
+def test_a_tag_moves_even_if_the_hub_fails_meanwhile(hub, tmp_path):
     core = make_core()
     core.save_pretrained(tmp_path)
-    hub_module.prepare_repository("owner/tags")
-    first = hub_module.upload(tmp_path, "owner/tags", tag="core").oid
+    prepare_repository("owner/tags")
+    first = upload(tmp_path, "owner/tags", tag="core").oid
     (tmp_path / "more.txt").write_text("more")
     hub.fail("POST .*/tag/", "500", times=2)
-    second = hub_module.upload(tmp_path, "owner/tags", tag="core").oid
+    second = upload(tmp_path, "owner/tags", tag="core").oid
     (tag,) = HfApi().list_repo_refs("owner/tags").tags
     assert tag.target_commit == second != first
 
 
-def test_a_disk_without_room_loses_nothing(hub, tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").touch()  # a folder in a file cannot be made, whoever tries
-    monkeypatch.setattr(hub_module.constants, "HF_HOME", str(tmp_path / "file"))
+def test_an_upload_folder_that_cannot_be_made_loses_nothing(hub, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()  # a folder inside a file cannot be made, even by root
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.ERROR, "diffusers_greedy_grow.hub"):
         grown = GrowableUNet2DConditionModel.from_core(
-            make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/no-room"
+            make_core(), 32, block_out_channels=(8,), push_to_hub=True, repo_id="owner/no-folder"
         )
-    assert grown.config.sample_size == 32 and "set HF_HOME to a folder that has" in caplog.text
-    assert not hub.files("owner/no-room")
+    assert grown.config.sample_size == 32 and "set HF_HOME to a folder with enough space" in caplog.text
+    assert not hub.files("owner/no-folder")
 
 
-def test_whatever_saving_meets_loses_nothing(hub, monkeypatch, caplog):
-    """A full disk is an error of safetensors, for one."""
+def test_an_error_while_saving_loses_nothing(hub, monkeypatch, caplog):
+    """A full disk, for example, is an error of safetensors."""
 
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -311,7 +313,7 @@ def test_whatever_saving_meets_loses_nothing(hub, monkeypatch, caplog):
 
 @pytest.mark.parametrize("fault", ["truncate", "reset", "500"])
 def test_a_download_that_breaks_off(hub, fault, tmp_path):
-    """It ends in the right weights or in an error that names the core, never in others."""
+    """Loading returns the right weights or raises an error that names the core. It never returns other weights."""
     core = make_core()
     core.push_to_hub("owner/download")
     hub.fail("GET /owner/download/resolve/.*safetensors", fault)
@@ -329,12 +331,12 @@ def test_a_download_that_breaks_off(hub, fault, tmp_path):
 
 
 @pytest.mark.parametrize("token,status", [("hf_nobody", 401), (STRANGER, 403)])
-def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, monkeypatch):
+def test_a_token_without_write_access_stops_before_growing(hub, token, status, monkeypatch):
     adapted, grown = make_pipeline(), make_pipeline(make_grown())
     adapted.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
 
     def never(*args, **kwargs):
-        raise AssertionError("growing had begun")
+        raise AssertionError("growing has begun")
 
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", never)
     with pytest.raises(HfHubHTTPError) as error:
@@ -343,7 +345,7 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
         )
     assert error.value.response.status_code == status and token not in str(error.value)
 
-    # Neither may it where everybody may read.
+    # The same holds for a repository that everybody may read.
     make_core().push_to_hub("owner/public")
     with pytest.raises(HfHubHTTPError) as error:
         GrowableUNet2DConditionModel.from_core(
@@ -356,7 +358,7 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
         make_core().push_to_hub("owner/blanks", token=f"{TOKEN}\n")
     with pytest.raises(ValueError, match="a pull request goes to `main`"):
         make_core().push_to_hub("owner/blanks", create_pr=True, revision="trial")
-    with pytest.raises(TypeError, match=r"\['licence'\] are no arguments of `push_to_hub`"):
+    with pytest.raises(TypeError, match=r"\['licence'\] are not arguments of `push_to_hub`"):
         make_core().push_to_hub("owner/blanks", licence="mit")
     with pytest.raises(ValueError, match="`sample_size=20`"):
         GrowableUNet2DConditionModel.from_core(make_core(), 20, push_to_hub=True, repo_id="owner/blanks")
@@ -374,11 +376,9 @@ def test_a_token_that_may_not_write_stops_before_growing(hub, token, status, mon
 # Cards
 
 
-def test_a_card_says_it_all(hub, tmp_path):
+def test_a_card_is_complete(hub, tmp_path):
     core = make_pipeline()
-    hub_module.add_to_lineage(
-        core.unet, phase="core", resolution=16, trained="everything", steps=10, images=320, seed=0
-    )
+    add_to_lineage(core.unet, phase="core", resolution=16, trained="everything", steps=10, images=320, seed=0)
     core.push_to_hub("owner/card-core", license="apache-2.0")
     results = [
         EvalResult("text-to-image", "shapes", "Captioned shapes", "accuracy", 0.81, metric_name="shape"),
@@ -395,8 +395,8 @@ def test_a_card_says_it_all(hub, tmp_path):
     assert card.data.eval_results == results and card.data.datasets == ["owner/shapes"]
     revision = HfApi().model_info("owner/card-core").sha
     for text in (
-        "a core of\n16 pixels, grown to 32.",
-        "**Not trained at 32 pixels yet**",
+        "a core of\n16 x 16 pixels, grown to 32 x 32.",
+        "**Not trained at 32 x 32 pixels yet**",
         "| core | 16 | everything | 10 | 320 | 0 |",
         f"| grown from `owner/card-core` at `{revision[:12]}`, `init='preserve'` | 32 |",
         "| Captioned shapes | texture | 0.7 |",
@@ -416,7 +416,7 @@ def test_a_card_that_the_hub_refuses_loses_nothing(hub):
 
 
 @pytest.mark.parametrize("make", [make_core, make_grown, make_pipeline])
-def test_what_a_card_says_to_run_runs(hub, make, tmp_path):
+def test_the_code_of_a_card_runs(hub, make, tmp_path):
     repo_id = f"owner/run-{make.__name__}"
     make().push_to_hub(repo_id)
     card = ModelCard.load(repo_id)
@@ -427,7 +427,7 @@ def test_what_a_card_says_to_run_runs(hub, make, tmp_path):
     assert (tmp_path / "image.png").exists() == (make is make_pipeline)
 
 
-def test_a_card_without_the_plugin_names_the_error_that_is_seen(hub):
+def test_a_card_names_the_error_without_the_plugin(hub):
     pipeline = make_pipeline()
     pipeline.push_to_hub("owner/without")
     assert "GreedyGrowPipeline" in make_card(pipeline, "owner/without", eval_results=[]).text
@@ -438,8 +438,8 @@ def test_a_card_without_the_plugin_names_the_error_that_is_seen(hub):
     )
 
 
-def test_saving_may_push_as_well(hub, tmp_path):
-    """`save_pretrained(push_to_hub=True)` of diffusers, with our card."""
+def test_saving_can_push(hub, tmp_path):
+    """`save_pretrained(push_to_hub=True)` pushes as diffusers does, with our card."""
     pipeline = make_pipeline()
     pipeline.save_pretrained(tmp_path / "a", True, push_to_hub=True, repo_id="owner/saved", private=True)
     make_core().save_pretrained(tmp_path / "saved-core", push_to_hub=True)
@@ -451,13 +451,13 @@ def test_saving_may_push_as_well(hub, tmp_path):
 
 
 def test_a_pipeline_is_grown_around_its_own_model(hub):
-    """Not around one that lies beside it in the repository."""
+    """It is not grown around another model in the same repository."""
     make_core(num_layers=1).push_to_hub("owner/beside")
     make_pipeline(make_core()).push_to_hub("owner/beside")
     assert GreedyGrowPipeline.from_core("owner/beside", 32, block_out_channels=(8,)).unet.config.num_layers == 2
 
 
-def test_the_card_of_a_tag_is_about_its_tag(hub, tmp_path, monkeypatch):
+def test_the_card_of_a_tag_loads_its_tag(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     card = make_card(make_pipeline(), "owner/tagged", tag="core")
     make_pipeline().push_to_hub("owner/tagged")

@@ -1,8 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-
-"""diffusers finds our classes by name, and its own as before."""
+"""diffusers finds our classes by name, and still finds its own."""
 
 import json
 import subprocess
@@ -71,7 +70,7 @@ def test_registering_twice_changes_nothing():
     assert [dict(table) for table in tables] == before
 
 
-def test_classes_of_diffusers_load_as_before(tmp_path):
+def test_classes_of_diffusers_still_load(tmp_path):
     scheduler = diffusers.DDPMScheduler()
     unet = diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
@@ -93,7 +92,7 @@ def test_a_version_of_diffusers_without_the_tables(monkeypatch):
         registration.register(diffusers_greedy_grow.__name__, MODELS, GreedyGrowPipeline, "greedy-grow")
 
 
-def test_importing_the_plugin_is_all_it_takes():
+def test_importing_the_plugin_registers_it():
     code = (
         "import diffusers_greedy_grow, diffusers; from diffusers import AutoModel; "
         "assert diffusers.GreedyGrowPipeline is diffusers_greedy_grow.GreedyGrowPipeline"

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Hostile or damaged files: they end in an error that says what is wrong, before memory is touched or anything is run."""
+"""Hostile or damaged files: loading them raises an error that names the problem, before it allocates memory or runs code."""
 
 import json
 import logging
@@ -63,8 +63,8 @@ def test_a_hostile_configuration(folder, values, message):
     assert peak_memory() - before < 200 * 2**20
 
 
-def test_sizes_that_could_be_but_are_not_those_of_the_weights(folder):
-    """300 GB of weights by its configuration: it is built without memory, and found not to fit."""
+def test_a_valid_configuration_that_does_not_fit_the_weights(folder):
+    """The configuration describes 300 GB of weights. They are never allocated: the shapes are compared first."""
     edit(folder / "config.json", hidden_size=16384, num_attention_heads=64, num_layers=24)
     before = peak_memory()
     with pytest.raises((RuntimeError, ValueError), match="shape"):
@@ -97,8 +97,8 @@ def test_a_hostile_model_index(tmp_path, values, message):
     assert not (tmp_path / "ran").exists() and "antigravity" not in sys.modules
 
 
-def test_a_shard_index_that_leads_elsewhere(tmp_path):
-    """Files beside the folder are not read for it."""
+def test_a_shard_index_that_points_outside_the_folder(tmp_path):
+    """Files outside the folder are not read."""
     make_core().save_pretrained(tmp_path / "elsewhere")
     core = make_core()
     core.save_pretrained(tmp_path / "model", max_shard_size="20KB")
@@ -155,15 +155,15 @@ def test_pickles_are_not_written(make, tmp_path, hub, caplog):
     with caplog.at_level(logging.WARNING, "diffusers_greedy_grow.hub"):
         made.save_pretrained(tmp_path, safe_serialization=False)
         made.push_to_hub(repo_id, safe_serialization=False)
-    assert caplog.text.count("safetensors are written in their place") >= 2
+    assert caplog.text.count("safetensors are written instead") >= 2
     names = [path.name for path in tmp_path.rglob("*")] + list(hub.files(repo_id))
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))]
     assert any(name.endswith(".safetensors") for name in names)
     type(made).from_pretrained(tmp_path)
 
 
-def test_importing_takes_nothing_from_the_network_and_runs_no_remote_code(tmp_path):
-    """Our own sources never ask for remote code, nor for unsafe unpickling."""
+def test_importing_uses_no_network_and_our_sources_run_no_remote_code(tmp_path):
+    """Our sources never ask for remote code or for unsafe unpickling."""
     package = Path(__file__).parents[1]
     for path in [*package.glob("diffusers_greedy_grow/**/*.py"), *package.glob("training_examples/*.py")]:
         assert not re.search(

@@ -21,7 +21,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.hub import check_license, make_lora_card
+from diffusers_greedy_grow.hub.cards import make_lora_card
+from diffusers_greedy_grow.hub.upload import check_license
 from diffusers_greedy_grow.training.adapters import (
     ADAPTER_FILE,
     add_adapter,

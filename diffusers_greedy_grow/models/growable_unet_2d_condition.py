@@ -21,16 +21,8 @@ from diffusers.utils.torch_utils import unwrap_module
 from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, enlarge, upsample, velocity_from_clean
-from ..hub import (
-    ModelHubMixin,
-    add_to_lineage,
-    check_push,
-    fetch_adapter,
-    find_source,
-    get_lineage,
-    prepare_push,
-    push_or_keep,
-)
+from ..hub.lineage import add_to_lineage, find_source, get_lineage
+from ..hub.mixins import ModelHubMixin, fetch_adapter
 from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
@@ -299,7 +291,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 Publishes the grown model. If only the upload fails, the model is returned all the same; the log says in
                 which folder everything lies and how to go on.
             repo_id, private, create_pr, commit_message:
-                See [`~hub.HubMixin.push_to_hub`].
+                See [`HubMixin.push_to_hub`].
             token (`str`, *optional*):
                 For the core's repository and for `repo_id`.
             revision (`str`, *optional*):
@@ -321,11 +313,11 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         check_sizes(sample_size=sample_size, layers_per_block=layers_per_block)
         check_sizes(1, block_out_channels=block_out_channels)
         is_loaded_here = isinstance(core, (str, Path))
-        push = check_push(
+        push = cls.plan_push(
             push_to_hub,
-            not is_loaded_here,
-            private,
+            core_is_loaded=not is_loaded_here,
             repo_id=repo_id,
+            private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
@@ -345,8 +337,8 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         # 1. The configuration of the grown model: the core's, with one more stage. No memory yet, nor random numbers.
         grown = cls.build_on_meta(core.config, sample_size, block_out_channels, layers_per_block, init)
-        if push_to_hub:
-            push = prepare_push(push)
+        if push is not None:
+            push.prepare()
 
         # 2. What is inside: every parameter comes from the core. One that was loaded for the purpose gives its tensors away.
         inside = [(grown.core, core)]
@@ -364,8 +356,8 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         grown.register_to_config(_lineage=get_lineage(core))
         add_to_lineage(grown, grown_to=sample_size, init=init, **find_source(core))
-        if push_to_hub:
-            push_or_keep(grown, **push)
+        if push is not None:
+            push.publish_or_keep(grown)
         return grown
 
     @classmethod

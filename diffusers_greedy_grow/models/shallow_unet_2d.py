@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
-from ..hub import ModelHubMixin
+from ..hub.mixins import ModelHubMixin
 from .blocks import (
     GreedyGrowOutput,
     GreedyGrowTransformerBlock,

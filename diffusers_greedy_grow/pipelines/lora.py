@@ -13,7 +13,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 
-from ..hub import fetch_adapter, refuse_pickles, warn_of_pickles
+from ..hub.mixins import fetch_adapter, refuse_pickles, warn_of_pickles
 from ..models.growable_unet_2d_condition import map_to_core
 
 

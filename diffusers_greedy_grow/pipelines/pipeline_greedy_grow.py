@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import handover_sigma, high_band, shift_sigma, unshift_sigma, velocity_from_clean
-from ..hub import HubMixin, check_push, prepare_push, push_or_keep
+from ..hub.mixins import HubMixin
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.blocks import TextCache, check_sizes
 from ..models.growable_unet_2d_condition import check_growable, find_core
@@ -126,7 +126,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """See [`~hub.HubMixin.extract_init_dict`]; here, too, nothing is imported because a file says so."""
+        """See [`HubMixin.extract_init_dict`]; here, too, nothing is imported because a file says so."""
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         components = cls._get_signature_keys(cls)[0]
         for name in components & init_dict.keys():
@@ -186,11 +186,11 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
         """
-        push = check_push(
+        push = cls.plan_push(
             push_to_hub,
-            not isinstance(core, (str, Path)),
-            private,
+            core_is_loaded=not isinstance(core, (str, Path)),
             repo_id=repo_id,
+            private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
@@ -225,8 +225,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     "set `core.register_to_config(detail_variances=[...])`, one for each of its stages, first."
                 )
             variances = [*pipeline.config.detail_variances, detail_variance]
-        if push_to_hub:
-            push = prepare_push(push)
+        if push is not None:
+            push.prepare()
 
         if isinstance(core, (str, Path)):
             # What is the pipeline's own is not for the model, and of dtypes for each component it takes its own.
@@ -255,8 +255,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             max_sequence_length=pipeline.config.max_sequence_length,
             detail_variances=variances,
         )
-        if push_to_hub:
-            push_or_keep(grown, **push)
+        if push is not None:
+            push.publish_or_keep(grown)
         return grown
 
     @property

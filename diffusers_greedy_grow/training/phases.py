@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from ..hub import add_to_lineage
+from ..hub.lineage import add_to_lineage
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from .arguments import ModelArguments, TrainingArguments
 

@@ -12,7 +12,9 @@ from accelerate.logging import get_logger
 from huggingface_hub import EvalResult, HfApi
 from huggingface_hub.utils import disable_progress_bars
 
-from ..hub import UploadError, check_license, new_upload_folder, prepare_repository, upload, write_card
+from ..hub.cards import write_card
+from ..hub.publish import new_upload_folder
+from ..hub.upload import UploadError, check_license, prepare_repository, upload
 from ..pipelines import GreedyGrowPipeline
 from .arguments import DataArguments, LoopArguments
 from .files import remove_folder, save_pipeline

@@ -465,7 +465,7 @@ def test_growing_says_what_does_not_fit(pipeline, tmp_path):
     ):
         GreedyGrowPipeline.from_core(tmp_path, 32, low_cpu_mem_usage=False)
     with pytest.raises(
-        TypeError, match=r"ShallowUNet2DModel is not loaded with \['layer_per_block'\]: are they missp"
+        TypeError, match=r"\['layer_per_block'\] are not arguments of `ShallowUNet2DModel.from_pretrained`"
     ):
         GreedyGrowPipeline.from_core(tmp_path, 32, layer_per_block=3)
     with pytest.raises(

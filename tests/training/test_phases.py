@@ -8,7 +8,7 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from diffusers_greedy_grow.hub import get_lineage
+from diffusers_greedy_grow.hub.lineage import get_lineage
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.phases import list_phases
 from diffusers_greedy_grow.training.plan import plan_phases

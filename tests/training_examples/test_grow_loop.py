@@ -79,7 +79,11 @@ def test_objectives_are_those_of_the_phases(seen):
     assert [objective.shift for objective in seen.objectives] == [1.0, 4.0, 4.0]
     assert [objective.band_factor for objective in seen.objectives] == [2, 4, 4]
     assert {(objective.seed, objective.caption_dropout) for objective in seen.objectives} == {(3, 0.25)}
-    assert [objective.encode.trains for objective in seen.objectives] == [True, False, False]
+    assert [objective.encode.encode == objective.encode.tokenize for objective in seen.objectives] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_optimizers_are_those_of_the_phases(seen):

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.hub import get_lineage
+from diffusers_greedy_grow.hub.lineage import get_lineage
 
 from ..data_utils import write_image_folder
 from ..testing_utils import run_in_a_shell
@@ -119,7 +119,7 @@ def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
 
     # What the message says makes up for it.
     hub.faults.clear()
-    for command_of_phase in re.findall("Go on with `(.*?)`", done.stdout):
+    for command_of_phase in re.findall("Upload them with `(.*?)`", done.stdout):
         run_in_a_shell(command_of_phase)
     assert tags_of(repo_id).keys() == {*PHASES}
     assert load(hub.files(repo_id, "core")[WEIGHTS]).keys() == weights(output_dir / "core").keys()

@@ -1,0 +1,155 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Model cards of models, pipelines and adapters. Their text is in `templates/`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .lineage import get_lineage
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+TAGS = ["diffusers", "diffusers-greedy-grow", "greedy-growing", "pixel-space", "flow-matching"]
+
+
+def make_card(
+    pushed,
+    repo_id: str,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+    eval_results: list[EvalResult] | None = None,
+    samples: str | None = None,
+    tag: str | None = None,
+) -> ModelCard:
+    """
+    Make the card of a model or pipeline: metadata for the Hub, how to use and grow it, and its lineage.
+
+    Args:
+        pushed ([`GreedyGrowPipeline`], [`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`]):
+            The model or pipeline that is published.
+        repo_id (`str`):
+            The repository that it is published to.
+        license (`str`, *optional*), datasets (`list[str]`, *optional*):
+            Identifiers of the Hub.
+        eval_results (`list[EvalResult]`, *optional*):
+            Results for the metadata and for a table.
+        samples (`str`, *optional*):
+            The file name of an image in the repository, which the card shows.
+        tag (`str`, *optional*):
+            The tag of the repository that the card describes and loads.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+    """
+    model = getattr(pushed, "unet", pushed)
+    is_pipeline = model is not pushed
+    lineage = get_lineage(model)
+    cores = [entry["core"] for entry in lineage if entry.get("core")]
+    name = repo_id.split("/")[-1]
+    has_text = model.config.cross_attention_dim is not None
+    relation: dict = {"base_model": cores[-1], "base_model_relation": "finetune"} if cores else {}
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if has_text else "unconditional-image-generation",
+        tags=TAGS,
+        license=license,
+        datasets=datasets,
+        eval_results=eval_results or None,
+        model_name=name if eval_results else None,
+        **relation,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "model_card.md"),
+        name=name,
+        repo_id=repo_id,
+        tag=tag,
+        is_pipeline=is_pipeline,
+        has_text=has_text,
+        class_name=type(pushed).__name__,
+        grown_class_name="GreedyGrowPipeline" if is_pipeline else "GrowableUNet2DConditionModel",
+        sizes=model.sample_sizes,
+        parameters=f"{model.num_parameters() / 1e6:.1f} M",
+        untrained=bool(lineage) and "grown_to" in lineage[-1],
+        lineage=[describe_entry(entry) for entry in lineage],
+        results=[(result.dataset_name, result.metric_name, result.metric_value) for result in eval_results or []],
+        samples=samples,
+    )
+
+
+def describe_entry(entry: dict[str, Any]) -> tuple:
+    """Return the row of a lineage entry in a card's table: phase, resolution, trained part, steps, images, seed."""
+    if "grown_to" in entry:
+        core, revision = entry.get("core"), entry.get("core_revision")
+        source = f" from `{core}`" + (f" at `{revision[:12]}`" if revision else "") if core else ""
+        return (f"grown{source}, `init={entry.get('init')!r}`", entry["grown_to"], "", "", "", "")
+    return tuple(entry.get(name, "") for name in ("phase", "resolution", "trained", "steps", "images", "seed"))
+
+
+def write_card(folder: Path, pushed, repo_id: str, samples: str | Path | None = None, **card: Any) -> None:
+    """
+    Write the card of `pushed` into the folder that holds it, and copy the image `samples` beside it.
+
+    `card` are more arguments of [`make_card`].
+    """
+    if samples is not None:
+        card["samples"] = "samples" + Path(samples).suffix
+        shutil.copy(samples, folder / card["samples"])
+    make_card(pushed, repo_id, **card).save(folder / "README.md")
+
+
+def make_lora_card(
+    repo_id: str,
+    base_model: str,
+    revision: str | None,
+    prompt: str,
+    samples: str,
+    trained: str,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+) -> ModelCard:
+    """
+    Make the card of a LoRA adapter.
+
+    Args:
+        repo_id (`str`):
+            The repository that it is published to.
+        base_model (`str`), revision (`str`, *optional*):
+            The pipeline that it was trained on, a repository or a folder.
+        prompt (`str`):
+            The prompt of the example.
+        samples (`str`):
+            The file name of an image in the repository, which the card shows.
+        trained (`str`):
+            A short description of the training.
+        license (`str`, *optional*), datasets (`list[str]`, *optional*):
+            Identifiers of the Hub.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+    """
+    is_folder = Path(base_model).exists()
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*TAGS, "lora"],
+        license=license,
+        datasets=datasets,
+        **({} if is_folder else {"base_model": base_model, "base_model_relation": "adapter"}),  # type: ignore[arg-type]
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "lora_card.md"),
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        base_model=base_model,
+        revision=revision,
+        prompt=json.dumps(prompt, ensure_ascii=False),
+        trained=trained,
+        samples=samples,
+    )

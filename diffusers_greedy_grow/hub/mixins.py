@@ -1,0 +1,267 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Base classes of models and pipelines for safe loading, saving and publishing, and the loading of adapters."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from diffusers.loaders.lora_base import _fetch_state_dict
+from diffusers.utils import logging
+
+from .publish import Push
+
+
+logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
+
+PUSH_ARGUMENTS = {"repo_id", "commit_message", "private", "token", "create_pr", "revision"}
+FETCH_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+class HubMixin:
+    """
+    Replaces diffusers' loading, saving and publishing in models and pipelines.
+
+    - `from_pretrained` reads no pickles, and refuses unknown entries of a configuration and unknown arguments.
+    - `save_pretrained` writes only folders that load again.
+    - `push_to_hub` writes a model card, can commit to a branch, and keeps all files if the upload fails.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):
+        """
+        Load as diffusers does, but only from safetensors.
+
+        Raises:
+            `ValueError`: if `use_safetensors` is false, or the configuration has entries that the class does not know.
+            `OSError`: if there are no safetensors.
+        """
+        refuse_pickles(kwargs.get("use_safetensors"))
+        folder = Path(pretrained_model_name_or_path)
+        # Without this, diffusers falls back to pickled weights.
+        if not folder.is_dir() or any(folder.rglob("*.bin")):
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """
+        Check a configuration. diffusers calls this method before it builds anything.
+
+        Raises:
+            `TypeError`: if a model's `from_pretrained` got arguments that it does not know, which diffusers ignores.
+            `ValueError`: if the configuration has entries that the class does not know, or a malformed lineage.
+        """
+        init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
+        if issubclass(cls, ModelMixin) and (unknown := sorted(unused.keys() & kwargs.keys())):
+            raise TypeError(f"{unknown} are not arguments of `{cls.__name__}.from_pretrained`. Are they misspelled?")
+        if unknown := sorted(name for name in unused if name in config_dict and name not in kwargs):
+            raise ValueError(
+                f"The configuration has {unknown}, which a {cls.__name__} does not know. It was made by a newer version of "
+                "diffusers-greedy-grow, which `pip install -U diffusers-greedy-grow` gets, or for another class."
+            )
+        lineage = config_dict.get("_lineage", [])
+        if not isinstance(lineage, (list, tuple)) or not all(isinstance(entry, dict) for entry in lineage):
+            raise ValueError(f"The configuration's `_lineage` must be a list of dictionaries, but is {lineage!r}.")
+        return init_dict, unused, hidden
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Save as diffusers does, with three differences: weights are always safetensors, attached or fused adapters are refused,
+        and the index of older shards is removed.
+
+        Raises:
+            `ValueError`: if adapters are attached or fused. Their weights would have names that do not load.
+        """
+        # The signature must name `variant` and the others: a pipeline passes to the `save_pretrained` of a component only the
+        # arguments in its signature.
+        given = inspect.signature(super().save_pretrained).bind_partial(save_directory, *args)  # type: ignore[misc]
+        safe_serialization = given.arguments.pop("safe_serialization", safe_serialization)
+        push = {name: kwargs.pop(name) for name in PUSH_ARGUMENTS & kwargs.keys()}
+        warn_of_pickles(safe_serialization)
+        model: Any = getattr(self, "unet", self)
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                f"The adapters {sorted(model.peft_config)} are attached, and the saved weights would not load again. Save the "
+                "adapters by `save_lora_weights`, then remove them by `unload_lora_weights()` (for a pipeline), or by "
+                "`save_lora_adapter` and `unload_lora()` (for a model). Fused adapters stay part of the weights."
+            )
+        arguments = {"safe_serialization": True, "variant": variant, "max_shard_size": max_shard_size, **kwargs}
+        arguments = {name: value for name, value in arguments.items() if value is not None} | given.arguments
+        super().save_pretrained(**arguments)  # type: ignore[misc]
+        for index in Path(save_directory).glob("*.safetensors.index*.json"):
+            name = index.name.removesuffix(".json").replace(".safetensors.index", "") + ".safetensors"
+            weights = index.with_name(name)
+            if weights.exists() and weights.stat().st_mtime_ns > index.stat().st_mtime_ns:
+                index.unlink()  # loading would prefer it to the newer single file
+        if push_to_hub:
+            repo_id = push.pop("repo_id", None) or Path(save_directory).resolve().name
+            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **push)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        samples: str | Path | None = None,
+        max_shard_size: int | str | None = None,
+        **card: Any,
+    ) -> str:
+        r"""
+        Save, write the model card, and upload all files as one commit.
+
+        Args:
+            repo_id (`str`):
+                The repository, such as `"user/model-256"`. It is created if it does not exist.
+            commit_message (`str`, *optional*):
+                The title of the commit, `"Upload"` and the class name by default.
+            private (`bool`, *optional*):
+                Whether a repository that is created is private.
+            token (`str`, *optional*):
+                The token to use instead of the one that `hf auth login` has stored.
+            create_pr (`bool`, defaults to `False`):
+                Whether to open a pull request instead of committing.
+            safe_serialization (`bool`, defaults to `True`):
+                Has no effect: weights are always safetensors.
+            variant (`str`, *optional*):
+                A part of the weight files' names, such as `"fp16"`.
+            subfolder (`str`, *optional*):
+                The folder of the repository to upload to. With it, the repository's card is left alone.
+            revision (`str`, *optional*):
+                The branch to commit to. It is created if it does not exist.
+            samples (`str` or `Path`, *optional*):
+                An image to upload and to show in the card.
+            max_shard_size (`int` or `str`, *optional*):
+                As for `save_pretrained`.
+            card:
+                `license`, `datasets` and `eval_results` as for [`make_card`].
+
+        Returns:
+            `str`: The address of the commit, or of the pull request.
+
+        Raises:
+            `TypeError`, `ValueError`: if an argument does not fit, before anything else.
+            `HfHubHTTPError`: if the token is missing or wrong, or may not write to the repository, before anything is saved.
+            [`UploadError`]: if saving or the upload fails. After a failed upload the message names the folder that holds all
+                files.
+        """
+        warn_of_pickles(safe_serialization)
+        if unknown := sorted(card.keys() - {"license", "datasets", "eval_results"}):
+            raise TypeError(f"{unknown} are not arguments of `push_to_hub`.")
+        if samples is not None and not Path(samples).is_file():
+            raise ValueError(f"`samples={str(samples)!r}` is not a file.")
+        push = Push(repo_id, commit_message, private, token, create_pr, revision)
+        push.prepare()
+        saving = {"variant": variant, "max_shard_size": max_shard_size}
+        return push.publish(self, saving, subfolder, samples, card)
+
+    @staticmethod
+    def plan_push(push_to_hub: bool, core_is_loaded: bool, **arguments: Any) -> Push | None:
+        """
+        Check the arguments of `from_core` that are about publishing, before anything else.
+
+        Args:
+            push_to_hub (`bool`):
+                Whether to publish.
+            core_is_loaded (`bool`):
+                Whether `core` is an object. If it is a path or repository, `token` and `revision` are also used to load it.
+            arguments:
+                `repo_id`, `commit_message`, `private`, `token`, `create_pr` and `revision` of `from_core`.
+
+        Returns:
+            [`Push`], to prepare before growing and to publish afterwards; `None` without `push_to_hub`.
+
+        Raises:
+            `TypeError`: if an argument has no effect.
+            `ValueError`: if there is no `repo_id`.
+        """
+        if not push_to_hub:
+            loads_core = set() if core_is_loaded else {"token", "revision"}
+            unused = sorted(name for name, value in arguments.items() if value and name not in loads_core)
+            if unused:
+                where = "" if set(unused) - {"token", "revision"} else "`core` is a path or repository, or with "
+                raise TypeError(f"{unused} only apply when {where}`push_to_hub=True`.")
+            return None
+        if arguments["repo_id"] is None:
+            raise ValueError('`push_to_hub=True` needs a `repo_id`, such as "user/model-256".')
+        if not core_is_loaded:
+            arguments["revision"] = None
+        return Push(**arguments)
+
+
+class ModelHubMixin(HubMixin):
+    """[`HubMixin`] for models, whose adapters are safetensors, too."""
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Load an adapter as diffusers does, but only from safetensors."""
+        refuse_pickles(kwargs.get("use_safetensors"))
+        kwargs["use_safetensors"] = True
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
+
+    def save_lora_adapter(
+        self, save_directory: str | Path, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ):
+        """Save an adapter as diffusers does, but only as safetensors."""
+        warn_of_pickles(safe_serialization)
+        super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
+
+
+def fetch_adapter(
+    pretrained_model_name_or_path_or_dict: Any, kwargs: dict[str, Any], weight_name: str | None = None
+) -> tuple[dict, dict | None]:
+    """
+    Load the tensors of an adapter from a folder, a repository, or a dictionary of tensors.
+
+    Args:
+        pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+            The folder, repository or dictionary.
+        kwargs (`dict`):
+            May contain `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision` and `subfolder`,
+            which are removed from it.
+        weight_name (`str`, *optional*):
+            The name of the file.
+
+    Returns:
+        The tensors, and the adapter's configuration if the file has it, else `None`.
+    """
+    return _fetch_state_dict(
+        pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
+        weight_name=weight_name,
+        use_safetensors=True,
+        allow_pickle=False,
+        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+        **{name: kwargs.pop(name, None) for name in FETCH_ARGUMENTS},
+    )
+
+
+def refuse_pickles(use_safetensors: bool | None) -> None:
+    """Raise a `ValueError` if pickled weights are asked for."""
+    if use_safetensors is False:
+        raise ValueError(
+            "`use_safetensors=False` asks for pickled weights, which are not safe to load: leave it at its default."
+        )
+
+
+def warn_of_pickles(safe_serialization: bool) -> None:
+    """Warn that safetensors are written, if pickled weights are asked for."""
+    if not safe_serialization:
+        logger.warning(
+            "`safe_serialization=False` asks for pickled weights, which are not safe to load: safetensors are written instead."
+        )
