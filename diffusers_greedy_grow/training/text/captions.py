@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from ...pipelines import GreedyGrowPipeline
-from ...pipelines.pipeline_greedy_grow import find_cut, tokenize
+from ...pipelines.prompts import find_cut, tokenize
 
 
 def tokenize_captions(
