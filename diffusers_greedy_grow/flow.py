@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 
 
-# The lowest noise level that diffusers' schedulers ask for. Some of them round it down to 0, where there is no velocity.
+# The lowest noise level at which diffusers' schedulers call a model. Some of them round it down to 0, where the velocity is
+# undefined.
 SIGMA_MIN = 1e-3
 
 
 def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Reshapes noise levels `(B,)` so that they multiply states `(B, C, H, W)`."""
+    """Reshape noise levels `(B,)` so that they multiply states `(B, C, H, W)`."""
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -39,16 +40,16 @@ def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def shift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     """
-    The noise level at `factor` times the resolution that hides the image as much as `sigma` does here (Hoogeboom et al.,
-    simple diffusion, 2023, section 3.1). `sigma` and what is returned are in [0, 1], of any shape.
+    Return the noise level that hides the image at `factor` times the resolution as much as `sigma` does at this one
+    (Hoogeboom et al., simple diffusion, 2023, section 3.1). `sigma` is in [0, 1], of any shape, and so is the result.
     """
     return factor * sigma / (1 + (factor - 1) * sigma)
 
 
 def unshift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     """
-    The inverse of [`shift_sigma`]: the noise level of the state pooled by `factor`. `sigma` and what is returned are in
-    [0, 1], of any shape.
+    Return the noise level of a state pooled by `factor`: the inverse of [`shift_sigma`]. `sigma` is in [0, 1], of any
+    shape, and so is the result.
     """
     return sigma / (factor - (factor - 1) * sigma)
 
@@ -62,14 +63,14 @@ def sample_sigma(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """
-    Draws training noise levels: logit-normal at the base level (Esser et al., 2024), then shifted to the resolution.
+    Draw noise levels for training: logit-normal at the base resolution (Esser et al., 2024), then shifted.
 
     Args:
         batch_size (`int`): How many to draw.
-        shift (`float`): The resolution divided by the base resolution; what the scheduler's config holds as `shift`.
-        logit_mean (`float`), logit_std (`float`): The normal distribution of `logit(sigma)` at the base level.
-        generator (`torch.Generator`, *optional*): Of `device`; torch's own by default.
-        device (`torch.device` or `str`): Where they are drawn and returned.
+        shift (`float`): The resolution divided by the base resolution; `shift` in the scheduler's config.
+        logit_mean (`float`), logit_std (`float`): The normal distribution of `logit(sigma)` at the base resolution.
+        generator (`torch.Generator`, *optional*): A generator on `device`; torch's global one by default.
+        device (`torch.device` or `str`): The device of the result.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)` in (0, 1), float32.
@@ -96,32 +97,33 @@ def pool(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
     """`U`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)` by repeating each pixel."""
-    # "nearest" reads at `i / factor`, which rounding may put below a whole number (factor 41); this, half a pixel on.
+    # "nearest" reads at `i / factor`, which rounding may put below a whole number (with factor 41, for example);
+    # "nearest-exact" reads half a pixel further on.
     return F.interpolate(x, scale_factor=float(factor), mode="nearest-exact")
 
 
 def enlarge(x: torch.Tensor, factor: int) -> torch.Tensor:
     """
-    `S`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)`, smoothly, and `P S = I` all the same: bilinear interpolation,
-    and what its low band lacks of `x`. Images hold a fifth to a half less beyond `S P x0` than beyond `U P x0`.
+    `S`: `(B, C, H, W)` to `(B, C, H * factor, W * factor)` by bilinear interpolation, corrected so that `P S = I`. Its
+    residual `x0 - S P x0` has a fifth to a half less variance on images than that of repeated pixels, `x0 - U P x0`.
     """
     smooth = F.interpolate(x, scale_factor=float(factor), mode="bilinear")
     return smooth + upsample(x - pool(smooth, factor), factor)
 
 
 def high_band(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """`H = I - U P`: what pooling by `factor` loses."""
+    """`H = I - U P`: the part of `x` that pooling by `factor` loses."""
     return x - upsample(pool(x, factor), factor)
 
 
 def state_scale(sigma: torch.Tensor, factor: int) -> torch.Tensor:
-    """`n(sigma)`: what a pooled state is divided by to be a state of the low-resolution process. From `1 / factor` to 1."""
+    """`n(sigma)`, from `1 / factor` to 1: a pooled state divided by it is a state of the low-resolution process."""
     return (1 - sigma) + sigma / factor
 
 
 def descend(x: torch.Tensor, sigma: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The low-resolution state inside a high-resolution one.
+    Return the low-resolution state inside a high-resolution one.
 
     Args:
         x (`torch.Tensor` of shape `(B, C, H, W)`): The state.
@@ -134,37 +136,15 @@ def descend(x: torch.Tensor, sigma: torch.Tensor, factor: int) -> tuple[torch.Te
     return pool(x, factor) / expand(state_scale(sigma, factor), x), unshift_sigma(sigma, factor)
 
 
-def ascend(
-    x_in: torch.Tensor, sigma_in: torch.Tensor, factor: int, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    A high-resolution state around a low-resolution one: `x = n U x_in + sigma H e`. [`descend`] undoes it exactly.
-
-    The high band of the image itself, `(1 - sigma) H x0`, is missing, so the higher `sigma`, the better it fits.
-
-    Args:
-        x_in (`torch.Tensor` of shape `(B, C, H, W)`): The low-resolution state.
-        sigma_in (`torch.Tensor` of shape `(B,)`): Its noise level.
-        factor (`int`): How many times larger the high resolution is.
-        noise (`torch.Tensor` of shape `(B, C, H * factor, W * factor)`): Standard normal.
-
-    Returns:
-        The state `(B, C, H * factor, W * factor)` and its noise level `(B,)`.
-    """
-    sigma = shift_sigma(sigma_in, factor)
-    low = expand(state_scale(sigma, factor), x_in) * upsample(x_in, factor)
-    return low + expand(sigma, noise) * high_band(noise, factor), sigma
-
-
 def coarsest_step(factor: int) -> int:
-    """The smallest factor above 1 that divides `factor`: from the low resolution, one step up."""
+    """Return the smallest factor above 1 that divides `factor`: the first step up from the low resolution."""
     return next(step for step in range(2, factor + 1) if factor % step == 0)
 
 
 def detail_variance(x0: torch.Tensor, factor: int) -> float:
     """
-    How much detail there is just above a low resolution: the mean square of what the image has at [`coarsest_step`]
-    times the low resolution and not below. There images have the most, and it emerges from the noise first.
+    Return the variance of the coarsest detail above a low resolution: the mean square of the high band at
+    [`coarsest_step`] times that resolution. This is the strongest detail of images and the first to emerge from the noise.
 
     Args:
         x0 (`torch.Tensor` of shape `(B, C, H, W)`): Images in [-1, 1].
@@ -176,19 +156,19 @@ def detail_variance(x0: torch.Tensor, factor: int) -> float:
 
 def handover_sigma(variance: float, factor: int, bound: float) -> float:
     """
-    The noise level down to which a state's high band is noise, up to `bound`, so that a low-resolution model is enough.
+    Return the noise level down to which a low-resolution model is enough, because a state's high band is almost only noise.
 
-    Of a state pooled to `step` times the low resolution, with the noise level `sigma` there, the high band
-    `(1 - sigma) H x0 + sigma H e` has the image's variance `(1 - sigma)**2 v` and the noise's
-    `sigma**2 (1 - 1 / step**2)`. Above the level returned, the first is at most `bound` times the second.
+    A state pooled to `step` times the low resolution has the high band `(1 - sigma) H x0 + sigma H e`, with its own noise
+    level `sigma`. The image's part has the variance `(1 - sigma)**2 v`, the noise's part `sigma**2 (1 - 1 / step**2)`.
+    Above the returned level, the first is at most `bound` times the second.
 
     Args:
         variance (`float`): `v`, the [`detail_variance`] of the images.
         factor (`int`): The growth factor.
-        bound (`float`): For example 0.01.
+        bound (`float`): The largest ratio of the two variances, such as 0.01.
 
     Returns:
-        `float`: A level of the high resolution.
+        `float`: A noise level at the high resolution.
     """
     step = coarsest_step(factor)
     noise_over_signal = math.sqrt(variance / (bound * (1 - 1 / step**2)))
@@ -200,14 +180,14 @@ def handover_sigma(variance: float, factor: int, bound: float) -> float:
 
 
 def add_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The state `x = (1 - sigma) x0 + sigma e`, all `(B, C, H, W)`, with `sigma` `(B,)`."""
+    """Return the state `x = (1 - sigma) x0 + sigma e`, all `(B, C, H, W)`, with `sigma` `(B,)`."""
     sigma = expand(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def velocity_from_clean(x: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """
-    `u = (x - x0) / sigma`: the velocity at the state `x` that points away from the image `x0`. It has no larger bound on
-    sigma, as a loss on it needs one: with that, a sampler's last step would stop short of `x0` and leave noise behind.
+    Return the velocity `u = (x - x0) / sigma` at the state `x`, given its clean image `x0`. `sigma` is clamped to
+    [`SIGMA_MIN`] only: with a larger bound, such as a loss needs, a sampler's last step would leave noise in the image.
     """
     return (x - x0) / expand(sigma, x).clamp(min=SIGMA_MIN)

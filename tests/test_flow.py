@@ -23,6 +23,13 @@ def random_case(factor: int, seed: int):
     return x0, noise, sigma
 
 
+def ascend(x_in: torch.Tensor, sigma_in: torch.Tensor, factor: int, noise: torch.Tensor):
+    """Return a state around a low-resolution one, `n U x_in + sigma H e`, without the image's high band, and its noise level."""
+    sigma = flow.shift_sigma(sigma_in, factor)
+    low = flow.expand(flow.state_scale(sigma, factor), x_in) * flow.upsample(x_in, factor)
+    return low + flow.expand(sigma, noise) * flow.high_band(noise, factor), sigma
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("factor", FACTORS)
 class TestLaw:
@@ -62,7 +69,7 @@ class TestLaw:
     def test_descent_undoes_ascent(self, factor, seed):
         x0, noise, sigma_in = random_case(factor, seed)
         x_in = flow.pool(x0, factor)
-        state, sigma = flow.ascend(x_in, sigma_in, factor, noise)
+        state, sigma = ascend(x_in, sigma_in, factor, noise)
         assert state.shape == noise.shape
         again, sigma_again = flow.descend(state, sigma, factor)
         torch.testing.assert_close(sigma_again, sigma_in)
@@ -71,7 +78,7 @@ class TestLaw:
     def test_ascent_of_a_descended_state_lacks_only_the_images_high_band(self, factor, seed):
         x0, noise, sigma = random_case(factor, seed)
         state = flow.add_noise(x0, noise, sigma)
-        again, _ = flow.ascend(*flow.descend(state, sigma, factor), factor, noise)
+        again, _ = ascend(*flow.descend(state, sigma, factor), factor, noise)
         missing = (1 - flow.expand(sigma, x0)) * flow.high_band(x0, factor)
         torch.testing.assert_close(state - again, missing, atol=1e-5, rtol=1e-4)
 
@@ -98,7 +105,7 @@ def test_shift_is_the_schedulers(factor):
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_above_the_handover_the_coarsest_detail_is_noise_up_to_the_bound(factor):
-    """One step above the low resolution, where the pooled state has its own noise level; finer detail does not count."""
+    """It holds at one step above the low resolution, where the pooled state has its own noise level, not for finer detail."""
     step = {2: 2, 3: 3, 4: 2, 8: 2}[factor]
     generator = torch.Generator().manual_seed(factor)
     x0 = flow.upsample(torch.rand(64, 3, 8 * step, 8 * step, generator=generator) * 0.6 - 0.3, factor // step)
@@ -147,7 +154,7 @@ def test_upsampling_repeats_pixels_whatever_the_factor():
 
 
 def test_enlarging_is_smooth():
-    """A slope stays one: its steps are `factor` times smaller, where repeating pixels leaves steps of the old size."""
+    """A slope stays a slope: its steps are `factor` times smaller, while repeated pixels keep steps of the old size."""
     for factor in FACTORS:
         slope = torch.arange(8.0).expand(1, 1, 4, 8)
         steps = flow.enlarge(slope, factor).diff(dim=-1)[..., 2 * factor : -2 * factor]

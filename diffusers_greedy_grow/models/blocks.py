@@ -6,6 +6,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,16 +21,15 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 @dataclass
 class GreedyGrowOutput(UNet2DConditionOutput):
     """
-    What both models return.
+    The output of both models. A core inside a model grown with `init="random"` returns `features` alone.
 
     Args:
         sample (`torch.Tensor` of shape `(B, C, H, W)`):
             The flow velocity `u = e - x0` at the given state.
         pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`):
-            The clean image that the network predicts; `sample` is computed from it. Given by our models but for a
-            core inside one grown with `init="random"`, which has `features` alone.
+            The clean image that the network predicts; `sample` is computed from it.
         features (`torch.Tensor` of shape `(B, D, h, w)`):
-            The last features before the exit, which a growth stage around this model starts from. Always given.
+            The last features before the exit, which a growth stage around this model starts from.
     """
 
     pred_original_sample: torch.Tensor | None = None
@@ -42,33 +42,35 @@ class GreedyGrowOutput(UNet2DConditionOutput):
 
 class LayerNorm(nn.LayerNorm):
     """
-    In the precision of its input. Autocast on a GPU would hand on float32, to all that is added and multiplied until the
-    next matrix product, and that takes longer than the product. Sums are in float32 in any case.
+    Layer norm that returns the dtype of its input. Under autocast on a GPU, torch's own returns float32, and everything up
+    to the next matrix product is then computed in float32, which takes longer than the product. Sums are accumulated in
+    float32 in any case.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = in_precision_of(x, self.weight, self.bias)
+        weight, bias = cast(x.dtype, self.weight, self.bias)
         with without_autocast(x.device.type):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class GroupNorm(nn.GroupNorm):
-    """As [`LayerNorm`]."""
+    """Group norm that returns the dtype of its input, for the same reason as [`LayerNorm`]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = in_precision_of(x, self.weight, self.bias)
+        weight, bias = cast(x.dtype, self.weight, self.bias)
         with without_autocast(x.device.type):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-def in_precision_of(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if parameter is None else parameter.to(x.dtype) for parameter in parameters)
+def cast(dtype: torch.dtype, *parameters: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Return the parameters in `dtype`; None stays None."""
+    return tuple(None if parameter is None else parameter.to(dtype) for parameter in parameters)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """
-    Turns autocast off; does nothing where there is none, as on the meta device, since turning it off takes longer than a small
-    norm does. Compiled code does not ask whether there is: up to torch 2.11 that breaks graphs.
+    Return a context without autocast. Where autocast is off already it does nothing, since entering `torch.autocast` takes
+    longer than a small norm. Compiled code always enters it: up to torch 2.11, asking for the state breaks the graph.
     """
     if device_type == "meta":
         return nullcontext()
@@ -78,28 +80,87 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention
+# Text
 
 
 class TextCache:
     """
-    What only the text decides: its keys and values in each layer that attends to it, and what a stage takes from its sum. Pass
-    the same one, new at first, in each call with the same text: what a call finds in it, it does not compute.
+    Projections of the text, which are the same in all denoising steps: its keys and values in each layer that attends to
+    it, and each stage's projection of its mean. Create one per text and pass it in each call with that text: the first
+    call fills it, later calls read it.
     """
 
     def __init__(self):
-        self.values: dict[nn.Module, tuple[torch.Tensor, ...] | None] = {}  # by whose they are; `None` without text
+        # One entry per module that projects text. `None` says that there is no text.
+        self.values: dict[nn.Module, tuple[torch.Tensor, ...] | None] = {}
         self.copied: set[nn.Module] = set()
 
     def copy_out(self) -> None:
-        """Into memory of its own: what compiled blocks leave in that of their CUDA graphs, the next step overwrites."""
+        """Clone new values: the next step overwrites the CUDA graphs' memory, in which compiled blocks leave them."""
         for module in self.values.keys() - self.copied:
             values = self.values[module]
             self.values[module] = values and tuple(value.clone() for value in values)
             self.copied.add(module)
 
 
+@dataclass
+class TextInputs:
+    """
+    The text of one forward pass, on its way through the growth stages. Transformer blocks take the tensors themselves,
+    so that every kind of gradient checkpointing sees them.
+
+    Args:
+        encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
+            Text embeddings; None for an unconditional model.
+        encoder_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
+            True for the text tokens to attend to; all of them by default.
+        cross_attention_kwargs (`dict`, *optional*):
+            Arguments of the attention processors.
+        cache ([`TextCache`], *optional*):
+            The text's projections from earlier calls; None in training.
+    """
+
+    encoder_hidden_states: torch.Tensor | None = None
+    encoder_attention_mask: torch.Tensor | None = None
+    cross_attention_kwargs: dict | None = None
+    cache: TextCache | None = None
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """The mask for attention from any number of image tokens, `(B, 1, 1, L)`, bool."""
+        if self.encoder_attention_mask is None:
+            return None
+        return self.encoder_attention_mask.bool()[:, None, None, :]
+
+    def cast(self, dtype: torch.dtype) -> "TextInputs":
+        """Return the same text with its embeddings in `dtype`."""
+        if self.encoder_hidden_states is None:
+            return self
+        embeds = self.encoder_hidden_states.to(dtype)
+        return TextInputs(embeds, self.encoder_attention_mask, self.cross_attention_kwargs, self.cache)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "TextInputs":
+        """
+        Return the same text on `device`, with the same cache, so that what a stage adds to it stays. Device maps and
+        offloading call this: their hooks move each argument of a module that has a method `to`.
+        """
+
+        def move(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+
+        kwargs = self.cross_attention_kwargs
+        if kwargs is not None:
+            kwargs = {name: move(value) for name, value in kwargs.items()}
+        return TextInputs(move(self.encoder_hidden_states), move(self.encoder_attention_mask), kwargs, self.cache)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
 class GreedyGrowAttnProcessor:
+    """Attention through diffusers' dispatch, to image tokens or to text; see [`GreedyGrowAttention`]."""
+
     _attention_backend = None
     _parallel_config = None
 
@@ -142,8 +203,8 @@ class GreedyGrowAttnProcessor:
 
 class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
     """
-    Multi-head attention with normalised queries and keys (Dehghani et al., 2023): self-attention over image tokens
-    `(B, N, query_dim)`, or, with `cross_attention_dim`, from image tokens to text tokens
+    Multi-head attention with normalised queries and keys (Dehghani et al., 2023). Without `cross_attention_dim` it is
+    self-attention over image tokens `(B, N, query_dim)`, with it attention from image tokens to text tokens
     `(B, L, cross_attention_dim)`.
     """
 
@@ -161,13 +222,13 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)
         self.to_k = nn.Linear(key_dim, query_dim, bias=False)
         self.to_v = nn.Linear(key_dim, query_dim, bias=False)
-        self.norm_q = LayerNorm(self.head_dim, eps=1e-6, bias=False)  # as RMS norms would, and faster on a CPU
+        self.norm_q = LayerNorm(self.head_dim, eps=1e-6, bias=False)  # as good as RMS norms, and faster on a CPU
         self.norm_k = LayerNorm(self.head_dim, eps=1e-6, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
         self.set_processor(GreedyGrowAttnProcessor())
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of text `(B, L, cross_attention_dim)`, each `(B, L, heads, head_dim)`."""
+        """Return the keys and values of text `(B, L, cross_attention_dim)`, each `(B, L, heads, head_dim)`."""
         if self.fused_projections:
             key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
         else:
@@ -192,11 +253,12 @@ def get_image_rotary_emb(
     head_dim: int, height: int, width: int, device: torch.device, dtype: torch.dtype, theta: float = 100.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    2-D rotary positions of a `height x width` grid: one half of each head turns with the row, the other with the
-    column. `theta` is small because grids are: at 10000 half of the frequencies would not turn within 16 tokens.
+    2-D rotary positions of a `height x width` grid: one half of each head rotates with the row, the other with the
+    column. `theta` is small because grids are small: at 10000, half of the frequencies would hardly rotate within 16 tokens.
 
     Returns:
-        Cosines and signed sines for [`rotate`], each `(height * width, 1, head_dim)`, computed in float32 and given in `dtype`.
+        Cosines and signed sines for [`rotate`], each `(height * width, 1, head_dim)`, computed in float32 and returned in
+        `dtype`.
     """
     rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
     columns = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
@@ -208,8 +270,8 @@ def get_image_rotary_emb(
 
 def rotate(x: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """
-    Turns `x` `(B, N, heads, head_dim)` by its position; channel i pairs with i + head_dim / 2. In the dtype of `x`: what
-    diffusers' `apply_rotary_emb` computes in float32 takes twice as long.
+    Rotate `x` `(B, N, heads, head_dim)` by its position; channel i pairs with i + head_dim / 2. It computes in the dtype
+    of `x`: diffusers' `apply_rotary_emb` computes in float32, which takes twice as long.
     """
     cos, sin = (emb.to(x.dtype) for emb in image_rotary_emb)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
@@ -217,8 +279,8 @@ def rotate(x: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor])
 
 class GreedyGrowTransformerBlock(nn.Module):
     """
-    Self-attention, cross-attention to the text, MLP; the first and the last modulated by the timestep through a
-    projection that all blocks share, plus a table of the block's own (adaLN-single, Chen et al., 2023).
+    Self-attention, cross-attention to the text, and an MLP. The timestep modulates the first and the last, through a
+    projection that all blocks share and a table that each block has of its own (adaLN-single, Chen et al., 2023).
     """
 
     def __init__(self, dim: int, num_attention_heads: int, mlp_ratio: float, cross_attention_dim: int | None):
@@ -245,8 +307,8 @@ class GreedyGrowTransformerBlock(nn.Module):
         return_text: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """
-        Returns the hidden states; with `return_text` also the text's keys and values, to be given as `text_key_value` in
-        further calls with the same text.
+        Return the hidden states; with `return_text` also the text's keys and values, which later calls with the same text
+        take as `text_key_value`.
         """
         # `modulation` (B, 6, dim) and the table may be kept in float32 around low-precision layers.
         modulation = (self.scale_shift_table + modulation).to(hidden_states.dtype)
@@ -280,7 +342,7 @@ class GreedyGrowTransformerBlock(nn.Module):
 
 def residual_block(in_channels: int, out_channels: int, temb_channels: int) -> ResnetBlock2D:
     """
-    diffusers' residual block, with scale-and-shift timestep conditioning, for any number of channels and with our norms.
+    Build diffusers' residual block for any number of channels, with scale-and-shift timestep conditioning and our norms.
     """
     groups, groups_out = math.gcd(32, in_channels), math.gcd(32, out_channels)
     block = ResnetBlock2D(
@@ -298,45 +360,41 @@ def residual_block(in_channels: int, out_channels: int, temb_channels: int) -> R
 
 class TextAttention(nn.Module):
     """
-    Cross-attention of features `(B, C, H, W)` to the text's tokens `(B, L, cross_attention_dim)`, which is added to them.
+    Residual cross-attention of features `(B, C, H, W)` to text tokens `(B, L, cross_attention_dim)`.
     """
 
     def __init__(self, channels: int, cross_attention_dim: int):
         super().__init__()
         self.norm = GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
         self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6)
-        heads = channels // math.gcd(channels, 64)  # of 64 channels, or what comes next and divides them all
+        heads = channels // math.gcd(channels, 64)  # 64 channels per head, or the largest smaller number that fits
         self.attn = GreedyGrowAttention(channels, heads, cross_attention_dim)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        encoder_attention_mask: torch.Tensor | None,
-        cross_attention_kwargs: dict | None,
+        text: TextInputs,
         text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """
-        Returns the features, and the text's keys and values, to be given as `text_key_value` in further calls with the
-        same text.
+        Return the features, and the text's keys and values, which later calls with the same text take as
+        `text_key_value`.
         """
-        if encoder_attention_mask is not None:
-            encoder_attention_mask = encoder_attention_mask.bool()[:, None, None, :]
         if text_key_value is None:
-            text_key_value = self.attn.project_text(self.norm_encoder(encoder_hidden_states))
+            text_key_value = self.attn.project_text(self.norm_encoder(text.encoder_hidden_states))
         attn_output = self.attn(
             self.norm(hidden_states).flatten(2).transpose(1, 2),
-            attention_mask=encoder_attention_mask,
+            attention_mask=text.attention_mask,
             text_key_value=text_key_value,
-            **(cross_attention_kwargs or {}),
+            **(text.cross_attention_kwargs or {}),
         )
         return hidden_states + attn_output.transpose(1, 2).reshape_as(hidden_states), text_key_value
 
 
 class GrowthEncoder(nn.Module):
     """
-    From a state `(B, C, H, W)` down to features on the inner model's grid: a patch convolution, then for each entry of
-    `block_out_channels` residual blocks and a halving.
+    Encoder from a state `(B, C, H, W)` to features on the inner model's grid: a patch convolution, then per entry of
+    `block_out_channels` residual blocks and a downsampling by 2.
     """
 
     def __init__(
@@ -360,7 +418,7 @@ class GrowthEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, sample: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Returns the features `(B, block_out_channels[-1], h, w)` and, outermost first, the skip connections."""
+        """Return the features `(B, block_out_channels[-1], h, w)` and the skip connections, outermost first."""
         hidden_states = self.conv_in(sample)
         skips = []
         for block in self.down_blocks:
@@ -376,9 +434,9 @@ class GrowthEncoder(nn.Module):
 
 class GrowthDecoder(nn.Module):
     """
-    From the inner model's last features up to the detail `(B, C, H, W)`: a look at the text on the inner model's grid, then
-    the mirror image of [`GrowthEncoder`], with its skip connections. The last convolution starts at zero, so a new stage adds
-    nothing.
+    Decoder from the inner model's last features to the detail `(B, C, H, W)`: attention to the text on the inner model's
+    grid, then the mirror image of [`GrowthEncoder`], with its skip connections. The last convolution starts at zero, so a
+    new stage adds nothing.
     """
 
     def __init__(
@@ -419,20 +477,18 @@ class GrowthDecoder(nn.Module):
         hidden_states: torch.Tensor,
         skips: list[torch.Tensor],
         temb: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-        cross_attention_kwargs: dict | None,
+        text: TextInputs,
         text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """
-        Returns the detail `(B, C, H, W)`, the last features `(B, block_out_channels[0], h, w)`, and what [`TextAttention`]
-        returns of the text.
+        Return the detail `(B, C, H, W)`, the last features `(B, block_out_channels[0], h, w)`, and the text's keys and
+        values in [`TextAttention`]. These are an argument and a result, not read from `text.cache`: compiled code would be
+        compiled again whenever the cache has grown.
         """
         hidden_states = torch.cat([self.norm_inner(inner_features), hidden_states], dim=1)
         hidden_states = self.conv_inner(hidden_states)
         if self.text_attn is not None:
-            text = (encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs)
-            hidden_states, text_key_value = self.text_attn(hidden_states, *text, text_key_value)
+            hidden_states, text_key_value = self.text_attn(hidden_states, text, text_key_value)
 
         for block, skip in zip(self.up_blocks, reversed(skips)):
             hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
@@ -448,9 +504,9 @@ class GrowthDecoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a configuration may say
+# Limits of a configuration
 
-# More than any model will have; a configuration with more is damaged or hostile, and building from it would fill memory.
+# No model needs more. A configuration with more is damaged or hostile, and building from it would fill the memory.
 LARGEST = {
     "num_layers": 1024,
     "layers_per_block": 64,
@@ -464,8 +520,8 @@ PREFIXES = ("a ", "a tuple of ", "a tuple of tuples of ")
 
 def check_sizes(depth: int = 0, **sizes) -> None:
     """
-    Raises a `ValueError` that names the first of `sizes` that is no whole number (`mlp_ratio`: no number) from 1 to
-    [`LARGEST`], or, with `depth`, no tuple of such numbers, of tuples of them, and so on.
+    Raise a `ValueError` that names the first of `sizes` that is not a whole number (`mlp_ratio`: not a number) from 1 to
+    [`LARGEST`]. With `depth=1` each must be a tuple of such numbers, with `depth=2` a tuple of tuples.
     """
     for name, value in sizes.items():
         largest = LARGEST.get(name, LARGEST_SIZE)

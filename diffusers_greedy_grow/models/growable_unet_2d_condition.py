@@ -23,18 +23,19 @@ from huggingface_hub.errors import HTTPError
 from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import ModelHubMixin, fetch_adapter
-from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, check_sizes
+from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, TextInputs, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
 
 class GrowthStage(nn.Module):
     """
-    What one growth adds around an inner model: an encoder and a decoder. With `init="preserve"` the inner model answers for
-    the pooled state, as it does alone; the encoder sees its answer beside the state, and the decoder adds to it. With
-    `init="random"` it is a transformer only, between encoder and decoder.
+    An encoder and a decoder around an inner model, added by one growth. With `init="preserve"`, the inner model predicts a
+    clean image from the pooled state, as it does alone; the encoder sees this image beside the state, and the decoder adds
+    detail to it. With `init="random"`, the inner model is a transformer between encoder and decoder.
 
-    It reads the text itself, since a core that never saw detail has learned to ignore the words for it, and while it is frozen
-    cannot pass them on: all residual blocks by its mean, and the decoder word by word, which tells apart what the mean blurs.
+    The stage reads the text itself. A core that never saw detail has learned to ignore the words for it, and cannot pass
+    them on while it is frozen. All residual blocks get the mean of the text; the decoder also attends to each token, which
+    separates what the mean blurs.
     """
 
     def __init__(
@@ -71,108 +72,105 @@ class GrowthStage(nn.Module):
             cross_attention_dim,
         )
 
-    def embed(
-        self,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-        dtype: torch.dtype,
-        text_cache: TextCache,
-    ) -> torch.Tensor:
-        """What conditions the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the text."""
+    def embed(self, timestep: torch.Tensor, text: TextInputs, dtype: torch.dtype) -> torch.Tensor:
+        """Return the conditioning of the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the text."""
         time_dtype = get_parameter_dtype(self.time_embedding)
         temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
-        if encoder_hidden_states is None:
+        embeds, cache = text.encoder_hidden_states, text.cache
+        if embeds is None:
             return temb
-        if cached := text_cache.values.get(self.text_proj):
+        if cache is not None and (cached := cache.values.get(self.text_proj)):
             return temb + cached[0]
-        if encoder_attention_mask is not None:
-            encoder_hidden_states = encoder_hidden_states * encoder_attention_mask.to(dtype).unsqueeze(-1)
-        # The norm makes a sum a mean, and what sets one caption apart larger than a mean would leave it. In float32, since
-        # float16 has no numbers for what some encoders' outliers add up to; hence diffusers' norm, which takes it beside
-        # weights in float16 where torch's warns.
-        text = self.norm_text(encoder_hidden_states.sum(dim=1, dtype=torch.float32))
-        text = self.text_proj(text.to(dtype))
-        text_cache.values[self.text_proj] = (text,)
-        return temb + text
+        if text.encoder_attention_mask is not None:
+            embeds = embeds * text.encoder_attention_mask.to(dtype).unsqueeze(-1)
+        # The norm makes the sum as good as a mean. The sum is in float32: float16 overflows on some encoders' outliers.
+        # This is diffusers' norm, since torch's warns about float32 inputs beside float16 weights.
+        projected = self.text_proj(self.norm_text(embeds.sum(dim=1, dtype=torch.float32)).to(dtype))
+        if cache is not None:
+            cache.values[self.text_proj] = (projected,)
+        return temb + projected
 
     def forward(
         self,
         sample: torch.Tensor,
         sigma: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        encoder_attention_mask: torch.Tensor | None,
-        cross_attention_kwargs: dict | None,
-        inner: Callable,
+        text: TextInputs,
         dtype: torch.dtype,
-        text_cache: TextCache,
+        inner_image: torch.Tensor | None,
+        inner_features: torch.Tensor | None,
+        run_core: Callable[[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `inner(sample, sigma, features)` answers for the state one level further in, as this does for its own: with the clean
-        image, and with its features. It starts from the encoder's `features` where it has no entry of its own.
-        """
-        if encoder_hidden_states is not None:
-            encoder_hidden_states = encoder_hidden_states.to(dtype)
-        temb = self.embed(1000 * sigma, encoder_hidden_states, encoder_attention_mask, dtype, text_cache)
-        inner_state = descend(sample, sigma, self.factor)
+        Args:
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): The state at this stage's resolution.
+            sigma (`torch.Tensor` of shape `(B,)`): Its noise level.
+            text ([`TextInputs`]): The text.
+            dtype (`torch.dtype`): The dtype to compute in.
+            inner_image (`torch.Tensor`, *optional*): The clean image that the inner model predicts, at its own resolution.
+            inner_features (`torch.Tensor`, *optional*): The inner model's features.
+            run_core (`Callable`, *optional*): Used with `init="random"` instead of the two: `run_core(features)` returns
+                None and the core's features.
 
-        # 1. The inner model and the encoder around it. By a device map, what is inside may come from another device.
+        Returns:
+            The clean image `(B, C, H, W)` and the stage's features.
+        """
+        text, cache = text.cast(dtype), text.cache
+        temb = self.embed(1000 * sigma, text, dtype)
+
+        # 1. The encoder, around the inner model. With a device map, that may be on another device.
         if self.preserves:
-            # The state of its own level is all that it hears. Encoder features added to its first ones, with a weight that
-            # starts at zero, undid what it had learned as soon as everything trained: an eighth of the loss.
-            pred_original_sample, features = inner(*inner_state, None)
-            image = enlarge(pred_original_sample.to(sample.device), self.factor)
+            assert inner_image is not None and inner_features is not None
+            # The core gets no encoder features. Adding them to its first features, with a weight that starts at zero,
+            # undid what it had learned as soon as everything trained, and cost an eighth of the loss.
+            image = enlarge(inner_image.to(sample.device), self.factor)
             hidden_states, skips = self.encoder(torch.cat([sample, image], dim=1).to(dtype), temb)
         else:
+            assert run_core is not None
             image = torch.zeros_like(sample)
             hidden_states, skips = self.encoder(sample.to(dtype), temb)
-            _, features = inner(*inner_state, self.conv_to_inner(hidden_states))
+            _, inner_features = run_core(self.conv_to_inner(hidden_states))
 
-        # 2. Detail, drawn from the state and from the image so far
-        detail, features, text_cache.values[self.decoder] = self.decoder(
-            features.to(sample.device),
-            hidden_states,
-            skips,
-            temb,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            cross_attention_kwargs,
-            text_cache.values.get(self.decoder),
+        # 2. The decoder: detail, from the state and the image so far
+        text_key_value = None if cache is None else cache.values.get(self.decoder)
+        detail, features, text_key_value = self.decoder(
+            inner_features.to(sample.device), hidden_states, skips, temb, text, text_key_value
         )
+        if cache is not None:
+            cache.values[self.decoder] = text_key_value
         return image + detail.to(sample.dtype), features
 
 
 class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
-    section 4). Made by [`~GrowableUNet2DConditionModel.from_core`]; the constructor is what loading uses.
+    section 4). Create one by [`~GrowableUNet2DConditionModel.from_core`]; loading uses the constructor.
 
-    With `init="preserve"` one stage around an inner model computes, with the pooling `P`, the smooth upsampling `S` and the
-    scale `n` of [`flow`](flow.py),
+    With `init="preserve"`, a stage around an inner model computes the following, with the pooling `P`, the smooth upsampling
+    `S` and the scale `n` of [`flow`](flow.py):
 
         x_in   = P x / n(sigma)                     # a state of the inner model's own process, at sigma_in
         x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean image
         x0_hat = S x0_in + detail(x, S x0_in, features, sigma)
 
-    where `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, up to
-    rounding. With `init="random"`, the paper's recipe, the first stage has no such side path: its encoder feeds the
-    core's transformer, its decoder alone draws the image, and entry, exit and residual blocks of the core are gone.
+    `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, up to rounding. With
+    `init="random"`, the paper's recipe, the first stage does not add to the core's image: its encoder feeds the core's
+    transformer, its decoder alone draws the image, and the core's entry, exit and residual blocks are removed.
 
     Parameters:
         sample_size (`int`, defaults to 256):
             The resolution of the outermost stage.
         inner_sample_sizes (`tuple[int, ...]`, defaults to `(64,)`):
-            The resolutions inside, the core's first, one for each stage.
+            The resolutions inside, one per stage, the core's first.
         block_out_channels (`tuple[tuple[int, ...], ...]`, defaults to `((128, 256),)`):
-            For each stage, the innermost first, its channels: one entry per halving between the stage's own grid and
-            the inner model's feature grid, outermost first.
+            The channels of each stage, the innermost stage first. A stage has one entry per halving between its own grid
+            and the inner model's feature grid, outermost first.
         layers_per_block (`tuple[int, ...]`, defaults to `(1,)`):
-            For each stage, how many residual blocks each of its blocks has.
+            The number of residual blocks per entry, for each stage.
         init (`str`, defaults to `"preserve"`):
             `"preserve"` or `"random"`: how the first stage was grown. Later stages always preserve.
         in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio,
         cross_attention_dim:
-            The core's; see [`ShallowUNet2DModel`].
+            The core's configuration; see [`ShallowUNet2DModel`].
     """
 
     _supports_gradient_checkpointing = True
@@ -269,7 +267,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         **kwargs,
     ) -> "GrowableUNet2DConditionModel":
         r"""
-        Grows a model: a new stage of `sample_size` around a copy of `core`, whose adapters must be unloaded.
+        Grow a model: a new stage of `sample_size` around a copy of `core`, whose adapters must be unloaded.
 
         Args:
             core ([`ShallowUNet2DModel`], [`GrowableUNet2DConditionModel`], `str` or `Path`):
@@ -288,12 +286,12 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 `"preserve"` keeps the core's function: right after growing the result answers as the core does.
                 `"random"` is the paper's recipe: only the core's transformer is kept, encoder and decoder are random.
             push_to_hub (`bool`, defaults to `False`):
-                Publishes the grown model. If only the upload fails, the model is returned all the same; the log says in
-                which folder everything lies and how to go on.
+                Whether to publish the grown model. If only the upload fails, the model is returned nevertheless; the log
+                says in which folder everything lies and how to continue.
             repo_id, private, create_pr, commit_message:
                 See [`HubMixin.push_to_hub`].
             token (`str`, *optional*):
-                For the core's repository and for `repo_id`.
+                A token for the core's repository and for `repo_id`.
             revision (`str`, *optional*):
                 If `core` is a repository, its branch, tag or commit; if it is a loaded model, the branch of `repo_id` to
                 commit to.
@@ -305,7 +303,8 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             [`GrowableUNet2DConditionModel`] in the dtype and on the device of the core.
 
         Raises:
-            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or it has adapters or is quantised.
+            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or if it has adapters or is
+                quantised.
             `TypeError`: if there are `kwargs` although `core` is a loaded model, or arguments of a push without one.
             `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
@@ -333,14 +332,15 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
                 "`core` must be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
                 f"but is a {type(core).__name__}."
             )
-        check_growable(core)
+        check_unmodified(core)
 
-        # 1. The configuration of the grown model: the core's, with one more stage. No memory yet, nor random numbers.
+        # 1. The grown model: the core's configuration with one more stage, on the meta device, so without memory and without
+        # random numbers
         grown = cls.build_on_meta(core.config, sample_size, block_out_channels, layers_per_block, init)
         if push is not None:
             push.prepare()
 
-        # 2. What is inside: every parameter comes from the core. One that was loaded for the purpose gives its tensors away.
+        # 2. The inner model: every parameter comes from the core, copied unless the core was loaded here
         inside = [(grown.core, core)]
         if isinstance(core, GrowableUNet2DConditionModel):
             inside = [(grown.core, core.core), *zip(grown.stages, core.stages)]
@@ -349,7 +349,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             state = {name: values[name] if is_loaded_here else values[name].clone() for name in module.state_dict()}
             module.load_state_dict(state, assign=True)
 
-        # 3. The new stage, random but for what must be zero; what is kept in float32 in the core is so here
+        # 3. The new stage, with random weights; its time embedding is in float32 if the core's is
         stage = GrowthStage(**grown.stage_arguments[-1]).to(device=core.device, dtype=core.dtype)
         stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding))
         grown.stages[-1] = stage
@@ -370,7 +370,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         init: str = "preserve",
     ) -> "GrowableUNet2DConditionModel":
         """
-        The model that growing a core of that `config` would give, without weights; raises a `ValueError` that names what does
+        Build the model that growing a core of this `config` gives, without weights. Raise a `ValueError` that names what does
         not fit. The arguments are those of [`~GrowableUNet2DConditionModel.from_core`].
         """
         stages: dict = {"inner_sample_sizes": (), "block_out_channels": (), "layers_per_block": (), "init": init}
@@ -378,7 +378,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             if init != "preserve":
                 raise ValueError(
                     f"`init={init!r}` keeps a transformer and throws away what is around it, but the encoder and decoder "
-                    'of a grown core are part of what was trained: pass `init="preserve"`, or grow `core.core` again.'
+                    'of a grown core have been trained, too: pass `init="preserve"`, or grow `core.core` again.'
                 )
             stages = {name: config[name] for name in stages}
         with torch.device("meta"):
@@ -393,7 +393,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
     @property
     def sample_sizes(self) -> tuple[int, ...]:
-        """The resolutions this model holds, the core's first: `(64, 256, ...)`."""
+        """The resolutions of the core and of each stage, the core's first: `(64, 256, ...)`."""
         return (*self.config.inner_sample_sizes, self.config.sample_size)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -401,22 +401,22 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
     def freeze_core(self) -> None:
         """
-        Begins the detail phase: only the outermost stage trains. With `init="preserve"` everything inside runs without
-        gradient from here on; with `init="random"` gradients cross the frozen core.
+        Begin the detail phase: only the outermost stage trains. With `init="preserve"`, everything inside runs without
+        gradients from now on; with `init="random"`, gradients cross the frozen core.
         """
         self.requires_grad_(False)
         self.stages[-1].requires_grad_(True)
         self.core_frozen = True
 
     def unfreeze_core(self) -> None:
-        """Begins the joint phase: everything trains."""
+        """Begin the joint phase: everything trains."""
         self.requires_grad_(True)
         self.core_frozen = False
 
     def parameter_groups(self, lr: float, core_lr_scale: float = 1.0) -> list[dict]:
         """
-        Groups for a torch optimizer, of the parameters that train: `"stage"`, the outermost stage, at `lr`, and
-        `"core"`, everything inside it, at `lr * core_lr_scale`; no `"core"` while it is frozen.
+        Return the parameters that train, as groups for a torch optimizer: `"stage"`, the outermost stage, at `lr`, and
+        `"core"`, everything inside it, at `lr * core_lr_scale`. While the core is frozen there is no `"core"`.
         """
         stage = [parameter for parameter in self.stages[-1].parameters() if parameter.requires_grad]
         stage_ids = {id(parameter) for parameter in stage}
@@ -432,11 +432,11 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
     ) -> None:
-        """As diffusers has it; an adapter of the core that this model was grown from becomes one of its `core`."""
+        """Load an adapter of this model, or of the core that it was grown from; otherwise as in diffusers."""
         weight_name = kwargs.pop("weight_name", None)
         state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
         kwargs["metadata"] = metadata or kwargs.get("metadata")
-        super().load_lora_adapter(map_to_core(state_dict, self, prefix), prefix=prefix, **kwargs)
+        super().load_lora_adapter(rename_core_adapter(state_dict, self, prefix), prefix=prefix, **kwargs)
 
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
@@ -469,16 +469,16 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
             num_stages (`int`, *optional*):
-                How many of the growth stages take part, from the innermost; all by default. The others add no detail:
-                with 0, the prediction is `U x0_in`, the core's own. For states of high noise, in which detail cannot be
-                seen yet, that is enough, at a fraction of the cost.
+                The number of growth stages that take part, from the innermost; all by default. The others add no detail:
+                with 0, the prediction is the core's own, `U x0_in`. At high noise levels, which hide the detail anyway,
+                this costs a fraction and loses nothing.
             negative_encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
-                Text to steer away from, at the core's resolution: the core answers for it as well, and the stages
-                around it go on from what `guide` makes of its two answers.
+                Text to steer away from, at the core's resolution: the core predicts an image for each of the two texts,
+                and the stages around it continue from the image that `guide` returns.
             negative_encoder_attention_mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*):
                 Its mask; needed if there is an `encoder_attention_mask`.
             guide (`Callable`, *optional*):
-                `guide(pred, negative_pred)`, both clean images at the core's resolution, returns the guided one.
+                `guide(pred, negative_pred)` combines two clean images at the core's resolution into one.
             text_cache ([`TextCache`], *optional*):
                 See [`ShallowUNet2DModel.forward`].
 
@@ -486,104 +486,129 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
 
         Raises:
-            `ValueError`: if text, sides or `num_stages` do not fit, or if a stage or a core is asked for an answer that it
-            cannot give by itself, since with `init="random"` the first stage and the core are one.
+            `ValueError`: if text, sides or `num_stages` do not fit, or if the core is asked for an image of its own although
+            the model was grown with `init="random"`.
         """
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
+        sigma = timestep / 1000
+        num_stages = len(self.stages) if num_stages is None else num_stages
+        grad_enabled = torch.is_grad_enabled()
+        if grad_enabled:
+            text_cache = None
+        text = TextInputs(encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs, text_cache)
+        negative_text = None
+        if negative_encoder_hidden_states is not None:
+            negative_text = TextInputs(negative_encoder_hidden_states, negative_encoder_attention_mask)
+        self.check_inputs(sample, text, num_stages, negative_text, guide)
+        dtype = self.stages[0].encoder.conv_in.weight.dtype  # the model's; `self.dtype` searches all weights
+
+        # With a frozen core inside a stage that preserves, nothing inside needs gradients: they are neither computed nor
+        # stored. Adapters are an exception: wherever they are, they may train.
+        nothing_trains_inside = self.core_frozen and self.stages[-1].preserves and not self._hf_peft_config_loaded
+        inner_grad_enabled = grad_enabled and not nothing_trains_inside
+
+        # 1. Inwards: the state at each resolution, from the outermost to the core's
+        states = [(sample, sigma)]
+        for stage in reversed(self.stages):
+            states.append(descend(*states[-1], stage.factor))
+        (core_sample, core_sigma), *stage_states = reversed(states)
+
+        # 2. The core
+        run_core = partial(self.run_core, core_sample, core_sigma, text, negative_text, guide)
+        if self.stages[0].preserves:
+            with torch.set_grad_enabled(inner_grad_enabled):
+                image, features = run_core()
+        else:
+            # `init="random"`: the core has no entry, it starts from the first stage's encoder features. That stage runs it.
+            image, features = None, None
+
+        # 3. Outwards: the stages that take part add detail, from the innermost to the outermost
+        for stage, state in zip(self.stages[:num_stages], stage_states):
+            with torch.set_grad_enabled(grad_enabled if stage is self.stages[-1] else inner_grad_enabled):
+                image, features = stage(*state, text, dtype, image, features, run_core)
+        assert image is not None
+
+        # Stages that are left out enlarge by `U`, not `S`: the state gets no high band at all until they join.
+        if num_stages < len(self.stages):
+            image = upsample(image, sample.shape[-2] // image.shape[-2])
+
+        image = image.to(sample.device)
+        velocity = velocity_from_clean(sample, image, sigma).to(sample.dtype)
+        if not return_dict:
+            return (velocity,)
+        return GreedyGrowOutput(sample=velocity, pred_original_sample=image, features=features)
+
+    def run_core(
+        self,
+        sample: torch.Tensor,
+        sigma: torch.Tensor,
+        text: TextInputs,
+        negative_text: TextInputs | None,
+        guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+        features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """
+        Run the core on a state of its own resolution; with a `guide`, once for both texts together. `features` are those of
+        the first stage's encoder, with `init="random"`.
+
+        Returns:
+            The clean image, guided if there is a `guide` (None with `init="random"`), and the core's features for `text`.
+        """
+        batch_size = sample.shape[0]
+        embeds, mask = text.encoder_hidden_states, text.encoder_attention_mask
+        if negative_text is not None:
+            embeds = torch.cat([embeds, negative_text.encoder_hidden_states])
+            if mask is not None:
+                mask = torch.cat([mask, negative_text.encoder_attention_mask])
+            sample, sigma = torch.cat([sample, sample]), torch.cat([sigma, sigma])
+        output = self.core(
+            sample,
+            1000 * sigma,
+            embeds,
+            mask,
+            cross_attention_kwargs=text.cross_attention_kwargs,
+            features=features,
+            text_cache=text.cache,
+        )
+        if guide is None:
+            return output.pred_original_sample, output.features
+        return guide(*output.pred_original_sample.chunk(2)), output.features[:batch_size]
+
+    def check_inputs(
+        self,
+        sample: torch.Tensor,
+        text: TextInputs,
+        num_stages: int,
+        negative_text: TextInputs | None,
+        guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        """Raise a `ValueError` that names the argument of [`~GrowableUNet2DConditionModel.forward`] that does not fit."""
         batch_size, _, height, width = sample.shape
-        check_text(self.config.cross_attention_dim, batch_size, encoder_hidden_states, encoder_attention_mask)
+        dim = self.config.cross_attention_dim
+        check_text(dim, batch_size, text.encoder_hidden_states, text.encoder_attention_mask)
         cell = self.config.patch_size * self.config.sample_size // self.config.inner_sample_sizes[0]
         if height % cell or width % cell:
             raise ValueError(f"`sample` is {height} x {width}, but both sides must be multiples of {cell}.")
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
-        sigma = timestep / 1000
-        num_stages = len(self.stages) if num_stages is None else num_stages
         if not 0 <= num_stages <= len(self.stages):
             raise ValueError(f"`num_stages={num_stages}` must be from 0 to {len(self.stages)}.")
-        if (guide is None) != (negative_encoder_hidden_states is None):
+        if (guide is None) != (negative_text is None):
             raise ValueError("`guide` and `negative_encoder_hidden_states` need each other: pass both or neither.")
         if not self.stages[0].preserves and (num_stages == 0 or guide is not None):
             argument = "`num_stages=0`" if num_stages == 0 else "`guide`"
             raise ValueError(
-                f"{argument} asks the core for an image, but that of a model grown with `init='random'` draws no images of "
-                "its own. Run all stages, once for each text."
+                f"{argument} needs a core that predicts images, but the core of a model grown with `init='random'` draws no "
+                "images of its own. Run all stages, once per text."
             )
-        if guide is not None:
-            check_text(
-                self.config.cross_attention_dim,
-                batch_size,
-                negative_encoder_hidden_states,
-                negative_encoder_attention_mask,
-            )
-            if (encoder_attention_mask is None) != (negative_encoder_attention_mask is None):
+        if negative_text is not None:
+            check_text(dim, batch_size, negative_text.encoder_hidden_states, negative_text.encoder_attention_mask)
+            if (text.encoder_attention_mask is None) != (negative_text.encoder_attention_mask is None):
                 raise ValueError(
                     "`encoder_attention_mask` and `negative_encoder_attention_mask` need each other: pass both or neither."
                 )
 
-        dtype = self.stages[0].encoder.conv_in.weight.dtype  # of all weights; `self.dtype` looks for it
-        grad_enabled = torch.is_grad_enabled()
-        if grad_enabled:
-            text_cache = None
-        # With the core frozen and the side path, no gradient is needed inside: neither computed nor stored.
-        # But adapters, wherever they are, are there to be trained.
-        nothing_trains_inside = self.core_frozen and self.stages[-1].preserves and not self._hf_peft_config_loaded
-        inner_grad_enabled = grad_enabled and not nothing_trains_inside
-
-        def run(level: int, state: torch.Tensor, state_sigma: torch.Tensor, features: torch.Tensor | None = None):
-            """The core, which is level 0, or a stage with all that is inside it."""
-            outermost = level == len(self.stages)
-            with torch.set_grad_enabled(grad_enabled if outermost else inner_grad_enabled):
-                if level == 0:
-                    return run_core(state, state_sigma, features)
-                return self.stages[level - 1](
-                    state,
-                    state_sigma,
-                    encoder_hidden_states,
-                    encoder_attention_mask,
-                    cross_attention_kwargs,
-                    inner=partial(run, level - 1),
-                    dtype=dtype,
-                    text_cache=text_cache or TextCache(),
-                )
-
-        def run_core(state: torch.Tensor, state_sigma: torch.Tensor, features: torch.Tensor | None):
-            """The core; with a `guide` for both texts at once."""
-            hidden_states, attention_mask = encoder_hidden_states, encoder_attention_mask
-            if guide is not None:
-                hidden_states = torch.cat([encoder_hidden_states, negative_encoder_hidden_states])
-                if encoder_attention_mask is not None:
-                    attention_mask = torch.cat([encoder_attention_mask, negative_encoder_attention_mask])
-                state, state_sigma = torch.cat([state, state]), torch.cat([state_sigma, state_sigma])
-            inner = self.core(
-                state,
-                1000 * state_sigma,
-                hidden_states,
-                attention_mask,
-                cross_attention_kwargs=cross_attention_kwargs,
-                features=features,
-                text_cache=text_cache,
-            )
-            if guide is None:
-                return inner.pred_original_sample, inner.features
-            return guide(*inner.pred_original_sample.chunk(2)), inner.features[:batch_size]
-
-        # From the outermost stage that takes part to the core, and back
-        state, state_sigma = sample, sigma
-        for stage in reversed(self.stages[num_stages:]):
-            state, state_sigma = descend(state, state_sigma, stage.factor)
-        pred_original_sample, features = run(num_stages, state, state_sigma)
-        # `U`, not `S`: what the stages that are left out would draw stays out of the state altogether, until they set in.
-        if num_stages < len(self.stages):
-            pred_original_sample = upsample(pred_original_sample, height // pred_original_sample.shape[-2])
-
-        pred_original_sample = pred_original_sample.to(sample.device)
-        velocity = velocity_from_clean(sample, pred_original_sample, sigma).to(sample.dtype)
-        if not return_dict:
-            return (velocity,)
-        return GreedyGrowOutput(sample=velocity, pred_original_sample=pred_original_sample, features=features)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What must fit, and what must be there
+# Checks and loading
 
 CORE_CONFIG_NAMES = (
     "in_channels",
@@ -597,18 +622,18 @@ CORE_CONFIG_NAMES = (
 )
 
 
-def map_to_core(names: dict, model, prefix: str | None = None) -> dict:
+def rename_core_adapter(state_dict: dict[str, Any], model: nn.Module, prefix: str | None = None) -> dict[str, Any]:
     """
-    Names of a core's adapter layers, such as `transformer_blocks.0...` after `prefix` and a dot, as those of a grown model
-    (`core.transformer_blocks.0...`); names that are a grown model's already, and all names if `model` is a core, stay.
+    Rename a core's adapter layers, such as `transformer_blocks.0...` after `prefix` and a dot, to those of a grown model,
+    `core.transformer_blocks.0...`. Names of a grown model's own layers stay, and so do all names if `model` is a core.
     """
     if not isinstance(model, GrowableUNet2DConditionModel):
-        return names
+        return state_dict
     start = f"{prefix}." if prefix else ""
     parts = tuple(f"{start}{part}." for part, _ in model.core.named_children())
     return {
         f"{start}core.{name.removeprefix(start)}" if name.startswith(parts) else name: value
-        for name, value in names.items()
+        for name, value in state_dict.items()
     }
 
 
@@ -619,8 +644,8 @@ def get_stage_patch_size(
     block_out_channels: tuple[int, ...],
 ) -> int:
     """
-    The entry patch of a stage, `sample_size / (inner_grid * 2 ** len(block_out_channels))`; raises a `ValueError` that
-    names what does not fit and what would.
+    Return the entry patch of a stage, `sample_size / (inner_grid * 2 ** len(block_out_channels))`. Raise a `ValueError`
+    that names what does not fit and a value that fits.
     """
     if sample_size <= inner_sample_size or sample_size % inner_sample_size:
         raise ValueError(
@@ -634,7 +659,7 @@ def get_stage_patch_size(
     if most == 0:
         raise ValueError(
             f"`sample_size={sample_size}` does not fit: a cell of the inner grid covers {cell} pixels per side, which "
-            f"cannot be halved; {2 * inner_sample_size} would do."
+            f"cannot be halved; {2 * inner_sample_size} would fit."
         )
     if len(block_out_channels) > most:
         raise ValueError(
@@ -644,8 +669,8 @@ def get_stage_patch_size(
     return cell // 2 ** len(block_out_channels)
 
 
-def check_growable(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> None:
-    """Raises a `ValueError` if a model is not as it was trained: with adapters, quantised, or with weights elsewhere."""
+def check_unmodified(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> None:
+    """Raise a `ValueError` if a core has adapters, is quantised, or is offloaded or cast to eight bits."""
     if getattr(core, "peft_config", None):
         raise ValueError(
             f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "
@@ -654,26 +679,26 @@ def check_growable(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> N
     if getattr(core, "hf_quantizer", None) is not None:
         raise ValueError(
             "`core` was loaded with a `quantization_config`, and a grown model could neither be trained nor saved with such "
-            "weights: grow it as it was trained, and pass the `quantization_config` when loading the result."
+            "weights: load it without one, grow it, and pass the `quantization_config` when loading the result."
         )
     if any(parameter.dtype.itemsize == 1 or parameter.is_meta for parameter in core.parameters()) and not (
-        all(parameter.is_meta for parameter in core.parameters())  # to count what it would cost
+        all(parameter.is_meta for parameter in core.parameters())  # a model without weights, made to plan a run
     ):
         raise ValueError(
-            "`core` has weights in eight bits or on the disk, by layerwise casting or offloading: grow it as it was loaded, "
-            "and enable these on the grown model."
+            "`core` has weights in eight bits or on the disk, by layerwise casting or offloading: load it without these, grow "
+            "it, and enable them on the grown model."
         )
 
 
 def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[Any, dict, str | None, str | None]:
     """
-    Looks for either model in a folder or Hub repository, alone or as the `unet` of a pipeline.
+    Look for a core or a grown model in a folder or Hub repository, alone or as the `unet` of a pipeline.
 
     Returns:
-        Its class, its configuration, the subfolder it is in, and its commit if it is on the Hub.
+        Its class, its configuration, its subfolder, and its commit if it is on the Hub.
 
     Raises:
-        `OSError`: if nothing is there.
+        `OSError`: if there is no model.
         `ValueError`: if it is another kind of model.
     """
     kwargs = {k: v for k, v in kwargs.items() if k not in ("torch_dtype", "dtype", "variant", "device_map")}
@@ -689,9 +714,9 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
             )
         except OSError:
             raise OSError(
-                f"`core={str(path)!r}` is no model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
-                "Pass the folder or repository of a trained core, or of a pipeline around one; of a repository, a `revision` that "
-                f"it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
+                f"`core={str(path)!r}` is not a model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
+                "Pass the folder or repository of a trained core, or of a pipeline around one; for a repository, a `revision` "
+                f"that it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
             ) from error
     classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
     if config.get("_class_name") not in classes:
@@ -703,11 +728,11 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
 
 def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
     """
-    Loads either model from a folder or Hub repository, alone or as the `unet` of a pipeline, and accepts nothing less
-    than all of its weights. `kwargs` go to `from_pretrained`.
+    Load a core or a grown model, with all of its weights, from a folder or Hub repository, alone or as the `unet` of a
+    pipeline. `kwargs` are passed to `from_pretrained`.
 
     Raises:
-        `OSError`: if nothing is there, a file is damaged, or weights have other shapes than its configuration says.
+        `OSError`: if there is no model, a file is damaged, or weights have other shapes than the configuration says.
         `ValueError`: if it is another kind of model, or weights are missing or left over.
     """
     model_class, _, kwargs["subfolder"], commit = find_core(path, **kwargs)
@@ -719,7 +744,7 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
             "of yours, its weights are missing, damaged or do not belong to its config.json: download or save it "
             "again."
         ) from error
-    # diffusers fills in what a checkpoint lacks with random numbers and a warning; a core must be complete.
+    # diffusers only warns about weights that a checkpoint lacks, and makes them random; a core must be complete.
     problems = {name: names for name, names in info.items() if names}
     if problems:
         raise ValueError(f"`core={str(path)!r}` does not hold the weights that its config.json describes: {problems}.")

@@ -29,8 +29,8 @@ from .blocks import (
 class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the image to the grid of the
-    transformer at once, and a single residual block on either side stands in for encoder and decoder. What it learns
-    is alignment: what is in the image, and where.
+    transformer at once, and a single residual block on either side replaces encoder and decoder. It learns alignment:
+    what is in the image, and where.
 
     It predicts the clean image and returns the flow velocity `u = e - x0`, so that every flow-matching scheduler of
     diffusers works with it.
@@ -38,15 +38,15 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
     Parameters:
         sample_size (`int`, defaults to 64):
             Height and width in pixels of the images it is trained on, a multiple of `patch_size`. Other sizes and
-            shapes work where `patch_size` divides them.
+            shapes work if both sides are multiples of `patch_size`, too.
         in_channels (`int`, defaults to 3), out_channels (`int`, defaults to 3):
-            Channels of the state and of the prediction, which are the same.
+            Channels of the state and of the prediction; both must be the same.
         patch_size (`int`, defaults to 4):
             Pixels per side of one cell of the grid.
         hidden_size (`int`, defaults to 768):
             Channels on the grid.
         num_layers (`int`, defaults to 12):
-            How many transformer layers.
+            Number of transformer layers.
         num_attention_heads (`int`, defaults to 12):
             Heads per attention; `hidden_size / num_attention_heads` must be a multiple of 4 (two rotary axes).
         mlp_ratio (`float`, defaults to 4.0):
@@ -55,7 +55,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
             Channels of the text embeddings. `None` for an unconditional model.
 
     Raises:
-        `ValueError`: if a size is no whole number or does not fit the others.
+        `ValueError`: if a size is not a whole number or does not fit the others.
     """
 
     _supports_gradient_checkpointing = True
@@ -91,8 +91,8 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         )
         if out_channels != in_channels:
             raise ValueError(
-                f"`out_channels={out_channels}` must be `in_channels={in_channels}`: what is predicted is the "
-                "image in the state."
+                f"`out_channels={out_channels}` must be `in_channels={in_channels}`: the model predicts the image in "
+                "the state."
             )
         if sample_size % patch_size:
             raise ValueError(
@@ -131,19 +131,19 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
 
     @property
     def sample_sizes(self) -> tuple[int, ...]:
-        """The resolutions this model works at: its `sample_size` alone."""
+        """The resolutions of the model: its `sample_size` alone."""
         return (self.config.sample_size,)
 
     def zero_init_output(self) -> None:
         """
-        Makes a new model predict a gray image, whatever it is given. Training starts best from there: from the usual random
-        weights in the last layer, the held-out loss ended 3 % higher in trials.
+        Set the output layer to zero, so that a new model predicts a gray image for every state. With random weights in the
+        output layer, the held-out loss ended 3 % higher in trials.
         """
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
     def remove_shallow_parts(self) -> None:
-        """Leaves the transformer only, as the paper does after pretraining; see `init="random"`."""
+        """Remove everything but the transformer, as the paper does after pretraining; see `init="random"`."""
         for name in ("conv_in", "resnet_in", "resnet_out", "conv_norm_out", "conv_out"):
             setattr(self, name, None)
 
@@ -174,10 +174,10 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`GreedyGrowOutput`] or a tuple with the velocity alone.
             features (`torch.Tensor` of shape `(B, hidden_size, H / patch_size, W / patch_size)`, *optional*):
-                What the transformer starts from, inside a model grown with `init="random"`; else the entry makes it.
+                The input of the transformer inside a model grown with `init="random"`, which has no entry of its own.
             text_cache ([`TextCache`], *optional*):
-                The text's keys and values, kept over calls with the same text. Not used while gradients are enabled:
-                what is kept would be of one step's graph, and what is read would have none.
+                The text's keys and values from earlier calls with the same text. Ignored while gradients are enabled:
+                cached values belong to the graph of an earlier step, or to none.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
@@ -193,7 +193,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         if height % patch_size or width % patch_size:
             raise ValueError(f"`sample` is {height} x {width}, but both sides must be multiples of {patch_size}.")
         grid_height, grid_width = height // patch_size, width // patch_size
-        # That of all its weights, which `self.dtype` must look for.
+        # The weights' dtype; `self.dtype` searches all of them for it.
         dtype = self.dtype if self.conv_in is None else self.conv_in.weight.dtype
 
         # 1. Timestep
@@ -202,7 +202,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         modulation = self.time_modulation(F.silu(temb)).unflatten(-1, (6, -1))
         temb = temb.to(dtype)
 
-        # 2. Entry: to the grid at once. Inside a model grown with `init="random"` the encoder has already done it.
+        # 2. Entry: to the grid at once. With `init="random"` the first stage's encoder has done this already.
         if self.conv_in is not None:
             hidden_states = self.resnet_in(self.conv_in(sample.to(dtype)), temb)
         else:
@@ -217,40 +217,26 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         image_rotary_emb = get_image_rotary_emb(head_dim, grid_height, grid_width, sample.device, hidden_states.dtype)
 
+        arguments = (
+            modulation,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            image_rotary_emb,
+            cross_attention_kwargs,
+        )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block,
-                    hidden_states,
-                    modulation,
-                    encoder_hidden_states,
-                    encoder_attention_mask,
-                    image_rotary_emb,
-                    cross_attention_kwargs,
-                )
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *arguments)
             elif text_cache is not None:
+                text_key_value = text_cache.values.get(block)
                 hidden_states, text_cache.values[block] = block(
-                    hidden_states,
-                    modulation,
-                    encoder_hidden_states,
-                    encoder_attention_mask,
-                    image_rotary_emb,
-                    cross_attention_kwargs,
-                    text_key_value=text_cache.values.get(block),
-                    return_text=True,
+                    hidden_states, *arguments, text_key_value=text_key_value, return_text=True
                 )
             else:
-                hidden_states = block(
-                    hidden_states,
-                    modulation,
-                    encoder_hidden_states,
-                    encoder_attention_mask,
-                    image_rotary_emb,
-                    cross_attention_kwargs,
-                )
+                hidden_states = block(hidden_states, *arguments)
         features = hidden_states.transpose(1, 2).unflatten(-1, (grid_height, grid_width)).contiguous()
 
-        # 4. Exit: the clean image, and the velocity towards it in the precision of the state
+        # 4. Exit: the clean image, and the velocity in the dtype of the state
         if self.conv_out is None:
             return GreedyGrowOutput(features=features) if return_dict else (features,)
         features = self.resnet_out(features, temb)
@@ -270,8 +256,8 @@ def check_text(
     encoder_attention_mask: torch.Tensor | None = None,
 ) -> None:
     """
-    Raises a `ValueError` if a conditional model gets no text, or text of another width or for another number of images, or if
-    an unconditional one gets text; and if the mask does not fit the text, or is one that is added to scores.
+    Raise a `ValueError` if a conditional model gets no text, or text of another width or for another number of images; if an
+    unconditional model gets text; and if the mask does not fit the text or is to be added to attention scores.
     """
     if cross_attention_dim is None:
         if encoder_hidden_states is not None:
@@ -295,9 +281,9 @@ def check_text(
 
 
 def check_mask(name: str, mask: torch.Tensor) -> None:
-    """Raises a `ValueError` if a text mask is one of those that are added to attention scores, or looks like one."""
+    """Raise a `ValueError` if a text mask has floating-point numbers, as masks that are added to attention scores do."""
     if mask.is_floating_point():
         raise ValueError(
-            f"`{name}` is of {mask.dtype}, but must be bool, True for the tokens to attend to: pass `{name} > 0`, or of "
-            f"one that is added to attention scores `{name} == 0`."
+            f"`{name}` is of {mask.dtype}, but must be bool, True for the tokens to attend to: pass `{name} > 0`, or "
+            f"`{name} == 0` if it is to be added to attention scores."
         )

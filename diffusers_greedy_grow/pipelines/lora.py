@@ -1,8 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-
-"""LoRA for the pipeline, as diffusers has it, and the way of a core's adapters into the models grown from it."""
+"""LoRA for the pipeline as in diffusers, and loading a core's adapters into models grown from it."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..hub.mixins import fetch_adapter, refuse_pickles, warn_of_pickles
-from ..models.growable_unet_2d_condition import map_to_core
+from ..models.growable_unet_2d_condition import rename_core_adapter
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -22,8 +21,8 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
     """
-    Loads and saves LoRA layers of the pipeline's `unet`. An adapter trained on a core loads into every model grown from it.
-    Several adapters, their weights, hotswapping, fusing and unloading are diffusers' own.
+    Loading and saving of LoRA layers of the pipeline's `unet`. An adapter trained on a core loads into every model grown from
+    it. Several adapters, their weights, hotswapping, fusing and unloading work as in diffusers.
     """
 
     _lora_loadable_modules = ["unet"]
@@ -37,6 +36,8 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         **kwargs,
     ) -> Any:
         r"""
+        Read the tensors of an adapter, and its configuration.
+
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
                 A folder, a repository of the Hub, or the tensors themselves.
@@ -49,7 +50,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
                 `use_safetensors`, which may not be false.
 
         Returns:
-            `dict[str, torch.Tensor]`, or a tuple of it and the configuration.
+            `dict[str, torch.Tensor]`, or a tuple of these tensors and the configuration.
 
         Raises:
             `TypeError`: if there are other `kwargs`.
@@ -59,7 +60,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         refuse_pickles(kwargs.pop("use_safetensors", None))
         state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
         if kwargs:
-            raise TypeError(f"{sorted(kwargs)} are no arguments of loading LoRA weights.")
+            raise TypeError(f"{sorted(kwargs)} are not arguments of loading LoRA weights.")
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -71,26 +72,26 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         **kwargs,
     ) -> None:
         r"""
-        Loads an adapter of this model, or of the core that it was grown from.
+        Load an adapter of this model, or of the core that it was grown from.
 
         Args:
             pretrained_model_name_or_path_or_dict, kwargs:
                 See [`~GreedyGrowLoraLoaderMixin.lora_state_dict`].
             adapter_name (`str`, *optional*):
-                Its name from here on; `"default_0"` and so on by default.
+                The adapter's name in this pipeline; `"default_0"` and so on by default.
             hotswap (`bool`, defaults to `False`):
-                Whether it replaces the adapter of that name in place, so that compiled blocks stay compiled.
+                Whether to replace the adapter of that name in place, so that compiled blocks stay compiled.
             low_cpu_mem_usage (`bool`, defaults to `False`):
-                Whether the layers are made without random numbers first.
+                Whether to create the layers without initialising them with random numbers first.
 
         Raises:
-            `ValueError`: if the tensors are no LoRA layers, or are of layers of the `unet` that it does not have. Of other
-            components' there is a warning only.
+            `ValueError`: if the tensors are not LoRA layers, or belong to layers that the `unet` does not have. Layers of
+            other components only cause a warning.
         """
-        unet = unwrap_module(self.unet)  # of `torch.compile(pipeline.unet)`
+        unet = unwrap_module(self.unet)  # from `torch.compile(pipeline.unet)`
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        state_dict = map_to_core(state_dict, unet, prefix="unet")
+        state_dict = rename_core_adapter(state_dict, unet, prefix="unet")
         layers = {f"unet.{name}" for name, _ in unet.named_modules()}
         others = [name for name in state_dict if not name.startswith("unet.")]
         strange = [
@@ -100,16 +101,16 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         ]
         if strange:
             raise ValueError(
-                f"These are no LoRA layers of a {type(unet).__name__}: {strange[:3]}. Pass an adapter that was "
+                f"These are not LoRA layers of a {type(unet).__name__}: {strange[:3]}. Pass an adapter that was "
                 "trained on this model, or on the core it was grown from."
             )
         if len(others) == len(state_dict):
             logger.warning(
-                "None of these LoRA layers is of a `unet`, so none is loaded. What `unet.save_lora_adapter` has saved "
-                "is loaded by `unet.load_lora_adapter(..., prefix=None)`."
+                "None of these LoRA layers belongs to a `unet`, so none is loaded. If `unet.save_lora_adapter` saved them, "
+                "load them by `unet.load_lora_adapter(..., prefix=None)`."
             )
         elif others:
-            logger.warning(f"These LoRA layers are not of the `unet`, so they are not loaded: {others[:3]}.")
+            logger.warning(f"These LoRA layers do not belong to the `unet`, so they are not loaded: {others[:3]}.")
         unet.load_lora_adapter(
             state_dict,
             prefix="unet",
@@ -132,17 +133,19 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         unet_lora_adapter_metadata: dict | None = None,
     ) -> None:
         r"""
+        Save an adapter.
+
         Args:
             save_directory (`str` or `os.PathLike`):
-                Where to.
+                The folder to save to.
             unet_lora_layers (`dict[str, torch.nn.Module | torch.Tensor]`):
-                What `peft.get_peft_model_state_dict(pipeline.unet)` returns.
+                The adapter's layers, from `peft.get_peft_model_state_dict(pipeline.unet)`.
             is_main_process (`bool`, defaults to `True`), save_function (`Callable`, *optional*), weight_name (`str`,
             *optional*), safe_serialization (`bool`, defaults to `True`):
-                As everywhere in diffusers, but safetensors are written either way.
+                As everywhere in diffusers, except that safetensors are always written.
             unet_lora_adapter_metadata (`dict`, *optional*):
-                The adapter's configuration; without it, `lora_alpha` is lost. What
-                `diffusers.training_utils._collate_lora_metadata({"unet": pipeline.unet})` returns holds it.
+                The adapter's configuration; without it, `lora_alpha` is lost. Take it from
+                `diffusers.training_utils._collate_lora_metadata({"unet": pipeline.unet})`.
         """
         warn_of_pickles(safe_serialization)
         cls._save_lora_weights(
@@ -162,9 +165,9 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         safe_fusing: bool = False,
         adapter_names: list[str] | None = None,
     ) -> None:
-        """Adds the adapters to the weights. To save the result, `unload_lora_weights()` first."""
+        """Add the adapters to the weights. Call `unload_lora_weights()` before saving the result."""
         super().fuse_lora(components, lora_scale, safe_fusing, adapter_names)
 
     def unfuse_lora(self, components: list[str] = ["unet"]) -> None:
-        """Undoes `fuse_lora`, up to rounding."""
+        """Undo `fuse_lora`, up to rounding."""
         super().unfuse_lora(components)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Attention through diffusers' dispatch; by the names of its own suite."""
+"""Attention through diffusers' dispatch, with the test names of diffusers' own suite."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ BACKENDS = [AttentionBackendName.NATIVE, AttentionBackendName._NATIVE_MATH]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_output_close_to_native(model_and_inputs, backend):
     model, inputs = model_and_inputs
-    model.double()  # what random weights make of float32's rounding is not the backend's
+    model.double()  # in float32, random weights would enlarge rounding differences between backends
     inputs["sample"] = inputs["sample"].double()
     expected = model(**inputs).sample
     model.set_attention_backend(backend.value)
@@ -84,7 +84,7 @@ def test_set_attention_backend_matches_context_manager(either, backend):
 
 @torch.no_grad()
 def test_context_manager_switches_and_restores_backend(either, monkeypatch):
-    """The backend that is asked for is the one that computes."""
+    """The backend that was chosen computes."""
     model, inputs = either
     used = []
     attention = torch.nn.functional.scaled_dot_product_attention

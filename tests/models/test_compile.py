@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""torch.compile and torch.export; by the names of diffusers' own suite."""
+"""torch.compile and torch.export, with the test names of diffusers' own suite."""
 
 from functools import partial
 
@@ -41,7 +41,7 @@ def test_torch_compile_repeated_blocks(core):
         for _ in range(2):
             torch.testing.assert_close(core(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
-    # As a pipeline calls it: two graphs, one that projects the text and one that is given it, whichever the block.
+    # As a pipeline calls it: two graphs for all blocks, one that projects the text and one that takes its projections.
     text_cache = TextCache()
     with torch._dynamo.config.patch(error_on_recompile=False):
         core(**inputs, text_cache=text_cache)
@@ -53,7 +53,7 @@ def test_torch_compile_repeated_blocks(core):
 
 @torch.no_grad()
 def test_torch_compile_repeated_blocks_of_a_grown_model():
-    """One graph for each kind of block: a stage's encoder and decoder are whole, since their blocks have all channels."""
+    """One graph per kind of block. A stage's encoder and decoder are one block each: their parts differ in channels."""
     model, inputs = make_model_and_inputs("preserve")
     expected = model(**inputs).sample
     model.compile_repeated_blocks(fullgraph=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import descend, enlarge, expand, pool, upsample
-from diffusers_greedy_grow.models.blocks import TextCache
+from diffusers_greedy_grow.models.blocks import TextCache, TextInputs
 from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
 from diffusers_greedy_grow.training.objective import flow_loss
 from diffusers_greedy_grow.training.text.captions import encode_captions, tokenize_captions
@@ -23,7 +23,7 @@ from ..testing_utils import CAPTIONS, TEXT_DIM, make_core, make_grown, make_inpu
 
 
 def inner_answer(inner, inputs: dict, factor: int) -> torch.Tensor:
-    """What an inner model says to the low-resolution state inside `inputs`."""
+    """The clean image that an inner model predicts from the low-resolution state inside `inputs`."""
     state, sigma = descend(inputs["sample"], inputs["timestep"] / 1000, factor)
     return inner(**{**inputs, "sample": state, "timestep": 1000 * sigma}).pred_original_sample
 
@@ -46,11 +46,11 @@ def train(model, steps: int = 3, size: int = 32, lr: float = 1e-2):
 
 @torch.no_grad()
 def test_a_stage_hears_all_of_a_long_text_in_float16():
-    """Whose sum float16 has no number for."""
+    """Its sum is too large for float16."""
     stage = make_grown().stages[0]
     text, mask = 600 * (1 + torch.rand(1, 128, TEXT_DIM)), torch.ones(1, 128, dtype=torch.bool)
-    expected = stage.embed(torch.tensor([500.0]), text, mask, torch.float32, TextCache())
-    temb = stage.half().embed(torch.tensor([500.0]), text.half(), mask, torch.float16, TextCache())
+    expected = stage.embed(torch.tensor([500.0]), TextInputs(text, mask), torch.float32)
+    temb = stage.half().embed(torch.tensor([500.0]), TextInputs(text.half(), mask), torch.float16)
     assert temb.dtype == torch.float16
     torch.testing.assert_close(temb.float(), expected, atol=5e-3, rtol=5e-3)
 
@@ -103,24 +103,21 @@ def test_guidance_at_the_core(num_stages):
     expected = guide(pred, negative_pred)
     if num_stages == 0:
         expected = upsample(expected, 2)
-    else:  # the stage goes on from the guided image, and from the core's features for the text
-        text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
+    else:  # the stage continues from the guided image, and from the core's features for the text
+        text = TextInputs(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
         sigma, features = inputs["timestep"] / 1000, grown(**inputs, num_stages=0).features
-        inner = (expected, features)
-        state = inputs["sample"], sigma
-        expected, _ = grown.stages[0](*state, *text, None, lambda *state: inner, torch.float32, TextCache())
+        expected, _ = grown.stages[0](inputs["sample"], sigma, text, torch.float32, expected, features)
     torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_a_stage_sees_the_image_so_far():
     stage, inputs = make_grown().stages[0], make_inputs(height=32, width=32)
-    text = [inputs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")]
+    text = TextInputs(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
     details = []
     for image in (torch.zeros(2, 3, 16, 16), make_inputs(seed=1)["sample"]):
-        inner = (image, torch.zeros(2, 32, 4, 4))
-        state = inputs["sample"], inputs["timestep"] / 1000
-        answer, _ = stage(*state, *text, None, lambda *state, inner=inner: inner, torch.float32, TextCache())
+        state, features = (inputs["sample"], inputs["timestep"] / 1000), torch.zeros(2, 32, 4, 4)
+        answer, _ = stage(*state, text, torch.float32, image, features)
         details.append(answer - enlarge(image, 2))
     assert (details[0] - details[1]).abs().mean() > 0.01
 
@@ -275,7 +272,7 @@ def test_the_inner_pass_of_the_detail_phase_has_no_graph(core):
 
 @torch.no_grad()
 def test_the_stage_reads_the_text_itself(core):
-    """Words for detail reach the stage that draws it, whatever a frozen core makes of them."""
+    """Words for detail reach the stage that draws it, even if a frozen core ignores them."""
     grown = make_grown(core)
     inputs = make_inputs(height=32, width=32)
     before, expected = inner_answer(core, inputs, 2), grown(**inputs).pred_original_sample
@@ -316,7 +313,7 @@ print(peak_memory() - before)
 
 
 def test_after_the_joint_phase_the_core_still_answers_by_itself(core):
-    """It has trained along, on nothing but pooled states: at its own resolution it is a whole model, and it can be frozen again."""
+    """It has trained on pooled states only, and at its own resolution it is a whole model still. It can be frozen again."""
     grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24))
     grown.unfreeze_core()
     train(grown)
@@ -326,7 +323,7 @@ def test_after_the_joint_phase_the_core_still_answers_by_itself(core):
         inside = grown(**inputs, num_stages=0).pred_original_sample
         assert not torch.allclose(alone, before)
         torch.testing.assert_close(pool(inside, 2), alone, atol=1e-5, rtol=1e-5)
-        # All that the stage adds to it is its decoder's.
+        # Only the decoder adds to the core's image.
         torch.nn.init.zeros_(grown.stages[0].decoder.conv_out.weight)
         torch.nn.init.zeros_(grown.stages[0].decoder.conv_out.bias)
         torch.testing.assert_close(grown(**inputs).pred_original_sample, enlarge(alone, 2), atol=1e-5, rtol=1e-5)
@@ -395,7 +392,7 @@ def test_random_growth_has_no_core_that_draws(core):
 
 
 @torch.no_grad()
-def test_masks_have_to_fit(grown):
+def test_masks_must_fit(grown):
     inputs = make_inputs(height=32, width=32)
     text, mask = inputs["encoder_hidden_states"], inputs["encoder_attention_mask"]
     with pytest.raises(ValueError, match=r"`encoder_attention_mask` must be of shape \(2, 6\).*is \(2, 5\)"):
@@ -561,7 +558,7 @@ def test_loading_arguments_need_something_to_load(core):
 
 @torch.no_grad()
 def test_randomized_models_have_no_silent_layer():
-    """Guards the tests above: the stage of `make_grown` takes part in the answer."""
+    """The tests above need it: the stage of `make_grown` takes part in the prediction."""
     grown = randomize(make_grown())
     inputs = make_inputs(height=32, width=32)
     before = grown(**inputs).pred_original_sample

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapters on the models; by the names of diffusers' own suite."""
+"""Adapters on the models, with the test names of diffusers' own suite."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def has_lora(model) -> bool:
 
 @pytest.fixture
 def warnings(caplog):
-    """What diffusers warns of."""
+    """The warnings of diffusers."""
     diffusers_logging.enable_propagation()
     with caplog.at_level(logging.WARNING, "diffusers"):
         yield caplog
@@ -170,7 +170,7 @@ def test_lora_layerwise_casting_inference(either, compute_dtype):
 
 @torch.no_grad()
 def test_an_adapter_of_a_core_in_what_was_grown_from_it(tmp_path):
-    """By the model alone, from a file, which has its configuration too, or from tensors."""
+    """It loads without a pipeline, from a file with its configuration or from tensors."""
     core, inputs = make_core(), make_inputs()
     grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(8,))
     core.add_adapter(make_config(lora_alpha=7))
@@ -181,7 +181,7 @@ def test_an_adapter_of_a_core_in_what_was_grown_from_it(tmp_path):
     assert get_peft_model_state_dict(grown, adapter_name="default_0").keys() == {f"core.{name}" for name in layers}
     grown.save_lora_adapter(tmp_path / "grown", adapter_name="default_0")
     grown.load_lora_adapter({f"unet.{name}": value for name, value in layers.items()}, prefix="unet")
-    # What has a grown model's names already keeps them.
+    # Layers with a grown model's names keep them.
     grown.load_lora_adapter(tmp_path / "grown", prefix=None)
     for name in ("default_1", "default_2"):
         loaded = get_peft_model_state_dict(grown, adapter_name=name)
@@ -204,7 +204,7 @@ def test_an_adapter_of_a_frozen_core_trains():
 
 
 def save_adapter(folder, rank: int, targets: list[str], seed: int) -> torch.Tensor:
-    """An adapter of the core, and what the core answers with it."""
+    """Save an adapter of the core, and return the core's velocity with it."""
     core = make_core()
     torch.manual_seed(seed)
     core.add_adapter(make_config(r=rank, lora_alpha=rank, target_modules=targets))

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Less memory: offloading, layerwise casting, device maps; by the names of diffusers' own suite, which runs them on GPUs. Here
-both devices are the CPU: what a group does not bring back in time, from the disk, is garbage all the same.
+Less memory: offloading, layerwise casting and device maps, with the test names of diffusers' own suite, which runs them on
+GPUs. Here both devices are the CPU. Weights that a group does not read back from the disk in time are garbage here, too.
 """
 
 import pytest
 import torch
-from accelerate.utils import compute_module_sizes
+from accelerate.utils import compute_module_sizes, send_to_device
+
+from diffusers_greedy_grow.models.blocks import TextCache, TextInputs
 
 from .conftest import KINDS, make_model_and_inputs
 
@@ -34,7 +36,7 @@ def test_group_offloading(model_and_inputs, arguments):
 @torch.no_grad()
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_group_offloading_with_disk(model_and_inputs, offload_type, tmp_path):
-    """What is not brought back when it is used is missing from the result."""
+    """Weights that are not read back before they are used change the result."""
     model, inputs = model_and_inputs
     expected = model(**inputs).sample
     blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
@@ -44,8 +46,19 @@ def test_group_offloading_with_disk(model_and_inputs, offload_type, tmp_path):
         assert torch.equal(model(**inputs).sample, expected)
 
 
+def test_hooks_move_a_stages_text_but_not_its_cache():
+    """Device maps and offloading move the arguments of each module like this."""
+    text = TextInputs(torch.randn(1, 3, 4), torch.ones(1, 3, dtype=torch.bool), {"bias": torch.ones(1)}, TextCache())
+    (moved,) = send_to_device((text,), "meta", non_blocking=True)
+    tensors = moved.encoder_hidden_states, moved.encoder_attention_mask, moved.cross_attention_kwargs["bias"]
+    assert all(tensor.device.type == "meta" for tensor in tensors) and moved.cache is text.cache
+    assert text.encoder_hidden_states.device == text.cross_attention_kwargs["bias"].device == CPU
+    empty = send_to_device(TextInputs(), "meta")
+    assert empty == TextInputs()
+
+
 def test_every_block_is_a_group_of_its_own():
-    """The core's too, inside a grown model: else it would be on the device as a whole."""
+    """So are the core's blocks inside a grown model: otherwise the whole core would be on the device at once."""
     model, _ = make_model_and_inputs("grown twice")
     model.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=1)
     for module in (*model.core.transformer_blocks, *model.stages):
@@ -67,7 +80,7 @@ def test_group_offloading_with_layerwise_casting(either, offload_type):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_cpu_offload(kind, tmp_path):
-    """A device map over one device, as `device_map="auto"` makes it where everything fits."""
+    """A device map over one device, as `device_map="auto"` gives it if everything fits there."""
     model, inputs = make_model_and_inputs(kind)
     model.save_pretrained(tmp_path)
     for device_map in ("auto", {"": "cpu"}):

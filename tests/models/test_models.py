@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Both model classes as diffusers expects any model to be; tests that its own suite has too have the same names."""
+"""What diffusers expects of any model, for both classes, with the test names of diffusers' own suite where it has them."""
 
 import inspect
 import json
@@ -161,7 +161,7 @@ def test_to_keep_in_fp32_modules_warns(either, caplog):
 @pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_sharded_checkpoints(either, tmp_path, variant, parallel, monkeypatch):
-    """Whole, of a variant, and loaded in parallel."""
+    """Shards without and with a variant, loaded one by one and in parallel."""
     model, inputs = either
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     model.save_pretrained(tmp_path, max_shard_size=f"{size * 3 // 4 // 1024}KB", variant=variant)
@@ -229,7 +229,7 @@ def test_masked_tokens_do_not_count(grown):
     assert not torch.allclose(grown(**{**inputs, "encoder_hidden_states": changed}).sample[0], expected[0])
 
 
-def test_text_has_to_fit(core):
+def test_text_must_fit(core):
     inputs = make_inputs()
     with pytest.raises(ValueError, match=r"`encoder_hidden_states` must be of shape \(2, tokens, 32\) but is None"):
         core(inputs["sample"], 500)
@@ -281,7 +281,7 @@ def test_bfloat16(kind, tmp_path):
 
 @torch.no_grad()
 def test_the_function_of_given_weights_stays():
-    """Published checkpoints are worth what the code makes of them: weights by a formula, and what came out at first."""
+    """Published checkpoints must keep their function: weights by a formula, and the outputs of the first version."""
     core = make_core(16, cross_attention_dim=8)
     grown = GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16, 24)).eval()
     for i, parameter in enumerate(grown.parameters()):

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Norms that keep the precision of their input."""
+"""Norms that return the dtype of their input."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ NORMS = {
 def test_norms(name, autocast, dtype):
     build, reference, shape = NORMS[name]
     norm = build().to(torch_device)
-    for parameter in norm.parameters():  # in float32, as those that train are
+    for parameter in norm.parameters():  # in float32, as in training
         nn.init.normal_(parameter)
     x = torch.randn(shape, device=torch_device)
     with torch.autocast(torch.device(torch_device).type, torch.bfloat16, enabled=autocast):
@@ -41,5 +41,5 @@ def test_residual_blocks_have_them():
     assert type(block.norm1) is type(block.norm2) is GroupNorm
     assert (block.norm1.num_groups, block.norm2.num_groups) == (8, 8)
     sample, temb = torch.randn(1, 24, 4, 4), torch.randn(1, 8)
-    with torch.device("meta"), torch.no_grad():  # where plans are made there is no autocast
+    with torch.device("meta"), torch.no_grad():  # runs are planned on the meta device, which has no autocast
         assert residual_block(24, 40, 8)(sample.to("meta"), temb.to("meta")).shape == (1, 40, 4, 4)

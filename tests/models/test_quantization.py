@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Loading in eight bits, through diffusers' `quantization_config`; bitsandbytes, its other way, asks for a GPU."""
+"""Loading in eight bits by diffusers' `quantization_config`, with torchao; bitsandbytes needs a GPU."""
 
 import pytest
 import torch

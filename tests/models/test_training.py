@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Training, by the names of diffusers' own suite."""
+"""Training, with the test names of diffusers' own suite."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_training_with_ema(either):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(**inputs).sample.square().mean().backward()
     optimizer.step()
-    ema.optimization_step = 100  # its first steps take the new weights
+    ema.optimization_step = 100  # in its first steps the average is the new weights
     ema.step(model.parameters())
     for old, shadow, new in zip(before, ema.shadow_params, model.parameters()):
         torch.testing.assert_close(shadow, (old + new.detach()) / 2)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What diffusers expects of any pipeline; by the names of its own suite."""
+"""What diffusers expects of any pipeline, with the test names of its own suite."""
 
 import inspect
 
@@ -12,12 +12,7 @@ from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
 from diffusers_greedy_grow import GreedyGrowPipeline
 
-from ..testing_utils import draw_one, make_core, make_grown, make_pipeline
-
-
-@pytest.fixture(params=[make_core, make_grown], ids=["core", "grown"])
-def made(request) -> GreedyGrowPipeline:
-    return make_pipeline(request.param())
+from ..testing_utils import draw_one
 
 
 def draw(pipeline, prompt="a small blue square", **kwargs):
@@ -140,7 +135,7 @@ def test_cfg(made):
 
 
 def test_callback_inputs(made):
-    """Every tensor that is offered can be asked for, and what the callback returns takes its place."""
+    """A callback can ask for each tensor in `_callback_tensor_inputs`, and the tensors that it returns replace them."""
     names = GreedyGrowPipeline._callback_tensor_inputs
 
     def keep(pipe, step, timestep, tensors):
@@ -186,7 +181,7 @@ def test_shards_of_a_pipeline(made, tmp_path):
 
 @pytest.mark.parametrize("without", [None, "unet", "text_encoder"])
 def test_loading_with_variants(made, tmp_path, without):
-    """Those of all components, or of some with the others as they are."""
+    """Variants of all components, or of all but one."""
     made.save_pretrained(tmp_path)
     for path in list(tmp_path.rglob("*.safetensors")):
         if path.parent.name != without:
@@ -204,7 +199,7 @@ RETURNS = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "
 
 
 def test_encode_prompt_works_in_isolation(made):
-    """By a pipeline with text encoder and tokenizer only; what it returns is named as `__call__` takes it."""
+    """A pipeline with text encoder and tokenizer only can do it; its results have the names of `__call__`'s arguments."""
     visitor = ReturnNameVisitor()
     visitor.visit(visitor.get_ast_tree(cls=GreedyGrowPipeline))
     assert visitor.return_names == RETURNS

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
-"""LoRA adapters of the pipeline, with real PEFT, and those of a core in a model that was grown from it."""
+"""LoRA adapters of the pipeline, with PEFT, and a core's adapters in a model grown from it."""
 
 import logging
 
@@ -22,7 +22,7 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def save_adapter(model, folder, seed: int = 0, rank: int = 2, alpha: int = 4):
-    """As a training script does: an adapter with random weights, saved with its configuration; the model is left clean."""
+    """Save an adapter with random weights and its configuration, as a training script does; the model has none afterwards."""
     model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=LAYERS))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -33,11 +33,6 @@ def save_adapter(model, folder, seed: int = 0, rank: int = 2, alpha: int = 4):
     GreedyGrowPipeline.save_lora_weights(folder, layers, **_collate_lora_metadata({"unet": model}))
     model.unload_lora()
     return folder
-
-
-@pytest.fixture(params=[make_core, make_grown], ids=["core", "grown"])
-def made(request) -> GreedyGrowPipeline:
-    return make_pipeline(request.param())
 
 
 def test_load_weigh_fuse_unfuse_and_unload(made, tmp_path):
@@ -72,7 +67,7 @@ def test_load_weigh_fuse_unfuse_and_unload(made, tmp_path):
     again = made.unet.state_dict()
     assert again.keys() == state.keys()
 
-    # Never fused, the base is the same bit for bit.
+    # Without fusing, the base weights stay the same bit for bit.
     made.unet.load_state_dict(state)
     made.load_lora_weights(first)
     made.unload_lora_weights()
@@ -101,7 +96,7 @@ def test_wrong_adapter_name_raises_error(made, tmp_path):
 
 @pytest.mark.parametrize("lora_scale", [1.0, 0.8])
 def test_lora_scale_kwargs_match_fusion(made, tmp_path, lora_scale):
-    """A scale of the call, of the adapter, and of the fusion mean the same."""
+    """The scale of a call, of an adapter and of fusing mean the same."""
     made.load_lora_weights(save_adapter(made.unet, tmp_path), adapter_name="style")
     by_call = draw_one(made, cross_attention_kwargs={"scale": lora_scale})
     made.set_adapters("style", lora_scale)
@@ -167,10 +162,10 @@ def test_hotswap(made, tmp_path):
 
 
 def test_a_compiled_model(made, tmp_path):
-    """Into it, an adapter loads as into the model itself, also instead of another, which compiled models need."""
+    """An adapter loads into it as into the model itself, also by hotswapping, which compiled models need."""
     first, second = (save_adapter(made.unet, tmp_path / str(seed), seed=seed) for seed in (0, 1))
     model = made.unet
-    compiled = torch.compile(model)  # when it is called first, which takes too long here
+    compiled = torch.compile(model)  # compiles at the first call, which takes too long here and is not made
     made.load_lora_weights(second)
     expected = draw_one(made)
     made.unload_lora_weights()
@@ -183,7 +178,7 @@ def test_a_compiled_model(made, tmp_path):
 
 
 def test_a_callback_can_change_adapters(made, tmp_path):
-    """From the next step on, in the text's keys and values, too."""
+    """The change acts from the next step on, in the text's keys and values, too."""
     made.load_lora_weights(save_adapter(made.unet, tmp_path))
 
     def disable(pipe, step, timestep, tensors):
@@ -199,7 +194,7 @@ def test_a_callback_can_change_adapters(made, tmp_path):
 
 @pytest.mark.parametrize("growths", [1, 2])
 def test_an_adapter_of_a_core_in_what_was_grown_from_it(growths, tmp_path):
-    """It changes the inner prediction as it changes the core's own."""
+    """It has the same layers there as in the core."""
     core = make_pipeline(make_core())
     save_adapter(core.unet, tmp_path)
     grown = core
@@ -213,7 +208,7 @@ def test_an_adapter_of_a_core_in_what_was_grown_from_it(growths, tmp_path):
     inner = grown.unet.core.state_dict()
     assert all(torch.equal(value, inner[name]) for name, value in state.items())
 
-    # Grown again, an adapter of a grown model is one of the larger model as it is.
+    # An adapter of a grown model fits a model grown from that without new names.
     middle = make_pipeline(make_grown())
     save_adapter(middle.unet, tmp_path / "middle")
     larger = GreedyGrowPipeline.from_core(middle, 64, block_out_channels=(8,))
@@ -222,16 +217,16 @@ def test_an_adapter_of_a_core_in_what_was_grown_from_it(growths, tmp_path):
 
 
 def test_what_does_not_fit(made, tmp_path):
-    with pytest.raises(ValueError, match="no LoRA layers of a .*'unet.conv.weight'"):
+    with pytest.raises(ValueError, match="not LoRA layers of a .*'unet.conv.weight'"):
         made.load_lora_weights({"unet.conv.weight": torch.zeros(1)})
     other = {f"unet.blocks.9.to_q.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
-    with pytest.raises(ValueError, match="no LoRA layers of a .*Pass an adapter that was trained on this model"):
+    with pytest.raises(ValueError, match="not LoRA layers of a .*Pass an adapter that was trained on this model"):
         made.load_lora_weights(other)
     made.load_lora_weights({"text_encoder.lora_A.weight": torch.zeros(2, 2)})  # diffusers warns
     assert not made.get_list_adapters()
     with pytest.raises(ValueError, match="`use_safetensors=False`"):
         made.load_lora_weights(other, use_safetensors=False)
-    with pytest.raises(TypeError, match=r"\['weight_nam'\] are no arguments of loading"):
+    with pytest.raises(TypeError, match=r"\['weight_nam'\] are not arguments of loading"):
         made.load_lora_weights(other, weight_nam="x")
     torch.save({}, tmp_path / "pytorch_lora_weights.bin")
     with pytest.raises(OSError):
@@ -284,9 +279,9 @@ def test_layers_of_other_components(made, tmp_path, caplog):
     weights = made.lora_state_dict(save_adapter(made.unet, tmp_path))
     logging.getLogger("diffusers").propagate = True
     made.load_lora_weights(weights)
-    assert "not of the `unet`" not in caplog.text
+    assert "do not belong to the `unet`" not in caplog.text
     made.load_lora_weights({**weights, "text_encoder.q.lora_A.weight": torch.zeros(2, 2)})
-    assert "not of the `unet`, so they are not loaded: ['text_encoder.q.lora_A.weight']" in caplog.text
+    assert "do not belong to the `unet`, so they are not loaded: ['text_encoder.q.lora_A.weight']" in caplog.text
 
 
 def test_a_single_file(made, tmp_path):

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Less memory: offloading, layerwise casting, device maps; by the names of diffusers' own suite. Both devices are the CPU."""
+"""Less memory: offloading, layerwise casting and device maps, as in tests/models/test_memory.py."""
 
 import pytest
 import torch
@@ -11,15 +11,10 @@ from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 
 from diffusers_greedy_grow import GreedyGrowPipeline
 
-from ..testing_utils import draw_one, make_core, make_grown, make_pipeline
+from ..testing_utils import draw_one, make_core
 
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=[make_core, make_grown], ids=["core", "grown"])
-def made(request) -> GreedyGrowPipeline:
-    return make_pipeline(request.param())
 
 
 def test_model_cpu_offload_forward_pass(made):
@@ -52,7 +47,7 @@ def test_pipeline_with_accelerator_device_map(made, tmp_path):
 
 
 def test_layerwise_casting_inference(made):
-    expected = draw_one(made, guidance_scale=1.0)  # guidance would multiply the rounding
+    expected = draw_one(made, guidance_scale=1.0)  # guidance would enlarge rounding differences
     made.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert (draw_one(made, guidance_scale=1.0) - expected).abs().mean() < 0.05
 
@@ -69,7 +64,7 @@ def test_group_offloading_inference(made, offload_type):
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_pipeline_level_group_offloading_inference(made, offload_type, tmp_path):
-    """To the disk: what does not come back in time is missing. Leaf by leaf diffusers loses T5's tied embeddings there."""
+    """With offloading to the disk. By leaves, diffusers loses T5's tied embeddings there, so the text encoder is left out."""
     expected = draw_one(made)
     excluded = ["text_encoder"] if offload_type == "leaf_level" else None
     blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
@@ -103,8 +98,8 @@ def test_compile_repeated_blocks_without_text():
 
 def test_blocks_as_cuda_graphs(made):
     """
-    Whose memory each step overwrites: also that of the text's keys and values, were they left there. On a CPU, which has no
-    such graphs, the same blocks compiled in the same mode.
+    Each step overwrites the graphs' memory, and with it the text's keys and values if they are left there. A CPU has no such
+    graphs: there the blocks are compiled in the same mode.
     """
     made.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     prompts = ["a small blue square", "a large red circle"]
@@ -123,7 +118,7 @@ def test_blocks_as_cuda_graphs(made):
 
 
 def test_steps_are_marked_wherever_something_is_compiled(made, monkeypatch):
-    """Also a part that `torch.compile` has wrapped, as accelerate's `compile_regions` wraps each block."""
+    """A part that `torch.compile` has wrapped counts, too: accelerate's `compile_regions` wraps each block."""
     marks = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     expected = draw_one(made)

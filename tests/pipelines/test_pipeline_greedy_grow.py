@@ -33,8 +33,19 @@ from tokenizers import processors
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
-from diffusers_greedy_grow.flow import ascend, descend, expand, high_band, pool, shift_sigma, unshift_sigma
+from diffusers_greedy_grow.flow import (
+    descend,
+    expand,
+    high_band,
+    pool,
+    shift_sigma,
+    state_scale,
+    unshift_sigma,
+    upsample,
+)
 from diffusers_greedy_grow.models.blocks import GreedyGrowOutput
+from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import TEXT_NAMES
+from diffusers_greedy_grow.pipelines.schedules import count_stages, get_handover_sigmas
 
 from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline, randomize
 
@@ -85,7 +96,7 @@ def test_the_same_seed_gives_the_same_image(pipeline):
     assert not torch.equal(draw(pipeline, seed=3), draw(pipeline, seed=4))
 
 
-def test_a_image_is_the_same_alone_and_in_a_batch(pipeline):
+def test_an_image_is_the_same_alone_and_in_a_batch(pipeline):
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7, 8)]
     batch = draw(pipeline, num_images_per_prompt=2, generator=generators)
     assert batch.shape[0] == 4
@@ -180,7 +191,7 @@ def test_callbacks_of_diffusers(pipeline):
 
 
 def test_a_callback_can_change_to_a_prompt_of_another_length(pipeline):
-    """Texts come with their masks, so that the new one's padding does not count, and all of its tokens do."""
+    """With the new text comes its mask: its padding does not count, and all of its tokens do."""
     embeds, mask, *_ = pipeline.encode_prompt(PROMPTS[1], do_classifier_free_guidance=False)
     padded = torch.cat([embeds, torch.full((1, 3, TEXT_DIM), 9.0)], dim=1), torch.cat([mask, ~mask[:, :3]], dim=1)
     images = [draw(pipeline, "a", guidance_scale=1.0)]
@@ -223,7 +234,7 @@ def test_long_prompts_are_cut_with_a_warning(pipeline, caplog):
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_schedulers_arrive_at_the_exact_image(monkeypatch, scheduler):
-    """With the best denoiser of normally distributed pixels, it is known where the equation leads from each noise."""
+    """For normally distributed pixels the best denoiser is known, and so is the image that each noise leads to."""
     mean, deviation = 0.4, 0.3
 
     def denoise(sample, timestep, **kwargs):
@@ -244,8 +255,8 @@ def test_schedulers_arrive_at_the_exact_image(monkeypatch, scheduler):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_no_noise_is_left_in_a_image(order):
-    """A core that answers every state with gray ends at gray, at the lowest noise levels of a shifted scheduler, too."""
+def test_no_noise_is_left_in_an_image(order):
+    """A core that always predicts gray leads to a gray image, also with the low last noise levels of a shifted scheduler."""
     core = make_core()
     core.zero_init_output()
     pipeline = make_pipeline(core)
@@ -264,7 +275,7 @@ def test_no_noise_is_left_in_a_image(order):
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_stochastic_schedulers(pipeline, scheduler):
-    """The noise that they add is the generator's, too."""
+    """The generator also gives the noise that they add."""
     pipeline.scheduler = scheduler
     alone = draw(pipeline, PROMPTS[0], seed=3)
     assert alone.isfinite().all() and torch.equal(draw(pipeline, PROMPTS[0], seed=3), alone)
@@ -368,7 +379,7 @@ def test_text_encoders(tmp_path, caplog):
 
 
 def test_a_tokenizer_that_ends_nothing(pipeline):
-    """Of an empty prompt it makes no tokens at all."""
+    """It makes no tokens at all from an empty prompt."""
     pipeline.tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     assert pipeline.tokenizer("")["input_ids"] == []
     empty = draw(pipeline, "", guidance_scale=1.0)
@@ -400,7 +411,7 @@ def test_a_grown_pipeline_samples_what_its_core_samples(source, tmp_path):
     assert grown.tokenizer.get_vocab() == core.tokenizer.get_vocab()
     assert grown.config.max_sequence_length == 24
 
-    # By the law of the process even the trajectories are the same, step for step, above the clamped noise levels.
+    # By the law of the process the states agree step by step, above the clamped noise levels.
     noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     state, _ = descend(noise, torch.ones(2), 4)
     core_timesteps = [1000.0, 800.0, 600.0, 300.0, 100.0]
@@ -423,7 +434,7 @@ def test_growing_sets_the_shift_of_multistep_solvers():
     pipeline = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
     assert GreedyGrowPipeline.from_core(pipeline, 32, block_out_channels=(8,)).scheduler.config.flow_shift == 2.0
 
-    # Made from another kind's config, it has that one's entry as well.
+    # A scheduler made from another kind's config has that one's entry, too.
     pipeline.scheduler = UniPCMultistepScheduler.from_config({**scheduler.config, "shift": 3.0}, flow_shift=3.0)
     grown = GreedyGrowPipeline.from_core(pipeline, 32, block_out_channels=(8,))
     assert grown.scheduler.config.flow_shift == grown.scheduler.config.shift == 6.0
@@ -515,7 +526,7 @@ def test_every_loader_loads_it(pipeline, loader, tmp_path):
 
 
 def count_images(pipeline: GreedyGrowPipeline) -> dict[str, int]:
-    """Counts from here on the images that pass through the core and through each stage."""
+    """Count the images that pass through the core and through each stage from now on."""
     stages = {f"stage {i}": stage.encoder for i, stage in enumerate(pipeline.unet.stages)}
     counts = {"core": 0, **dict.fromkeys(stages, 0)}
 
@@ -553,7 +564,7 @@ def test_core_first_leaves_stages_out_with_any_scheduler(scheduler, num_stages):
     images = draw(pipeline, PROMPTS[0], num_inference_steps=8, guidance_scale=1.0, core_first=0.6)
     assert images.isfinite().all()
     assert counts["core"] == len(scheduler.timesteps)
-    # Of a step of two evaluations, both have the stage.
+    # Both evaluations of a step of Heun's have the stage.
     first_evaluations = scheduler.timesteps.tolist()[:: scheduler.order]
     last_is_single = len(scheduler.timesteps) % scheduler.order
     for i in range(num_stages):
@@ -573,8 +584,8 @@ def test_core_first_leaves_stages_out_with_any_scheduler(scheduler, num_stages):
 )
 def test_the_state_at_the_handover_is_the_law(scheduler):
     """
-    It is `n(sigma) U x_in + sigma H e`, with the state that the core alone arrives at, and with the first noise. The stage
-    sees that, and after its first step the state has its detail as the law has it, `(1 - sigma) H x0 + sigma H e`.
+    It is `n(sigma) U x_in + sigma H e`, with the core's state and the first noise. The stage gets this state, and after its
+    first step the state has the high band of the process, `(1 - sigma) H x0 + sigma H e`.
     """
     parts = make_pipeline(make_grown())
     grown = GreedyGrowPipeline(parts.unet, scheduler, parts.text_encoder, parts.tokenizer)
@@ -620,8 +631,8 @@ def test_up_to_the_handover_it_is_the_core_that_draws():
     kwargs = {"guidance_scale": 2.0, "callback_on_step_end": keep}
     draw(core, latents=descend(noise, torch.ones(2), 2)[0], timesteps=core_timesteps.tolist(), **kwargs)
     draw(grown, latents=noise, timesteps=timesteps.tolist(), core_first=0.65, **kwargs)
-    expected, sigma = ascend(states[16][3], core_timesteps[[4, 4]] / 1000, 2, noise)
-    torch.testing.assert_close(sigma, torch.full((2,), 0.6))
+    sigma = torch.tensor(0.6)
+    expected = state_scale(sigma, 2) * upsample(states[16][3], 2) + sigma * high_band(noise, 2)
     torch.testing.assert_close(states[32][3], expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(states[32][4], expected, atol=0.1)
 
@@ -632,7 +643,7 @@ def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
     again.save_pretrained(tmp_path)
     again = GreedyGrowPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    inner, outer = again.get_handover_sigmas("auto")
+    inner, outer = get_handover_sigmas("auto", again.unet, again.config.detail_variances)
     # At its own level the inner stage's signal is 1 % of the noise in its detail.
     level = inner / (2 - inner)
     assert (1 - level) ** 2 * 0.02 == pytest.approx(0.01 * level**2 * 0.75)
@@ -649,9 +660,9 @@ def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
     ):
         make_pipeline(make_grown())(PROMPTS[0], core_first="auto")
 
-    # If the outer stage is needed first, it brings the inner one with it.
+    # If the outer stage must join first, the inner one joins with it.
     again.register_to_config(detail_variances=[0.005, 0.5])
-    inner, outer = again.get_handover_sigmas("auto")
+    inner, outer = get_handover_sigmas("auto", again.unet, again.config.detail_variances)
     assert inner == outer > 0.85
 
 
@@ -693,7 +704,7 @@ def test_guidance_ends_before_the_last_steps():
         )
     assert torch.equal(draw(pipeline, **kwargs), draw(pipeline, guidance_stop=0.8, **kwargs))
 
-    # Heun's two evaluations of a step go together.
+    # Both evaluations of a step of Heun's are guided, or neither.
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler(shift=2.0)
     counts = count_images(pipeline)
     draw(pipeline, guidance_stop=0.4, num_inference_steps=4)  # 7 evaluations, guided in steps that begin before 2.8
@@ -724,30 +735,75 @@ def test_guiders_of_diffusers(guidance_resolution):
     torch.testing.assert_close(draw(pipeline, guider=unguided, **kwargs), draw(pipeline, guidance_scale=1.0, **kwargs))
 
 
-def test_text_is_projected_once_per_call():
-    pipeline = make_pipeline(make_grown())
+def count_projections(pipeline: GreedyGrowPipeline) -> tuple[list, int]:
+    """Return a list that gets an entry whenever a layer projects text from now on, and the number of such layers."""
     calls = []
+    stage = pipeline.unet.stages[0]
     layers = [block.attn2.to_k for block in pipeline.unet.core.transformer_blocks]
-    layers += [pipeline.unet.stages[0].text_proj, pipeline.unet.stages[0].decoder.text_attn.attn.to_k]
+    layers += [stage.text_proj, stage.decoder.text_attn.attn.to_k]
     for layer in layers:
         layer.register_forward_hook(lambda *args: calls.append(args))
-    expected = draw(pipeline)
-    assert len(calls) == len(layers)
+    return calls, len(layers)
 
-    # Also where the stage joins in after some steps.
+
+def test_text_is_projected_once_per_call():
+    """So it is if the stage joins after some steps, and if a callback sees the text and returns it unchanged."""
+    pipeline = make_pipeline(make_grown())
+    calls, num_layers = count_projections(pipeline)
+    expected = draw(pipeline)
+    assert len(calls) == num_layers
     calls.clear()
     draw(pipeline, core_first=0.7)
-    assert len(calls) == len(layers)
-    calls.clear()
+    assert len(calls) == num_layers
+    for callback in (lambda *args: None, lambda pipe, step, t, tensors: tensors):
+        calls.clear()
+        names = ["latents", *TEXT_NAMES]
+        images = draw(pipeline, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+        assert torch.equal(images, expected) and len(calls) == num_layers
 
-    # A callback that changes the text changes the images from the next step on, and whatever it does, the text is
-    # projected again after it.
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", ["prompt_embeds", "prompt_attention_mask"])
+def test_a_text_that_a_callback_changes_is_projected_again(name, in_place, guidance_scale):
+    pipeline = make_pipeline(make_grown())
+    calls, num_layers = count_projections(pipeline)
+
     def change(pipe, step, t, tensors):
-        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)} if step == 0 else {}
+        if step != 1:
+            return {}
+        if in_place:
+            tensors[name].copy_(tensors[name].flip(0))
+            return {}
+        return {name: tensors[name].flip(0)}
 
-    changed = draw(pipeline, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    kwargs = {"guidance_scale": guidance_scale, "guidance_stop": 1.0}
+    expected = draw(pipeline, **kwargs)
+    calls.clear()
+    changed = draw(pipeline, callback_on_step_end=change, callback_on_step_end_tensor_inputs=[name], **kwargs)
     assert not torch.allclose(changed, expected, atol=1e-2)
-    assert len(calls) == 4 * len(layers)
+    assert len(calls) == 2 * num_layers
+
+
+def test_a_callback_in_inference_mode_may_change_the_text():
+    """In that mode, tensors do not count their changes, so the text is projected again after each callback."""
+    pipeline = make_pipeline(make_grown())
+
+    def change(pipe, step, t, tensors):
+        tensors["prompt_embeds"].copy_(tensors["prompt_embeds"].flip(0))
+        return {}
+
+    kwargs = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    expected = draw(pipeline, **kwargs)
+    with torch.inference_mode():
+        assert torch.equal(draw(pipeline, **kwargs), expected)
+
+
+def test_the_number_of_stages_per_step():
+    timesteps = [1000.0, 850.0, 700.0, 550.0, 400.0]
+    assert count_stages(timesteps, 1, [0.85, 0.5]) == [0, 1, 1, 1, 2]
+    assert count_stages(timesteps, 2, [0.85, 0.5]) == [0, 0, 1, 1, 2]  # two evaluations of a step have the same stages
+    assert count_stages(timesteps, 1, []) == [0] * 5
 
 
 @pytest.mark.parametrize("arguments", [{"core_first": 0.8}, {"guidance_resolution": "core"}])
@@ -779,11 +835,11 @@ def test_numbers_of_numpy_are_numbers(pipeline):
     assert torch.equal(
         draw(pipeline, **of_numpy, guidance_stop=np.float32(1)), draw(pipeline, **kwargs, guidance_stop=1)
     )
-    assert make_pipeline(make_grown()).get_handover_sigmas(np.float32(0.5)) == [0.5]
+    assert get_handover_sigmas(np.float32(0.5), make_grown(), None) == [0.5]
 
 
 @pytest.mark.parametrize("variances", [[-1.0], [0.1, float("inf")], ["a"], 0.1])
-def test_variances_have_to_be_positive(pipeline, variances):
+def test_variances_must_be_positive(pipeline, variances):
     with pytest.raises(ValueError, match="`detail_variances=.* must be a list of positive numbers"):
         GreedyGrowPipeline(pipeline.unet, pipeline.scheduler, detail_variances=variances)
 
@@ -844,9 +900,9 @@ def test_variances_have_to_be_positive(pipeline, variances):
         ({"guider": 3.0}, "`guider` is a float; only guiders of diffusers"),
         ({"guider": AutoGuidance(auto_guidance_layers=[0], dropout=0.1)}, "`guider` is a AutoGuidance"),
         ({"guider": SkipLayerGuidance(skip_layer_guidance_layers=[0])}, "`guider` is a SkipLayerGuidance"),
-        ({"timesteps": []}, r"`timesteps=\[\]` must fall, from 1000"),
-        ({"timesteps": [300.0, 900.0]}, r"`timesteps=\[300.0, 900.0\]` must fall"),
-        ({"timesteps": [1200, 500]}, r"`timesteps=\[1200, 500\]` must fall"),
+        ({"timesteps": []}, r"`timesteps=\[\]` must be decreasing, from at most 1000"),
+        ({"timesteps": [300.0, 900.0]}, r"`timesteps=\[300.0, 900.0\]` must be decreasing"),
+        ({"timesteps": [1200, 500]}, r"`timesteps=\[1200, 500\]` must be decreasing"),
         ({"core_first": 1.5}, r"`core_first=1.5` must be \"auto\", a noise level in \(0, 1\], or None"),
         ({"core_first": "full"}, "`core_first='full'` must be"),
         ({"core_first": True}, "`core_first=True` must be"),
@@ -863,7 +919,7 @@ def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
 
 @pytest.mark.parametrize("init", ["preserve", "random"])
 def test_every_stage_takes_part_from_the_first_step(init):
-    """At this shift float32 puts the scheduler's first timestep above 1000."""
+    """With this shift, rounding to float32 puts the scheduler's first timestep above 1000."""
     pipeline = make_pipeline(make_grown(init=init), shift=1.58)
     pipeline.scheduler.set_timesteps(4)
     assert pipeline.scheduler.timesteps[0] > 1000

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...pipelines import GreedyGrowPipeline
-from ...pipelines.pipeline_greedy_grow import find_cut, tokenize
+from ...pipelines.prompts import find_cut, tokenize
 
 
 if TYPE_CHECKING:
