@@ -29,14 +29,8 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize
-from diffusers_greedy_grow.training.data.order import EpochOrder
-from diffusers_greedy_grow.training.data.sources import load_captioned_data
-from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
-from diffusers_greedy_grow.training.objective import draw_noise, flow_loss
-
-from .step_time import NUM_TOKENS, TEXT_DIM, build_ours
-from .tables import (
+from benchmarks.step_time import NUM_TOKENS, TEXT_DIM, build_ours
+from benchmarks.tables import (
     Row,
     add_report_arguments,
     keep_rows,
@@ -46,6 +40,11 @@ from .tables import (
     spread,
     write_reports,
 )
+from diffusers_greedy_grow.training.data.images import CaptionedImages, normalize
+from diffusers_greedy_grow.training.data.order import EpochOrder
+from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
+from diffusers_greedy_grow.training.objective import draw_noise, flow_loss
 
 
 NOTE = """
