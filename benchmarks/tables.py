@@ -110,13 +110,19 @@ def keep_rows(path: Path, rows: list[Row], column: str, settings: argparse.Names
     for part in measured:
         part["rows"] = [row for row in part["rows"] if row[column] not in again]
     own = {
-        name: str(value) if isinstance(value, Path) else value
+        name: show_path(value) if isinstance(value, Path) else value
         for name, value in vars(settings).items()
         if name not in ("report", "results_dir")
     }
     measured.append({"machine": describe_machine(), "threads": torch.get_num_threads(), "settings": own, "rows": rows})
     write_json(path, {"measured": [part for part in measured if part["rows"]]})
     return read_rows(path)
+
+
+def show_path(path: Path) -> str:
+    """Return a path relative to the repository, or as it is outside."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -140,10 +146,9 @@ class Section:
 
 def report_command(benchmark: str, args: argparse.Namespace) -> str:
     """Return the command that writes the reports of a `benchmark` from the records in `args.results_dir`."""
-    folder = args.results_dir.resolve()
     command = [f"python -m benchmarks.{benchmark}"]
     command += ["--report"] if hasattr(args, "report") else []  # `trials` can do nothing else
-    command += ["--results_dir", str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)]
+    command += ["--results_dir", show_path(args.results_dir)]
     command += [f"--{flag}" for flag in ("quick", "large") if getattr(args, flag, False)]
     if getattr(args, "train_data_dir", None):
         command += ["--train_data_dir", args.train_data_dir]
