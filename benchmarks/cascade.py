@@ -111,35 +111,10 @@ def draw_cascade(
     return torch.cat(images)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
-    parser.add_argument("--core", required=True)
-    parser.add_argument("--train_data_dir", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--block_out_channels", type=int, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch_size", type=int, required=True)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument(
-        "--stage_levels", type=int, default=0, help="1 trains at the noise levels of a stage, 0 at the core's."
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mixed_precision", default="no")
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bfloat16 = args.mixed_precision == "bf16"
-    pipeline = GreedyGrowPipeline.from_pretrained(args.core).to(device)
+def train(unet: UNet2DConditionModel, pipeline: GreedyGrowPipeline, args: argparse.Namespace) -> float:
+    """Train the UNet, leave it with its averaged weights, and return the seconds of training."""
+    device, bfloat16 = unet.device, args.mixed_precision == "bf16"
     factor = args.resolution // pipeline.unet.config.sample_size
-    unet = build_unet(args.resolution, tuple(args.block_out_channels), pipeline.unet.config.cross_attention_dim)
-    unet.to(device).train()
-    if bfloat16 and device.type == "cpu":
-        unet.set_attention_backend("_native_math")
-        pipeline.unet.set_attention_backend("_native_math")
-
     rows, _ = load_captioned_data(None, args.train_data_dir, "image", "text")
     images = CaptionedImages(rows, args.resolution)
     order = EpochOrder(len(images), 0, args.steps * args.batch_size, seed=(args.seed, 1))
@@ -175,6 +150,41 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.4f}, {time.perf_counter() - started:.0f} s", flush=True)
     seconds = time.perf_counter() - started
     ema.copy_to(unet.parameters())
+    return seconds
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    parser.add_argument("--core", required=True)
+    parser.add_argument("--train_data_dir", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--block_out_channels", type=int, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--stage_levels", type=int, default=0, help="1 trains at the noise levels of a stage, 0 at the core's."
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed_precision", default="no")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bfloat16 = args.mixed_precision == "bf16"
+    pipeline = GreedyGrowPipeline.from_pretrained(args.core).to(device)
+    unet = build_unet(args.resolution, tuple(args.block_out_channels), pipeline.unet.config.cross_attention_dim)
+    unet.to(device).train()
+    if bfloat16 and device.type == "cpu":
+        unet.set_attention_backend("_native_math")
+        pipeline.unet.set_attention_backend("_native_math")
+
+    seconds = train(unet, pipeline, args)
     unet.eval()
 
     captions, real = load_held_out(args.train_data_dir, args.resolution)
