@@ -3,10 +3,10 @@
 
 
 """
-The cascade that growing is to replace: a core, and a super-resolution UNet of diffusers that is trained apart from it on
-images and their averages, with noise of a random strength on the averages so that it forgives the core's mistakes (as Ho
-et al., 2022, but without telling the UNet the strength). Guidance acts in the core only.
-`grow_vs_scratch` runs it as one of its arms.
+The cascade that growing replaces: a core, and a super-resolution UNet of diffusers that is trained separately on images
+and their pooled versions. Noise of random strength on the pooled images makes the UNet robust to the core's mistakes (as in
+Ho et al., 2022, but the UNet is not told the strength). Guidance acts in the core only. `grow_vs_scratch` runs it as one of
+its arms.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw, held_out, make_noise, score
-from benchmarks.queue_of_runs import NARROW, WIDE
+from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw_images, load_held_out, make_noise, score
+from benchmarks.queue_of_runs import CORE_LEVELS, STAGE_LEVELS
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import add_noise, enlarge, expand, pool, sample_sigma, velocity_from_clean
@@ -32,12 +32,12 @@ from diffusers_greedy_grow.training.data.sources import load_captioned_data
 from diffusers_greedy_grow.training.objective import SIGMA_MIN_OF_LOSS
 
 
-# Noise on the averages while training, uniform up to this; none while sampling.
+# The largest deviation of the noise on the pooled images in training; there is none in sampling.
 AUGMENTATION = 0.2
 
 
 def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: int) -> UNet2DConditionModel:
-    """Reads the noisy image and the enlarged low-resolution one; text comes in at the smallest grid."""
+    """Build a UNet that reads the noisy image and the enlarged low-resolution one, and text at the smallest grid."""
     levels = len(channels)
     unet = UNet2DConditionModel(
         sample_size=resolution,
@@ -52,7 +52,7 @@ def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: 
         attention_head_dim=4,
         norm_num_groups=8,
     )
-    # As our stages do, it begins with the enlarged image and nothing more.
+    # Like our stages, it starts by returning the enlarged image.
     torch.nn.init.zeros_(unet.conv_out.weight)
     torch.nn.init.zeros_(unet.conv_out.bias)
     return unet
@@ -60,7 +60,7 @@ def build_unet(resolution: int, channels: tuple[int, ...], cross_attention_dim: 
 
 @functools.cache
 def count_flops(resolution: int, channels: tuple[int, ...], cross_attention_dim: int, num_tokens: int) -> int:
-    """Of one image, forward and backward."""
+    """Count the operations of one image, forward and backward."""
     with torch.device("meta"):
         unet = build_unet(resolution, channels, cross_attention_dim)
         inputs = torch.empty(1, 6, resolution, resolution), torch.empty(1)
@@ -69,8 +69,15 @@ def count_flops(resolution: int, channels: tuple[int, ...], cross_attention_dim:
     return counter.get_total_flops()
 
 
-def predict(unet, x: torch.Tensor, sigma: torch.Tensor, low: torch.Tensor, factor: int, **text) -> torch.Tensor:
-    """The clean image: the enlarged low-resolution one and what the UNet adds."""
+def predict(
+    unet: UNet2DConditionModel,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    low: torch.Tensor,
+    factor: int,
+    **text: torch.Tensor,
+) -> torch.Tensor:
+    """Return the clean image: the enlarged low-resolution image plus the UNet's output."""
     enlarged = enlarge(low, factor)
     detail = unet(torch.cat([x, enlarged], dim=1), 1000 * sigma, return_dict=False, **text)[0]
     return enlarged + detail.float()
@@ -82,12 +89,14 @@ def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch
 
 
 @torch.no_grad()
-def draw_cascade(unet, pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool) -> torch.Tensor:
-    """Images `(B, 3, R, R)` in [0, 1]: the core's, from noise of their own, enlarged by the UNet."""
+def draw_cascade(
+    unet: UNet2DConditionModel, pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool
+) -> torch.Tensor:
+    """Draw images `(B, 3, R, R)` in [0, 1]: the core's, enlarged by the UNet from separate noise."""
     device, size = unet.device, unet.config.sample_size
     factor = size // pipeline.unet.config.sample_size
-    low = 2 * draw(pipeline, captions, bfloat16).to(device) - 1
-    noise = make_noise(len(captions), size, seed=1)  # not what the core began with
+    low = 2 * draw_images(pipeline, captions, bfloat16).to(device) - 1
+    noise = make_noise(len(captions), size, seed=1)  # other noise than the core's
     scheduler = FlowMatchEulerDiscreteScheduler(shift=float(factor))
     images = []
     for i in range(0, len(captions), 8):
@@ -103,43 +112,20 @@ def draw_cascade(unet, pipeline: GreedyGrowPipeline, captions: list[str], bfloat
     return torch.cat(images)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--core", required=True)
-    parser.add_argument("--train_data_dir", required=True)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--resolution", type=int, required=True)
-    parser.add_argument("--block_out_channels", type=int, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch_size", type=int, required=True)
-    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument("--wide", type=int, default=0, help="As `growth_job` has it.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mixed_precision", default="no")
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bfloat16 = args.mixed_precision == "bf16"
-    pipeline = GreedyGrowPipeline.from_pretrained(args.core).to(device)
+def train(unet: UNet2DConditionModel, pipeline: GreedyGrowPipeline, args: argparse.Namespace) -> float:
+    """Train the UNet, leave it with its averaged weights, and return the seconds of training."""
+    device, bfloat16 = unet.device, args.mixed_precision == "bf16"
     factor = args.resolution // pipeline.unet.config.sample_size
-    unet = build_unet(args.resolution, tuple(args.block_out_channels), pipeline.unet.config.cross_attention_dim)
-    unet.to(device).train()
-    if bfloat16 and device.type == "cpu":
-        unet.set_attention_backend("_native_math")
-        pipeline.unet.set_attention_backend("_native_math")
-
     rows, _ = load_captioned_data(None, args.train_data_dir, "image", "text")
     images = CaptionedImages(rows, args.resolution)
     order = EpochOrder(len(images), 0, args.steps * args.batch_size, seed=(args.seed, 1))
     loader = torch.utils.data.DataLoader(images, batch_size=args.batch_size, sampler=order)
-    # As grow.py has it.
+    # As in grow.py.
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     warmup = min(100, args.steps // 10)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=args.steps)
     ema = EMAModel(unet.parameters(), decay=0.998)
-    levels = WIDE if args.wide else NARROW
+    levels = STAGE_LEVELS if args.stage_levels else CORE_LEVELS
     mean, deviation, weighting = (levels[name][-1] for name in ("logit_mean", "logit_std", "loss_weighting"))
     started = time.perf_counter()
     for step, batch in enumerate(loader):
@@ -165,13 +151,48 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.4f}, {time.perf_counter() - started:.0f} s", flush=True)
     seconds = time.perf_counter() - started
     ema.copy_to(unet.parameters())
+    return seconds
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    parser.add_argument("--core", required=True)
+    parser.add_argument("--train_data_dir", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resolution", type=int, required=True)
+    parser.add_argument("--block_out_channels", type=int, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch_size", type=int, required=True)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--stage_levels", type=int, default=0, help="1 trains at the noise levels of a stage, 0 at the core's."
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed_precision", default="no")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bfloat16 = args.mixed_precision == "bf16"
+    pipeline = GreedyGrowPipeline.from_pretrained(args.core).to(device)
+    unet = build_unet(args.resolution, tuple(args.block_out_channels), pipeline.unet.config.cross_attention_dim)
+    unet.to(device).train()
+    if bfloat16 and device.type == "cpu":
+        unet.set_attention_backend("_native_math")
+        pipeline.unet.set_attention_backend("_native_math")
+
+    seconds = train(unet, pipeline, args)
     unet.eval()
 
-    captions, real = held_out(args.train_data_dir, args.resolution)
+    captions, real = load_held_out(args.train_data_dir, args.resolution)
     result = {
         "images": {"cascade": args.steps * args.batch_size},
         "seconds": {"cascade": seconds},
-        "curve": [],  # its loss, given the true low resolution, compares with nobody's
+        "curve": [],  # its loss, given the true low resolution, is not comparable
         "scores": {"cascade": score(draw_cascade(unet, pipeline, captions, bfloat16), captions, real)},
     }
     unet.save_pretrained(args.output_dir / "super-resolution")

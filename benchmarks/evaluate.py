@@ -3,8 +3,8 @@
 
 
 """
-What a run of `grow.py` came to: its held-out losses along the way, and of the pipelines that it left the shapes scorer and
-the sliced Wasserstein distance to real images, written to `result.json` in its folder.
+Evaluate a run of `grow.py`: collect its held-out losses, and score the images of the pipelines that it left with the shapes
+scorer and the sliced Wasserstein distance to real images. The result is `result.json` in the run's folder.
 
     python -m benchmarks.evaluate benchmarks/runs/some-run data_folder
 """
@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -34,12 +35,12 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def make_noise(count: int, size: int, seed: int = 0) -> torch.Tensor:
-    """`(count, 3, size, size)`, each image's from a generator of its own."""
+    """Draw noise `(count, 3, size, size)`, with one generator per image."""
     return randn_tensor((count, 3, size, size), generator=sample_generators((seed,), 0, count))
 
 
-def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kwargs) -> torch.Tensor:
-    """Images `(B, 3, R, R)` in [0, 1], from the same noise whatever the pipeline."""
+def draw_images(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kwargs: Any) -> torch.Tensor:
+    """Draw images `(B, 3, R, R)` in [0, 1], from the same noise with every pipeline."""
     noise = make_noise(len(captions), pipeline.unet.config.sample_size)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": NUM_INFERENCE_STEPS, "guidance_scale": GUIDANCE_SCALE, **kwargs}
@@ -53,22 +54,22 @@ def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool, **kw
 
 def score(images: torch.Tensor, captions: list[str], real: torch.Tensor) -> dict[str, float]:
     """
-    The shapes scorer's shares (where captions are of shapes), and the distances `swd_<pixels>`. No textures below 64 px:
-    there the scorer gets a quarter of those of true images wrong.
+    Return the distances `swd_<pixels>` and, if the captions are of shapes, the shapes scorer's shares. Textures are left
+    out below 64 px, where the scorer is wrong for a quarter of the real images.
     """
     scores = {f"swd_{size}": value for size, value in sliced_wasserstein(images, real).items()}
     arrays = [(image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images]
     try:
         scores |= score_images(arrays, captions)
-    except ValueError:  # captions of something else
+    except ValueError:  # captions that are not of shapes
         pass
     if images.shape[-1] < 64:
         scores.pop("texture", None)
     return scores
 
 
-def held_out(data_folder: str, resolution: int, count: int = NUM_IMAGES) -> tuple[list[str], torch.Tensor]:
-    """Captions never trained on, and their images in [0, 1]."""
+def load_held_out(data_folder: str, resolution: int, count: int = NUM_IMAGES) -> tuple[list[str], torch.Tensor]:
+    """Return captions that are not trained on, and their images in [0, 1]."""
     _, rows = load_captioned_data(None, data_folder, "image", "text")
     images = CaptionedImages(rows, resolution)
     count = min(count, len(images))
@@ -77,7 +78,7 @@ def held_out(data_folder: str, resolution: int, count: int = NUM_IMAGES) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     parser.add_argument("folder", type=Path)
     parser.add_argument("data_folder")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
@@ -97,15 +98,15 @@ def main() -> None:
     for phase in seconds:
         pipeline = GreedyGrowPipeline.from_pretrained(args.folder / phase)
         if pipeline.unet.sample_sizes == (pipeline.unet.config.sample_size,):
-            continue  # a core: those grown from it are scored
+            continue  # a core; the models grown from it are scored
         started = time.perf_counter()
         bfloat16 = args.mixed_precision == "bf16"
         if torch.cuda.is_available():
             pipeline.to("cuda")
         elif bfloat16:
             pipeline.unet.set_attention_backend("_native_math")
-        captions, real = held_out(args.data_folder, pipeline.unet.config.sample_size)
-        scores[phase] = score(draw(pipeline, captions, bfloat16), captions, real)
+        captions, real = load_held_out(args.data_folder, pipeline.unet.config.sample_size)
+        scores[phase] = score(draw_images(pipeline, captions, bfloat16), captions, real)
         print(f"{phase}: {scores[phase]} in {time.perf_counter() - started:.0f} s", flush=True)
 
     result = {"images": images, "seconds": seconds, "curve": curve, "scores": scores}

@@ -5,7 +5,7 @@
 """
 How few high-resolution images are enough? All captions at the core's resolution, a share of them at the high one.
 
-    python -m benchmarks.few_high_res               # stops and goes on where it was
+    python -m benchmarks.few_high_res               # resumes what was stopped
     python -m benchmarks.few_high_res --quick
     python -m benchmarks.few_high_res --report
 """
@@ -14,24 +14,38 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import grow_vs_scratch
+from benchmarks.arms import chosen_size, find_arm
+from benchmarks.arms import make_jobs as make_arm_jobs
 from benchmarks.queue_of_runs import (
     Job,
     Setting,
     add_queue_arguments,
     count_images,
-    find_data,
-    find_runs,
-    last_scores,
-    places,
+    final_scores,
+    locate_folders,
+    prepare_data,
+    read_records,
     run_queue,
+    runs_of_arm,
 )
-from benchmarks.tables import markdown, mean_and_deviation, write_json
+from benchmarks.tables import (
+    Record,
+    Row,
+    Section,
+    describe_runs,
+    mean_and_deviation,
+    render_report,
+    report_command,
+    write_reports,
+)
 
 
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
-# With all images, these are the runs of grow_vs_scratch.
-ARMS = {arm.name: arm for arm in grow_vs_scratch.ARMS if arm.name in ("scratch", "ours, detail phase only")}
+# With all images, these are runs of grow_vs_scratch.
+ARMS = ("scratch", "ours, detail phase only")
+NOTE = """
+16 -> 128 px. Losses, shares and distances are explained in [grow_vs_scratch.md](grow_vs_scratch.md).
+""".strip()
 
 
 def arm_name(arm: str, share: float) -> str:
@@ -40,34 +54,53 @@ def arm_name(arm: str, share: float) -> str:
 
 def make_jobs(setting: Setting, seed: int, share: float, data: Path, num_images: int, scale: float) -> list[Job]:
     more = {} if share == 1.0 else {"num_high_res_images": round(share * num_images)}
-    arms = [replace(arm, name=arm_name(name, share)) for name, arm in ARMS.items()]
-    return [job for arm in arms for job in grow_vs_scratch.make_jobs(setting, arm, seed, data, data, scale, **more)]
+    arms = [replace(find_arm(name), name=arm_name(name, share)) for name in ARMS]
+    return [job for arm in arms for job in make_arm_jobs(setting, arm, seed, data, data, scale, **more)]
 
 
-def make_table(records: dict[str, dict]) -> list[dict]:
-    rows = []
+def make_tables(records: dict[str, Record]) -> tuple[list[Row], list[Row]]:
+    """Return a table of losses, and one of scores and distances."""
+    losses: list[Row] = []
+    images: list[Row] = []
     for share in SHARES:
         for arm in ARMS:
-            runs = find_runs(records, arm_name(arm, share), 8)
+            runs = runs_of_arm(records, arm_name(arm, share), 8)
             if not runs:
                 continue
             ends = [run["curve"][-1] for run in runs]
-            row = {
-                "high-resolution images": f"{share:.0%}",
-                "arm": arm,
-                "seeds": len(runs),
-                "loss": mean_and_deviation([line["val_loss"] for line in ends], 4),
-                "low band": mean_and_deviation([line["val_loss_low"] for line in ends], 4),
-                "high band": mean_and_deviation([line["val_loss_high"] for line in ends], 4),
-            }
-            scores = [last_scores(run) for run in runs]
-            for name in scores[0]:
-                row[name.replace("swd_", "SWD ")] = mean_and_deviation([one[name] for one in scores], 2)
-            rows.append(row)
-    return rows
+            head = {"high-resolution images": f"{share:.0%}", "arm": arm}
+            losses.append(
+                {
+                    **head,
+                    "seeds": len(runs),
+                    "loss": mean_and_deviation([line["val_loss"] for line in ends], 4),
+                    "low band": mean_and_deviation([line["val_loss_low"] for line in ends], 4),
+                    "high band": mean_and_deviation([line["val_loss_high"] for line in ends], 4),
+                }
+            )
+            scores = [final_scores(run) for run in runs]
+            names = {name: name.replace("swd_", "SWD ") for name in scores[0]}
+            columns = {label: mean_and_deviation([one[name] for one in scores], 2) for name, label in names.items()}
+            images.append({**head, **columns})
+    return losses, images
 
 
-def draw_plot(records: dict[str, dict], path: Path) -> None:
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the report by the file that it belongs to."""
+    _, results = locate_folders(args)
+    records = read_records(results / "runs.json")
+    runs = [run for share in SHARES for arm in ARMS for run in runs_of_arm(records, arm_name(arm, share), 8)]
+    losses, images = make_tables(records)
+    sections = [
+        Section(losses, "Held-out loss", f"{describe_runs(runs)}."),
+        Section(images, "Distances and scores", num_keys=2),
+    ]
+    title = "How few high-resolution images are enough? Full tables"
+    return {results / "few_high_res.md": render_report(report_command("few_high_res", args), title, sections, NOTE)}
+
+
+def draw_plot(records: dict[str, Record], path: Path) -> None:
+    """Plot the final losses by the share of images, one point per run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4))
@@ -78,13 +111,13 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             points = [
                 (100 * share, run["curve"][-1][name])
                 for share in SHARES
-                for run in find_runs(records, arm_name(arm, share), 8)
+                for run in runs_of_arm(records, arm_name(arm, share), 8)
             ]
             if points:
                 axis.plot(*zip(*points), marker, label=arm, alpha=0.7)
         axis.set_xscale("log")
         axis.set_xticks([100 * share for share in SHARES], [f"{share:.0%}" for share in SHARES])
-        axis.set_xlabel("images seen at the high resolution")
+        axis.set_xlabel("share of the images seen at the high resolution")
         axis.set_ylabel("held-out error of the velocity")
         axis.set_title(f"16 -> 128 px: {label}")
     axes[0].legend(fontsize=8)
@@ -92,27 +125,29 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     add_queue_arguments(parser)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, choices=SHARES)
-    args = parser.parse_args()
-    settings, seeds, scale = grow_vs_scratch.chosen_size(args)
-    shares = [0.1] if args.quick else args.shares
+    return parser.parse_args(argv)
 
-    data = find_data(args, 128)
-    num_images = 0 if args.report else count_images(data)
-    jobs = [
-        job
-        for seed in seeds
-        for share in shares
-        for job in make_jobs(settings[8], seed, share, data, num_images, scale)
-    ]
-    records = run_queue(list({job.name: job for job in jobs}.values()), args)
-    rows, (_, results) = make_table(records), places(args)
-    print(markdown(rows))
-    write_json(results / "few_high_res.json", {"rows": rows})
-    draw_plot(records, results / "few_high_res.png")
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    settings, seeds, scale = chosen_size(args)
+    _, results = locate_folders(args)
+    if not args.report:
+        data = prepare_data(args, 128)
+        num_images = count_images(data)
+        jobs = [
+            job
+            for seed in seeds
+            for share in ([0.1] if args.quick else args.shares)
+            for job in make_jobs(settings[8], seed, share, data, num_images, scale)
+        ]
+        run_queue(list({job.name: job for job in jobs}.values()), args)
+    write_reports(make_reports(args))
+    draw_plot(read_records(results / "runs.json"), results / "few_high_res.png")
 
 
 if __name__ == "__main__":

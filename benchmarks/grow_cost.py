@@ -3,14 +3,15 @@
 
 
 """
-What growing and loading cost, for large models: time and peak memory of `from_core` and `from_pretrained`, against reading
-the grown weights from their file into memory (`load`) and against copying them once there (`copy`). Every measurement is
-a process of its own; arms alternate. Memory is what is added to what was there before: the weights of a core in memory,
-say.
+What growing and loading cost, for large models: time and peak memory of `from_core` and `from_pretrained`, compared with
+reading the grown weights from their file into memory (`load`) and with copying them in memory (`copy`). Every measurement
+is a process of its own, and the arms alternate. Memory is what a measurement adds to what the process held before, such as
+the weights of a core in memory.
 
     python -m benchmarks.grow_cost                       # 0.1, 0.5 and 1 billion parameters
     python -m benchmarks.grow_cost --sizes 8B            # needs 3 x 16 GB on disk and 20 GB of memory, in bfloat16
     python -m benchmarks.grow_cost --quick
+    python -m benchmarks.grow_cost --report              # report and plot from the records
 """
 
 import argparse
@@ -24,7 +25,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables import RESULTS, draw_bars, keep_rows, markdown, spread
+from benchmarks.tables import (
+    Row,
+    add_report_arguments,
+    draw_bars,
+    keep_rows,
+    markdown,
+    measured_sections,
+    read_rows,
+    render_report,
+    report_command,
+    spread,
+    write_reports,
+)
 
 
 # The core's hidden size, layers and heads; the stage's channels.
@@ -36,8 +49,13 @@ SIZES = {
 }
 ARMS = ("load", "copy", "from_pretrained core", "from_core(folder)", "from_core(model)", "from_pretrained grown")
 
-# Resident memory is sampled by a thread, since the peak that the kernel keeps would include importing. Weights that are
-# mapped from their file, as `from_pretrained` does, count once they have been used, and all of them are.
+NOTE = """
+Seconds: median, smallest and largest. *time / load* and *time / copy*: relative to reading the weights from their file into
+memory, and to copying them there. *memory / weights*: peak memory that is added, relative to the size of the weights.
+""".strip()
+
+# A thread samples the resident memory, since the kernel's own peak includes the imports. `from_pretrained` maps weights
+# from their file; they count once they have been used, and the script uses all of them.
 MEASURE = """
 import sys, threading, time, resource, gc
 arm, folder, dtype = sys.argv[1:]
@@ -53,7 +71,7 @@ def resident():
 core = None
 if arm == "from_core(model)":
     core = ShallowUNet2DModel.from_pretrained(folder + "/core", dtype=dtype)
-    for parameter in core.parameters():  # in memory, so that reading it is no part of growing
+    for parameter in core.parameters():  # in memory, so that the measured time does not include reading it
         parameter.data = parameter.data.clone()
 def load():
     paths = sorted(Path(folder, "grown").glob("*.safetensors"))
@@ -96,7 +114,7 @@ print(seconds, max(peak, resident()) - before, sum(p.numel() * p.element_size() 
 
 
 def prepare(folder: Path, size: str, dtype: torch.dtype) -> int:
-    """Saves a core and a model grown from it, of random numbers that repeat, and returns the grown one's parameters."""
+    """Save a core and a model grown from it, with repeated random numbers; return the grown model's number of parameters."""
     from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 
     hidden_size, num_layers, heads, channels = SIZES[size]
@@ -109,7 +127,7 @@ def prepare(folder: Path, size: str, dtype: torch.dtype) -> int:
             cross_attention_dim=1024,
         )
     core.to(dtype).to_empty(device="cpu")
-    numbers = 0.02 * torch.randn(2**22).to(dtype)  # drawing billions would take minutes
+    numbers = 0.02 * torch.randn(2**22).to(dtype)  # to draw billions would take minutes
     for parameter in core.parameters():
         for part in parameter.data.view(-1).split(len(numbers)):
             part.copy_(numbers[: len(part)])
@@ -121,17 +139,9 @@ def prepare(folder: Path, size: str, dtype: torch.dtype) -> int:
     return grown.num_parameters()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--sizes", nargs="+", default=["100M", "500M", "1B"], choices=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", default=None, help="float32, or bfloat16 for 8B.")
-    parser.add_argument("--folder", help="Where to put the models; a temporary folder by default.")
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    sizes, repeats = (["100M"], 2) if args.quick else (args.sizes, args.repeats)
-
-    rows = []
+def measure(sizes: list[str], repeats: int, args: argparse.Namespace) -> list[Row]:
+    """Return one row per size and arm."""
+    rows: list[Row] = []
     for size in sizes:
         dtype = args.dtype or ("bfloat16" if size == "8B" else "float32")
         folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -160,10 +170,37 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    print(markdown(rows))
-    if not args.quick:
-        rows = keep_rows(RESULTS / "grow_cost.json", rows, "parameters", vars(args))
-        draw_bars(rows, "parameters", "arm", "time / load", RESULTS / "grow_cost.png")
+    return rows
+
+
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the report by the file that it belongs to."""
+    sections = measured_sections(args.results_dir / "grow_cost.json", num_keys=2)
+    title = "What do growing and loading cost? Full tables"
+    return {args.results_dir / "grow_cost.md": render_report(report_command("grow_cost", args), title, sections, NOTE)}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    add_report_arguments(parser)
+    parser.add_argument("--sizes", nargs="+", default=["100M", "500M", "1B"], choices=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default=None, help="float32 by default, and bfloat16 for 8B.")
+    parser.add_argument("--folder", help="Where to put the models; a temporary folder by default.")
+    parser.add_argument("--quick", action="store_true")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.quick:
+        print(markdown(measure(["100M"], 2, args)))
+        return
+    path = args.results_dir / "grow_cost.json"
+    if not args.report:
+        keep_rows(path, measure(args.sizes, args.repeats, args), "parameters", args)
+    write_reports(make_reports(args))
+    draw_bars(read_rows(path), "parameters", "arm", "time / load", args.results_dir / "grow_cost.png")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@
 """
 Does growing pay? Growing against training from scratch and against a cascade, at equal numbers of operations.
 
-    python -m benchmarks.grow_vs_scratch                # all factors and seeds; stops and goes on where it was
+    python -m benchmarks.grow_vs_scratch                # all factors and seeds; resumes what was stopped
     python -m benchmarks.grow_vs_scratch --factors 8    # 16 -> 128 px only
     python -m benchmarks.grow_vs_scratch --large --workers 9    # larger models, for a GPU
     python -m benchmarks.grow_vs_scratch --quick        # minutes, to see that it works
-    python -m benchmarks.grow_vs_scratch --report       # the table and plot again, from results/
-    python -m benchmarks.grow_vs_scratch --time         # what an image of each phase takes, for the table's column of time
-    python -m benchmarks.grow_vs_scratch --images     # what the arms draw, as a grid
+    python -m benchmarks.grow_vs_scratch --report       # report and plots from the records
+    python -m benchmarks.grow_vs_scratch --time         # seconds per image of each phase, for the report
+    python -m benchmarks.grow_vs_scratch --images       # a grid of the arms' images
 """
 
 import argparse
@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,44 +26,46 @@ from diffusers import UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 
 from benchmarks import cascade
-from benchmarks.evaluate import draw, held_out
+from benchmarks.arms import ARMS, SETTINGS, chosen_size, find_arm, make_jobs
+from benchmarks.evaluate import draw_images, load_held_out
 from benchmarks.queue_of_runs import (
     ENVIRONMENT,
     GROW,
-    MAX_SEQUENCE_LENGTH,
     TEXT_HIDDEN_SIZE,
-    WIDE,
     Job,
     Setting,
     add_queue_arguments,
-    core_job,
-    find_data,
-    find_runs,
-    growth_job,
-    last_scores,
-    places,
+    final_scores,
+    locate_folders,
+    prepare_data,
+    read_records,
     run_queue,
+    runs_of_arm,
 )
-from benchmarks.step_time import Steps, timed
-from benchmarks.tables import describe_machine, markdown, mean_and_deviation, spread, write_json
-from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
-from diffusers_greedy_grow.training.plan import plan_phase
-from diffusers_greedy_grow.training.samples import draw_samples
+from benchmarks.step_time import Steps, time_call
+from benchmarks.tables import (
+    Record,
+    Row,
+    Section,
+    describe_machine,
+    describe_runs,
+    mean_and_deviation,
+    read_json,
+    render_report,
+    report_command,
+    spread,
+    write_json,
+    write_reports,
+)
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.training.samples import draw_grid
 
 
-# All at 16 px inside; each stage ends at single pixels.
-SETTINGS = {
-    2: Setting(resolution=32, block_out_channels="32,64", cascade_channels=(24, 40), batch_size=16),
-    4: Setting(resolution=64, block_out_channels="24,48,96", cascade_channels=(24, 32, 48), batch_size=16),
-    8: Setting(resolution=128, block_out_channels="24,32,64,96", cascade_channels=(16, 24, 40, 56), batch_size=8),
-}
-# About as many images from scratch at 64 as at 128 px.
-TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
-CAPTION_TOKENS = 10  # of the captions of shapes
-# By what `--large` multiplies them; with larger models and batches, that is three quarters of the steps.
-LARGE_SCALE = 12.0
+Curve = list[tuple[float, Record]]  # operations spent, and the line of metrics with held-out losses there
+
+CAPTION_TOKENS = 10  # in a caption of shapes
 LOSSES = {"loss": "val_loss", "low band": "val_loss_low", "high band": "val_loss_high"}
-# Of noise. The first is a measurement of its own, below where most of the held-out loss lies.
+# By noise level. The first is measured separately, below the levels that most of the held-out loss is taken at.
 LEVELS = {
     ".02-.3": "val_low_noise_loss",
     ".3-.6": "val_loss_sigma_0.3_0.6",
@@ -72,176 +73,16 @@ LEVELS = {
     ".8-.9": "val_loss_sigma_0.8_0.9",
     ".9-1": "val_loss_sigma_0.9_1.0",
 }
-
-
-@dataclass
-class Arm:
-    """
-    How an arm spends its operations: a share on the core alone, and of the rest a share on the frozen core. `init` is
-    that of growing, or `"cascade"`; `wide` see `growth_job`. `options` are further arguments of grow.py, and `scale` is for
-    arms that have not as many operations as the others.
-    """
-
-    name: str
-    init: str
-    core_share: float
-    frozen_share: float
-    wide: bool
-    num_seeds: int = 3
-    options: dict = field(default_factory=dict)
-    two_stages: bool = False
-    scale: float = 1.0
-
-
-ARMS = (
-    Arm("scratch", "preserve", 0.0, 0.0, True),
-    Arm("paper's growth", "random", 5 / 12, 0.25, True),
-    Arm("cascade", "cascade", 5 / 12, 0.0, True),
-    Arm("ours, no detail phase", "preserve", 5 / 12, 0.0, True),
-    Arm("ours, short detail phase", "preserve", 5 / 12, 0.25, True),
-    Arm("ours, long detail phase", "preserve", 5 / 12, 0.75, True),
-    Arm("ours, detail phase only", "preserve", 5 / 12, 1.0, True),
-    Arm("ours, detail phase only, half of the operations", "preserve", 1 / 2, 1.0, True, scale=0.5),
-    # What else could be done, one thing at a time: one seed, at the largest factor.
-    Arm(
-        "scratch, broad noise levels",
-        "preserve",
-        0.0,
-        0.0,
-        True,
-        num_seeds=1,
-        options={"logit_mean": [1.0, 0.0], "logit_std": [1.0, 1.6]},
-    ),
-    Arm("scratch, twice the rate inside", "preserve", 0.0, 0.0, True, num_seeds=1, options={"core_lr_scale": 2.0}),
-    *(
-        Arm(
-            f"scratch, {name} the rate",
-            "preserve",
-            0.0,
-            0.0,
-            True,
-            num_seeds=num_seeds,
-            options={"learning_rate": [rate, rate]},
-        )
-        for name, rate, num_seeds in (("twice", 3e-3, 1), ("half of", 7.5e-4, 3), ("a quarter of", 3.75e-4, 1))
-    ),
-    Arm(
-        "ours, detail phase only, half of the rate",
-        "preserve",
-        5 / 12,
-        1.0,
-        True,
-        num_seeds=1,
-        options={"learning_rate": [3e-3, 7.5e-4]},  # that of the core as it is by default
-    ),
-    Arm("paper's growth, full rate inside", "random", 5 / 12, 0.25, True, num_seeds=1, options={"core_lr_scale": 1.0}),
-    Arm("ours, detail phase only, the core's noise levels", "preserve", 5 / 12, 1.0, False, num_seeds=1),
-    Arm("ours, detail phase only, a third on the core", "preserve", 1 / 3, 1.0, True, num_seeds=1),
-    Arm("ours, detail phase only, 21 % on the core", "preserve", 5 / 24, 1.0, True, num_seeds=1),
-    Arm("ours, detail phase only, 67 % on the core", "preserve", 2 / 3, 1.0, True, num_seeds=1),
-    Arm("ours, detail phase only, two stages", "preserve", 5 / 12, 1.0, True, num_seeds=1, two_stages=True),
-    *(
-        Arm(f"ours, short detail phase, {name}", "preserve", 5 / 12, 0.25, True, num_seeds=1, options=options)
-        for name, options in (
-            ("the core's full rate", {"core_lr_scale": 1.0}),
-            ("low-resolution loss", {"low_res_loss_weight": 1.0}),
-            ("a quarter at low resolution", {"low_res_share": 0.25}),  # whose steps cost less than is counted here
-        )
-    ),
-    *(
-        Arm(
-            f"ours, detail phase only, {name} weighting",
-            "preserve",
-            5 / 12,
-            1.0,
-            True,
-            num_seeds=1,
-            options={"loss_weighting": ["velocity", name]},
-        )
-        for name in ("velocity", "cosmap")  # and by default "clean"
-    ),
-)
-
-
-def chosen_size(args: argparse.Namespace) -> tuple[dict[int, Setting], list[int], float]:
-    """Settings by factor, seeds, and by what the operations are multiplied."""
-    settings = {factor: setting.enlarge() for factor, setting in SETTINGS.items()} if args.large else SETTINGS
-    scale = LARGE_SCALE if args.large else 1.0
-    return (settings, args.seeds[:1], 0.01 * scale) if args.quick else (settings, args.seeds, scale)
-
-
-def make_jobs(
-    setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float = 1.0, **more
-) -> list[Job]:
-    """
-    The run of one arm and seed, and before it the core that it grows, which others share; `more` is for grow.py. Empty if
-    the arm has fewer seeds, or one and this is not the largest factor.
-    """
-    if seed >= arm.num_seeds or (arm.num_seeds == 1 and setting.factor < max(SETTINGS)):
-        return []
-    flops = scale * arm.scale * TOTAL_FLOPS[setting.factor]
-    if arm.two_stages:
-        more |= in_two_stages(setting, flops * (1 - arm.core_share))
-    core = core_job(setting, seed, flops * arm.core_share, core_data) if arm.core_share else None
-    if arm.init == "cascade":
-        run = cascade_job(setting, arm, seed, flops * (1 - arm.core_share), data, core)
-    else:
-        run = growth_job(
-            setting,
-            arm.name,
-            seed,
-            flops * (1 - arm.core_share),
-            arm.frozen_share,
-            data,
-            core,
-            wide=arm.wide,
-            init=arm.init,
-            **arm.options,
-            **more,
-        )
-    return [core, run] if core else [run]
-
-
-def in_two_stages(setting: Setting, flops: float) -> dict:
-    """The same channels grown in two steps, to twice the core's resolution and on from there, each with half of the `flops`."""
-    sizes = [setting.core_resolution, 2 * setting.core_resolution, setting.resolution]
-    channels, steps = [setting.channels[-2:], setting.channels[:-2]], []
-    with torch.device("meta"):
-        unet = setting.build_core()
-        for size, block_out_channels in zip(sizes[1:], channels):
-            unet = GrowableUNet2DConditionModel.from_core(unet, size, block_out_channels=block_out_channels)
-            unet.freeze_core()
-            cost = plan_phase("detail", unet, size, 1, 1, 1, MAX_SEQUENCE_LENGTH).train_flops
-            steps.append(round(flops / 2 / cost / setting.batch_size))
-    return {
-        "resolutions": sizes,
-        "block_out_channels": [",".join(map(str, one)) for one in channels],
-        "detail_steps": steps,
-        "joint_steps": [0, 0],
-        "train_batch_size": [setting.core_batch_size, setting.batch_size, setting.batch_size],
-        **{name: [*values, values[-1]] for name, values in WIDE.items()},
-    }
-
-
-def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path, core: Job) -> Job:
-    channels = setting.cascade_channels
-    cost = cascade.count_flops(setting.resolution, channels, TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH)
-    steps = round(flops / cost / setting.batch_size)
-    return Job(
-        name=f"x{setting.factor}-{arm.name.replace(', ', '-').replace(' ', '-')}-{steps}-seed-{seed}",
-        arguments={
-            "resolution": setting.resolution,
-            "block_out_channels": channels,
-            "seed": seed,
-            "steps": steps,
-            "batch_size": setting.batch_size,
-            "wide": int(arm.wide),
-        },
-        keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": core.name},
-        data=data,
-        core=core.name,
-        script="benchmarks/cascade.py",
-    )
+NOTE = """
+*Loss*: mean squared error of the velocity on 128 held-out images, with the same noise in all runs, at the core's noise
+levels shifted to the resolution. The *low band* is what pooling to 16 px leaves, the *high band* the rest. The *baseline*
+is the best arm trained from scratch of those with the most seeds; each seed is compared with the baseline of the same
+seed. *Compute to baseline's loss*: operations, the core's included, at which an arm reaches the baseline's final loss, per
+seed. *Time*: that of training steps (`--time`) relative to the baseline's. Shapes, textures and colors: share of 96
+held-out captions drawn right. *SWD n*: sliced Wasserstein distance to real images at the pyramid level of n px, in
+thousandths of the real images' standard deviation. ± is the standard deviation over seeds. A cascade has no comparable
+loss: its second model is given the true low resolution.
+""".strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +90,7 @@ def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path,
 
 
 def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> dict[str, list[float]]:
-    """Seconds per image of a training step of each kind of phase, in turn."""
+    """Return the seconds per image of a training step of each kind of phase, measured in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
@@ -262,27 +103,35 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
     sizes = {name: (model, setting.resolution, setting.batch_size) for name, model in models.items()}
     sizes = {"core": (setting.build_core(), setting.core_resolution, setting.core_batch_size), **sizes}
     steps = {name: Steps(*size, device, dtype, CAPTION_TOKENS) for name, size in sizes.items()}
-    if device.type == "cpu" and dtype == torch.bfloat16:  # as the queue's runs have it
+    if device.type == "cpu" and dtype == torch.bfloat16:  # as in the queue's runs
         for step in steps.values():
             step.model.set_attention_backend("_native_math")
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):  # the first is for warming up
+    for repeat in range(repeats + 1):  # the first one warms up
         for name, step in steps.items():
-            taken = timed(step.train) / len(step.inputs[0])
+            taken = time_call(step.train) / len(step.inputs[0])
             if repeat:
                 seconds[name].append(taken)
     return seconds
 
 
-def read_times(path: Path) -> dict[str, dict]:
-    """What `--time` has measured, by factor."""
-    return json.loads(path.read_text()) if path.exists() else {}
+def measure_time(settings: dict[int, Setting], args: argparse.Namespace, path: Path) -> None:
+    # The queue's environment, which a process reads as it starts.
+    if not ENVIRONMENT.items() <= os.environ.items():
+        command = [sys.executable, "-m", "benchmarks.grow_vs_scratch", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
+    origin = {"machine": describe_machine(), "mixed_precision": args.mixed_precision}
+    measured = {str(factor): {**origin, "seconds": time_steps(settings[factor], args)} for factor in args.factors}
+    write_json(path, (read_json(path) or {}) | measured)
 
 
-def training_seconds(run: dict, records: dict[str, dict], seconds: dict[str, list[float]]) -> float | None:
-    """What a run's images take, its core's too, by [`time_steps`]; `None` if it had phases that are not timed there."""
+def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str, list[float]]) -> float | None:
+    """
+    Return the time that the images of a run take, its core's included, by the `seconds` of [`time_steps`]; `None` if the
+    run has phases that are not timed there.
+    """
     arguments, core = run["arguments"], run["keys"].get("core")
-    if len(arguments.get("resolutions", [])) > 2 or arguments.get("low_res_share"):
+    if len(arguments.get("resolutions", [])) > 2:
         return None
     total = sum(records[core]["images"].values()) * statistics.median(seconds["core"]) if core else 0.0
     for phase, images in run["images"].items():
@@ -299,26 +148,26 @@ def training_seconds(run: dict, records: dict[str, dict], seconds: dict[str, lis
 # The report
 
 
-def total_curve(run: dict, records: dict[str, dict]) -> list[tuple[float, dict]]:
-    """The held-out losses of a run at its last resolution by the operations spent until then, on its core too."""
+def total_curve(run: Record, records: dict[str, Record]) -> Curve:
+    """Return the held-out losses of a run at its last resolution, by the operations spent until then, its core's included."""
     last = f"grown-{SETTINGS[run['keys']['factor']].resolution}"
     core = run["keys"].get("core")
     core_flops = records[core]["keys"]["flops"] if core else 0.0
     return [(core_flops + line["flops"], line) for line in run["curve"] if line["phase"].startswith(last)]
 
 
-def scores_by_flops(run: dict, records: dict[str, dict]) -> list[tuple[float, dict]]:
-    """The scores and distances of each pipeline that a run left, by the operations spent until then, on its core too."""
+def scores_by_flops(run: Record, records: dict[str, Record]) -> list[tuple[float, dict[str, float]]]:
+    """Return the scores of each pipeline that a run left, by the operations spent until then, its core's included."""
     curve, core = total_curve(run, records), records.get(run["keys"]["core"])
     if not curve:  # a cascade
-        (arm,) = (arm for arm in ARMS if arm.name == run["keys"]["arm"])
-        return [(core["keys"]["flops"] / arm.core_share, scores) for scores in run["scores"].values()] if core else []
+        share = find_arm(run["keys"]["arm"]).core_share
+        return [(core["keys"]["flops"] / share, scores) for scores in run["scores"].values()] if core else []
     ends = {line["phase"]: flops for flops, line in curve}
     return [(ends[phase], scores) for phase, scores in run["scores"].items() if phase in ends]
 
 
-def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None:
-    """Where a curve first comes down to `loss`, between its points in a straight line."""
+def flops_to_reach(curve: Curve, loss: float) -> float | None:
+    """Return the operations at which a curve first reaches `loss`, interpolated between its points."""
     for i, (flops, line) in enumerate(curve):
         here = line["val_loss"]
         if here <= loss:
@@ -329,83 +178,132 @@ def flops_to_reach(curve: list[tuple[float, dict]], loss: float) -> float | None
     return None
 
 
-def collect(records: dict[str, dict], factor: int) -> dict[str, dict[int, dict]]:
-    """By arm and seed the runs of a factor."""
-    runs = {arm.name: find_runs(records, arm.name, factor) for arm in ARMS}
+def runs_by_arm(records: dict[str, Record], factor: int) -> dict[str, dict[int, Record]]:
+    """Return the runs at a growth factor, by arm and seed."""
+    runs = {arm.name: runs_of_arm(records, arm.name, factor) for arm in ARMS}
     return {arm: {run["keys"]["seed"]: run for run in seeds} for arm, seeds in runs.items() if seeds}
 
 
-def best_scratch(by_arm: dict[str, dict[int, dict]]) -> dict[int, dict]:
-    """By seed the runs from scratch that all others are held against: of those in the most seeds, the arm of the lowest loss."""
+def find_baseline(by_arm: dict[str, dict[int, Record]]) -> dict[int, Record]:
+    """Return, by seed, the runs from scratch that the others are compared with: among the arms with the most seeds, the
+    one with the lowest loss."""
     arms = [runs for arm, runs in by_arm.items() if arm.startswith("scratch")]
     most = max(map(len, arms), default=0)
 
-    def loss(runs: dict[int, dict]) -> float:
+    def loss(runs: dict[int, Record]) -> float:
         return statistics.mean(run["curve"][-1]["val_loss"] for run in runs.values())
 
     return min((runs for runs in arms if len(runs) == most), key=loss, default={})
 
 
 def make_tables(
-    records: dict[str, dict], setting: Setting, seconds: dict[str, list[float]] | None
-) -> dict[str, list[dict]]:
+    records: dict[str, Record], setting: Setting, seconds: dict[str, list[float]] | None
+) -> dict[str, list[Row]]:
     """
-    Two tables with one row for each arm: what it spent, and the loss that it came to; its losses by noise level, scores and
-    distances. Time is there with the `seconds` of [`time_steps`]. A cascade has no losses: given the true low resolution,
-    they would compare with nobody's.
+    Return the tables of one growth factor, each with one row per arm. Relative time is there if the `seconds` of
+    [`time_steps`] are given.
     """
-    tables: dict[str, list[dict]] = {"compute and loss": [], "noise levels and images": []}
-    costs, by_arm = setting.plans(), collect(records, setting.factor)
-    cost_ratio = costs["joint"].train_flops / costs["core"].train_flops
-    reference = best_scratch(by_arm)
-    scratch = {seed: total_curve(run, records)[-1] for seed, run in reference.items()}
+    tables: dict[str, list[Row]] = {
+        name: [] for name in ("compute", "held-out loss", "loss by noise level", "images", "distances")
+    }
+    by_arm = runs_by_arm(records, setting.factor)
+    baseline = find_baseline(by_arm)
+    baseline_ends = {seed: total_curve(run, records)[-1] for seed, run in baseline.items()}
     for arm, runs in by_arm.items():
         curves = {seed: curve for seed, run in runs.items() if (curve := total_curve(run, records))}
         ends = [curve[-1] for curve in curves.values()]
         first = next(iter(runs.values()))
         core = records.get(first["keys"].get("core"))
-        head = {"growth": f"16 -> {setting.resolution}", "arm": arm, "seeds": len(runs)}
-        row = {
-            **head,
-            "cost ratio": f"{cost_ratio:.1f}",
+        compute: Row = {
+            "arm": arm,
+            "seeds": len(runs),
             "TFLOP": f"{ends[0][0] / 1e12:.0f}" if ends else "",
             "images at 16 px": sum(core["images"].values()) if core else 0,
-            f"at {setting.resolution} px": sum(first["images"].values()),
+            f"images at {setting.resolution} px": sum(first["images"].values()),
         }
-        for label, name in LOSSES.items():
-            row[label] = mean_and_deviation([line[name] for _, line in ends], 4) if ends else ""
-        pairs = [(curve, scratch[seed]) for seed, curve in curves.items() if seed in scratch]
-        ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
-        row["of the best scratch's loss"] = mean_and_deviation(ratios, 2) if ratios else ""
-        reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
-        row["reaches it at"] = ", ".join("never" if at is None else f"{at / flops:.0%}" for at, flops in reached)
-        if seconds and scratch:
-            taken, of_scratch = (
-                training_seconds(run, records, seconds) for run in (first, next(iter(reference.values())))
+        if seconds and baseline:
+            taken, of_baseline = (
+                training_seconds(run, records, seconds) for run in (first, next(iter(baseline.values())))
             )
-            row["time"] = "" if taken is None or of_scratch is None else f"{taken / of_scratch:.2f}"
-        tables["compute and loss"].append(row)
+            compute["time / baseline's"] = "" if taken is None or of_baseline is None else f"{taken / of_baseline:.2f}"
+        tables["compute"].append(compute)
+        if ends:
+            pairs = [(curve, baseline_ends[seed]) for seed, curve in curves.items() if seed in baseline_ends]
+            ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
+            reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
+            tables["held-out loss"].append(
+                {
+                    "arm": arm,
+                    **{
+                        label: mean_and_deviation([line[name] for _, line in ends], 4)
+                        for label, name in LOSSES.items()
+                    },
+                    "loss / baseline's": mean_and_deviation(ratios, 2) if ratios else "",
+                    "compute to baseline's loss": ", ".join(
+                        "never" if at is None else f"{at / flops:.0%}" for at, flops in reached
+                    ),
+                }
+            )
+            by_level: Row = {"arm": arm}
+            for label, name in LEVELS.items():
+                values = [line[name] for _, line in ends if name in line]
+                by_level[f"noise {label}"] = mean_and_deviation(values, 3) if values else ""
+            tables["loss by noise level"].append(by_level)
+        scores = [final_scores(run) for run in runs.values()]
+        shown = [name for name in ("shape", "texture", "color") if name in scores[0]]
+        if shown:
+            tables["images"].append(
+                {"arm": arm, **{f"{name}s": mean_and_deviation([one[name] for one in scores], 2) for name in shown}}
+            )
+        distances = [name for name in scores[0] if name.startswith("swd_")]
+        tables["distances"].append(
+            {
+                "arm": arm,
+                **{
+                    name.replace("swd_", "SWD "): mean_and_deviation([one[name] for one in scores], 0)
+                    for name in distances
+                },
+            }
+        )
+    return {name: rows for name, rows in tables.items() if rows}
 
-        row = dict(head)
-        for label, name in LEVELS.items():
-            values = [line[name] for _, line in ends if name in line]
-            row[f"loss at noise {label}"] = mean_and_deviation(values, 3) if values else ""
-        scores = [last_scores(run) for run in runs.values()]
-        for name in scores[0]:
-            if name in ("color", "shape", "texture"):
-                row[name] = mean_and_deviation([one[name] for one in scores], 2)
-            elif name.startswith("swd_"):
-                row[name.replace("swd_", "SWD ")] = mean_and_deviation([one[name] for one in scores], 0)
-        tables["noise levels and images"].append(row)
-    return tables
+
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the report by the file that it belongs to."""
+    _, results = locate_folders(args)
+    records, times = read_records(results / "runs.json"), read_json(results / "grow_vs_scratch_time.json") or {}
+    sections = []
+    for factor, setting in chosen_size(args)[0].items():
+        runs = [run for seeds in runs_by_arm(records, factor).values() for run in seeds.values()]
+        if not runs:
+            continue
+        costs, growth = setting.plans(), f"16 -> {setting.resolution} px"
+        ratio = costs["joint"].train_flops / costs["core"].train_flops
+        note = f"An image costs {ratio:.1f} times as many operations as one at 16 px. {describe_runs(runs)}."
+        seconds = times.get(str(factor), {}).get("seconds")
+        for name, rows in make_tables(records, setting, seconds).items():
+            sections.append(Section(rows, f"{growth}: {name}", note))
+            note = ""
+    for factor, measured in times.items():
+        rows = [
+            {"phase": phase, "training time, ms per image": spread([1000 * one for one in taken])}
+            for phase, taken in measured["seconds"].items()
+        ]
+        note = f"{measured['machine']}, mixed precision {measured['mixed_precision']}; median, smallest and largest."
+        sections.append(Section(rows, f"16 -> {SETTINGS[int(factor)].resolution} px: time", note))
+    title = "Does growing pay? Full tables"
+    return {
+        results / "grow_vs_scratch.md": render_report(report_command("grow_vs_scratch", args), title, sections, NOTE)
+    }
 
 
-def draw_plot(records: dict[str, dict], path: Path) -> None:
-    """Of the arms that have several seeds: held-out losses against compute, each run's, and at the end by noise level."""
+def draw_losses(records: dict[str, Record], path: Path) -> None:
+    """Plot held-out losses against compute, one line per run of the arms with several seeds, and final losses by noise
+    level."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
-    factors = [factor for factor in SETTINGS if collect(records, factor)]
+    factors = [factor for factor in SETTINGS if runs_by_arm(records, factor)]
     shown = [arm.name for arm in ARMS if arm.num_seeds > 1 and arm.init != "cascade"]
     size = (22, 4.5 * len(factors) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -415,7 +313,7 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     panels = {**LOSSES, f"loss at noise {low_noise}": low_noise_name}
     for row, factor in zip(axes, factors):
         for i, arm in enumerate(shown):
-            curves = [total_curve(run, records) for run in find_runs(records, arm, factor)]
+            curves = [total_curve(run, records) for run in runs_of_arm(records, arm, factor)]
             for curve in curves:
                 for axis, name in zip(row, panels.values()):
                     x, y = zip(*[(flops / 1e12, line[name]) for flops, line in curve])
@@ -436,17 +334,16 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
             axis.set_ylabel("held-out error of the velocity")
             axis.set_xlabel("TFLOP")
         row[4].set_xlabel("noise level")
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=80)
 
 
-def draw_scores(records: dict[str, dict], path: Path) -> None:
-    """Of the arms that have several seeds: scores and distances against compute, a point for each pipeline that a run left."""
+def draw_scores(records: dict[str, Record], path: Path) -> None:
+    """Plot scores and distances against compute, one point per pipeline that a run of the arms with several seeds left."""
     from matplotlib.figure import Figure
 
-    factors = [factor for factor in SETTINGS if collect(records, factor)]
-    size = (18, 4 * len(factors) + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
+    factors = [factor for factor in SETTINGS if runs_by_arm(records, factor)]
+    figure = Figure(figsize=(18, 4 * len(factors) + 0.5), layout="constrained")
     axes = figure.subplots(len(factors), 4, squeeze=False)
     lines = {}
     for row, factor in zip(axes, factors):
@@ -454,7 +351,7 @@ def draw_scores(records: dict[str, dict], path: Path) -> None:
         names = {"shape": "shapes right", "texture": "textures right", f"swd_{size}": f"SWD {size}"}
         names[f"swd_{size // 2}"] = f"SWD {size // 2}"
         for i, arm in enumerate(arm.name for arm in ARMS if arm.num_seeds > 1):
-            for run in find_runs(records, arm, factor):
+            for run in runs_of_arm(records, arm, factor):
                 for axis, name in zip(row, names):
                     points = [
                         (flops / 1e12, scores[name])
@@ -469,90 +366,75 @@ def draw_scores(records: dict[str, dict], path: Path) -> None:
             axis.set_xlim(left=0)
             axis.set_ylim(bottom=0)
             axis.set_visible(bool(axis.lines))  # no textures at 32 px
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4)
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=80)
 
 
-def draw_grid(jobs: list[Job], args: argparse.Namespace, path: Path, num_captions: int = 6) -> None:
-    """One row for each of the `jobs` that has been run: its last pipeline's images, for the same captions and noise."""
-    rows, (work_dir, _) = {}, places(args)
+def draw_last_images(jobs: list[Job], args: argparse.Namespace, path: Path, num_captions: int = 6) -> None:
+    """Draw one row per finished job: the images of its last pipeline, for the same captions and noise."""
+    rows, (work_dir, _) = {}, locate_folders(args)
     bfloat16 = args.mixed_precision == "bf16"
-    captions, _ = held_out(str(jobs[0].data), SETTINGS[jobs[0].keys["factor"]].resolution, num_captions)
+    captions, _ = load_held_out(str(jobs[0].data), SETTINGS[jobs[0].keys["factor"]].resolution, num_captions)
     for job in jobs:
         folder = work_dir / job.name
         if not (folder / "result.json").exists():
             continue
         if job.script == GROW:
             last = list(json.loads((folder / "result.json").read_text())["scores"])[-1]
-            images = draw(GreedyGrowPipeline.from_pretrained(folder / last), captions, bfloat16)
+            images = draw_images(GreedyGrowPipeline.from_pretrained(folder / last), captions, bfloat16)
         else:
+            assert job.core is not None
             unet = UNet2DConditionModel.from_pretrained(folder / "super-resolution")
             core = GreedyGrowPipeline.from_pretrained(work_dir / job.core / "core")
             images = cascade.draw_cascade(unet, core, captions, bfloat16)
         rows[job.keys["arm"]] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
-    draw_samples(rows, captions, path)
+    draw_grid(rows, captions, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     add_queue_arguments(parser)
     parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
-    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Only these.")
-    parser.add_argument("--time", action="store_true", help="Only time steps, with nothing else running.")
+    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Run only these arms.")
+    parser.add_argument("--time", action="store_true", help="Only time training steps; run nothing else meanwhile.")
     parser.add_argument("--images", action="store_true", help="Only draw a grid of the first seed's images.")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     settings, seeds, scale = chosen_size(args)
-
-    _, results = places(args)
-    times = results / "grow_vs_scratch_time.json"
-    if args.time:
-        # That of the queue's runs, which is read as a process starts.
-        if not ENVIRONMENT.items() <= os.environ.items():
-            command = [sys.executable, "-m", "benchmarks.grow_vs_scratch", *sys.argv[1:]]
-            os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
-        seconds = {factor: time_steps(settings[factor], args) for factor in args.factors}
-        rows = [
-            {
-                "growth": f"16 -> {settings[factor].resolution}",
-                "phase": name,
-                "ms per image": spread([1000 * one for one in taken]),
-            }
-            for factor, phases in seconds.items()
-            for name, taken in phases.items()
-        ]
-        print(markdown(rows))
-        origin = {"machine": describe_machine(), "mixed_precision": args.mixed_precision}
-        measured = {str(factor): {**origin, "seconds": phases} for factor, phases in seconds.items()}
-        write_json(times, read_times(times) | measured)
-        return
-
-    jobs: dict[str, Job] = {}
-    core_data = find_data(args, 128)
+    _, results = locate_folders(args)
     factors = [min(args.factors)] if args.quick else args.factors
-    for factor in factors:
-        data = find_data(args, settings[factor].resolution)
-        for seed in seeds:
-            for arm in ARMS:
-                if arm.name in args.arms:
-                    jobs |= {job.name: job for job in make_jobs(settings[factor], arm, seed, data, core_data, scale)}
-    if args.images:
+    if args.time:
+        measure_time(settings, args, results / "grow_vs_scratch_time.json")
+    elif not args.report:
+        jobs: dict[str, Job] = {}
+        core_data = prepare_data(args, 128)
         for factor in factors:
-            growths = [
-                job for job in jobs.values() if job.keys.get("factor") == factor and job.keys["seed"] == seeds[0]
-            ]
-            draw_grid(growths, args, results / f"grow_vs_scratch_images_{factor}.png")
-        return
-    records = run_queue(list(jobs.values()), args)
-    measured = read_times(times)
-    tables = {
-        factor: make_tables(records, setting, measured.get(str(factor), {}).get("seconds"))
-        for factor, setting in settings.items()
-        if collect(records, factor)
-    }
-    print("\n\n".join(markdown(rows) for pair in tables.values() for rows in pair.values()) or markdown([]))
-    write_json(results / "grow_vs_scratch.json", {"tables": tables})
-    if tables:
-        draw_plot(records, results / "grow_vs_scratch.png")
+            data = prepare_data(args, settings[factor].resolution)
+            for seed in seeds:
+                for arm in ARMS:
+                    if arm.name in args.arms:
+                        own = make_jobs(settings[factor], arm, seed, data, core_data, scale)
+                        jobs |= {job.name: job for job in own}
+        if args.images:
+            for factor in factors:
+                growths = [
+                    job for job in jobs.values() if job.keys.get("factor") == factor and job.keys["seed"] == seeds[0]
+                ]
+                draw_last_images(growths, args, results / f"grow_vs_scratch_images_{factor}.png")
+            return
+        run_queue(list(jobs.values()), args)
+
+    write_reports(make_reports(args))
+    records = read_records(results / "runs.json")
+    if any(runs_by_arm(records, factor) for factor in SETTINGS):
+        draw_losses(records, results / "grow_vs_scratch.png")
         draw_scores(records, results / "grow_vs_scratch_scores.png")
 
 

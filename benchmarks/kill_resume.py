@@ -3,9 +3,9 @@
 
 
 """
-Is a run that was killed and resumed the same as the run never killed? Kills `grow.py` by SIGKILL at random moments,
-resumes it by `--resume_from_checkpoint latest`, and compares weights, averages, optimizer state and logged losses bit for
-bit.
+Is a run that was killed and resumed the same as a run that was never killed? This kills `grow.py` by SIGKILL at random
+moments, resumes it by `--resume_from_checkpoint latest`, and compares weights, averages, optimizer state and logged losses
+bit for bit.
 
     OMP_NUM_THREADS=1 python -m benchmarks.kill_resume --kills 100
 
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 
 ARGUMENTS = {
@@ -49,8 +50,8 @@ ARGUMENTS = {
 TIMES = ("images_per_second", "memory_gb", "minutes_left")
 
 
-def load_script():
-    """`grow.py` as a module; what it imports is shared by all forks."""
+def load_script() -> ModuleType:
+    """Import `grow.py` as a module; all forks share what it imports."""
     path = Path(__file__).resolve().parents[1] / "training_examples" / "grow.py"
     spec = importlib.util.spec_from_file_location("grow", path)
     assert spec is not None and spec.loader is not None
@@ -59,8 +60,8 @@ def load_script():
     return grow
 
 
-def start(grow, output_dir: Path) -> int:
-    """A run that goes on where it was, in a process of its own, whose number is returned."""
+def start(grow: ModuleType, output_dir: Path) -> int:
+    """Start or resume a run in a process of its own, and return the process's number."""
     flags = [f"--output_dir={output_dir}", "--resume_from_checkpoint=latest"]
     for name, value in ARGUMENTS.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -78,8 +79,8 @@ def start(grow, output_dir: Path) -> int:
         os._exit(code)
 
 
-def run_for(grow, output_dir: Path, seconds: float | None) -> bool:
-    """Whether the run came to its end before it was killed after so many `seconds`."""
+def run_for(grow: ModuleType, output_dir: Path, seconds: float | None) -> bool:
+    """Run and kill after so many `seconds`; return whether the run finished before that."""
     process, end = start(grow, output_dir), time.monotonic() + (seconds or 600)
     while time.monotonic() < end:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -95,8 +96,8 @@ def run_for(grow, output_dir: Path, seconds: float | None) -> bool:
     return False
 
 
-def where(output_dir: Path) -> str:
-    """What a run was at when it was killed."""
+def activity(output_dir: Path) -> str:
+    """Say what a run was doing when it was killed."""
     if any((output_dir / "checkpoints").glob(".*")):
         return "saving or removing a checkpoint"
     if any(output_dir.glob("*.tmp*")):
@@ -110,7 +111,7 @@ def where(output_dir: Path) -> str:
 
 
 def fingerprint(output_dir: Path) -> dict[str, str]:
-    """Of all that must be the same: by file a digest of its content, and the lines of metrics without times."""
+    """Return everything that must be the same: a digest per file, and the lines of metrics without times."""
     prints = {}
     for pattern in ("*/*/*.safetensors", "checkpoints/*/optimizer.bin", "checkpoints/*/scheduler.bin"):
         for path in sorted(output_dir.glob(pattern)):
@@ -122,9 +123,9 @@ def fingerprint(output_dir: Path) -> dict[str, str]:
 
 
 def kill_and_compare(folder: Path, kills: int, seed: int = 0) -> Iterator[tuple[list[str], set[str]]]:
-    """For each run that was killed at least once: what it was at each time, and what differs at its end."""
+    """Yield, per run that was killed at least once, what it was doing each time, and what differs at its end."""
     grow, moments = load_script(), random.Random(seed)
-    run_for(grow, folder / "drawn", None)  # with the shapes yet to be drawn: the time of the others is for training
+    run_for(grow, folder / "drawn", None)  # this run also draws the shapes, so that the others only train
     started = time.monotonic()
     run_for(grow, folder / "whole", None)
     seconds, expected = time.monotonic() - started, fingerprint(folder / "whole")
@@ -132,30 +133,30 @@ def kill_and_compare(folder: Path, kills: int, seed: int = 0) -> Iterator[tuple[
     run = 0
     while kills > 0:
         run += 1
-        output_dir, places = folder / f"run-{run}", []
+        output_dir, activities = folder / f"run-{run}", []
         while kills > 0 and not run_for(grow, output_dir, moments.uniform(0, seconds)):
-            places.append(where(output_dir))
+            activities.append(activity(output_dir))
             kills -= 1
         run_for(grow, output_dir, None)
-        if places:
+        if activities:
             found = fingerprint(output_dir)
-            yield places, {name for name in expected | found if expected.get(name) != found.get(name)}
+            yield activities, {name for name in expected | found if expected.get(name) != found.get(name)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="Where to keep the runs; a temporary folder by default.")
     args = parser.parse_args()
     identical, at = 0, collections.Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
-        for places, differences in kill_and_compare(Path(args.folder or temporary), args.kills, args.seed):
-            at.update(places)
-            identical += 0 if differences else len(places)
-            print(f"killed {len(places)} times: {sorted(differences)[:5] or 'identical'}", flush=True)
-    for place, count in at.most_common():
-        print(f"{count:4d} x {place}")
+        for activities, differences in kill_and_compare(Path(args.folder or temporary), args.kills, args.seed):
+            at.update(activities)
+            identical += 0 if differences else len(activities)
+            print(f"killed {len(activities)} times: {sorted(differences)[:5] or 'identical'}", flush=True)
+    for name, count in at.most_common():
+        print(f"{count:4d} x {name}")
     print(f"{identical}/{args.kills} identical")
 
 

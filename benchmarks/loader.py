@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-How much of a training step is the model, and how much is waiting for data:
+Does training wait for its data? The time of a training step with and without a loader.
 
     python -m benchmarks.loader --resolution 256 --batch_size 32 --num_workers 0 8
+    python -m benchmarks.loader --report    # the report from the records
 
 Images are JPEGs of `--image_size` pixels in parquet or WebDataset tar files, read as `grow.py` reads them. A step is one
-of the detail phase, the cheapest that there is at a resolution. `model's share` is the time of a step on a batch that is
-there already, over that of a step with a loader, measured in turn; `waited` is the share of the latter that passes before
-the loader has handed over its batch.
+of the detail phase, the cheapest at a resolution.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,17 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from benchmarks.step_time import NUM_TOKENS, TEXT_DIM, build_ours
+from benchmarks.tables import (
+    Row,
+    add_report_arguments,
+    keep_rows,
+    measured_sections,
+    render_report,
+    report_command,
+    spread,
+    write_reports,
+)
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.images import normalize
 from diffusers_greedy_grow.training.data.order import EpochOrder
@@ -36,12 +47,15 @@ from diffusers_greedy_grow.training.data.sources import load_captioned_data
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
 from diffusers_greedy_grow.training.objective import draw_noise, flow_loss
 
-from .step_time import NUM_TOKENS, TEXT_DIM, build_ours
-from .tables import RESULTS, describe_machine, markdown, spread, write_json
+
+NOTE = """
+*model's share*: the time of a step on a batch that is there already, relative to a step with the loader, measured in turn;
+median, smallest and largest. *waited*: the share of a step with the loader that passes before its batch arrives.
+""".strip()
 
 
 def write_images(folder: Path, count: int, size: int, num_files: int) -> None:
-    """The same smooth noise, as photographs have it, in parquet and in tar files."""
+    """Write the same smooth images, which compress like photographs, to parquet and to tar files."""
     rng = np.random.default_rng(0)
     files: list[list[bytes]] = [[] for _ in range(num_files)]
     for i in range(count):
@@ -64,7 +78,10 @@ def write_images(folder: Path, count: int, size: int, num_files: int) -> None:
                     archive.addfile(member, io.BytesIO(content))
 
 
-def open_loader(source: str, folder: Path, args: argparse.Namespace, num_workers: int, num_batches: int):
+def open_loader(
+    source: str, folder: Path, args: argparse.Namespace, num_workers: int, num_batches: int
+) -> torch.utils.data.DataLoader | StreamLoader:
+    """Open a loader like those of `grow.py`."""
     pin_memory = torch.cuda.is_available()
     if source == "parquet":
         rows, _ = load_captioned_data(None, str(folder / "parquet"), "image", "text")
@@ -75,12 +92,12 @@ def open_loader(source: str, folder: Path, args: argparse.Namespace, num_workers
         )
     kind, columns = ("parquet", ("image", "text")) if source == "streamed parquet" else ("tar", ("jpg", "txt"))
     stream, _, first = load_captioned_stream(None, str(folder / kind), *columns, 0)
-    images = StreamedImages(stream, first, args.resolution, shuffle_buffer_size=200)
-    return StreamLoader(images, args.batch_size, 0, num_batches, 0, 1, num_workers, seed=(0,), pin_memory=pin_memory)
+    streamed = StreamedImages(stream, first, args.resolution, shuffle_buffer_size=200)
+    return StreamLoader(streamed, args.batch_size, 0, num_batches, 0, 1, num_workers, seed=(0,), pin_memory=pin_memory)
 
 
 class Training:
-    """Steps of the detail phase of a model as in the other tables."""
+    """Training steps of the detail phase, of the model that `step_time` measures."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
@@ -93,7 +110,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self.text = torch.randn(args.batch_size, NUM_TOKENS, TEXT_DIM, device=device)
 
-    def step(self, batch: dict) -> None:
+    def step(self, batch: dict[str, Any]) -> None:
         x0 = normalize(batch["pixel_values"].to(self.device, non_blocking=True))
         noise, sigma, _ = draw_noise((0,), 0, len(x0), x0.shape, 4.0, 0.3, 1.1, self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -102,8 +119,8 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def time(self, batches: Iterator[dict], steps: int) -> tuple[float, float]:
-        """Seconds per step, and which share of them was spent on getting the batch."""
+    def time(self, batches: Iterator[dict[str, Any]], steps: int) -> tuple[float, float]:
+        """Return the seconds per step, and the share of them that passed while getting the batch."""
         self.synchronize()
         started, waited = time.perf_counter(), 0.0
         for _ in range(steps):
@@ -120,61 +137,71 @@ class Training:
             torch.cuda.synchronize()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+def measure(training: Training, source: str, folder: Path, args: argparse.Namespace, num_workers: int) -> Row:
+    """Time the loader alone, the model alone, and both together."""
+    ahead = 2 + 2 * num_workers  # batches that workers read before they are asked do not count
+    batches = iter(open_loader(source, folder, args, num_workers, args.num_images // args.batch_size))
+    next(batches)  # starts the workers
+    started = time.perf_counter()
+    count = sum(len(batch["caption"]) for batch in batches)
+    alone = count / (time.perf_counter() - started)
+    without, with_loader, waited = [], [], []
+    num_batches = 1 + args.repeats * (ahead + args.steps)
+    batches = iter(open_loader(source, folder, args, num_workers, num_batches))
+    batch = next(batches)
+    training.time(itertools.repeat(batch), 1)  # creates the optimizer's state
+    for _ in range(args.repeats):  # in turn, since a machine's speed varies
+        without.append(training.time(itertools.repeat(batch), args.steps)[0])
+        training.time(batches, ahead)
+        seconds, share = training.time(batches, args.steps)
+        with_loader.append(seconds)
+        waited.append(share)
+    return {
+        "data": source,
+        "workers": num_workers,
+        "loader alone, images/s": f"{alone:.0f}",
+        "model alone, images/s": f"{args.batch_size / statistics.median(without):.0f}",
+        "together, images/s": f"{args.batch_size / statistics.median(with_loader):.0f}",
+        "model's share": spread([a / b for a, b in zip(without, with_loader)], 2),
+        "waited": f"{statistics.median(waited):.1%}",
+    }
+
+
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the report by the file that it belongs to."""
+    sections = measured_sections(args.results_dir / "loader.json", num_keys=2)
+    title = "Does training wait for its data? Full tables"
+    return {args.results_dir / "loader.md": render_report(report_command("loader", args), title, sections, NOTE)}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    add_report_arguments(parser)
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--image_size", type=int, default=96, help="Of the files.")
+    parser.add_argument("--image_size", type=int, default=96, help="The size of the files' images in pixels.")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--num_images", type=int, default=2048)
     parser.add_argument("--num_files", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=30, help="Of each measurement.")
+    parser.add_argument("--steps", type=int, default=30, help="The steps of each measurement.")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", default=str(RESULTS / "loader.json"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    training, rows = Training(args, device), []
-    with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder), args.num_images, args.image_size, args.num_files)
-        for source in ("parquet", "streamed parquet", "streamed tar"):
-            for num_workers in args.num_workers:
-                ahead = 2 + 2 * num_workers  # what workers have read while they were not asked does not count
-                batches = iter(
-                    open_loader(source, Path(folder), args, num_workers, args.num_images // args.batch_size)
-                )
-                next(batches)  # workers start
-                started = time.perf_counter()
-                count = sum(len(batch["caption"]) for batch in batches)
-                alone = count / (time.perf_counter() - started)
-                without, with_loader, waited = [], [], []
-                num_batches = 1 + args.repeats * (ahead + args.steps)
-                batches = iter(open_loader(source, Path(folder), args, num_workers, num_batches))
-                batch = next(batches)
-                training.time(itertools.repeat(batch), 1)  # makes the optimizer's state
-                for _ in range(args.repeats):  # in turn, since a machine has its moods
-                    without.append(training.time(itertools.repeat(batch), args.steps)[0])
-                    training.time(batches, ahead)
-                    seconds, share = training.time(batches, args.steps)
-                    with_loader.append(seconds)
-                    waited.append(share)
-                del batches
-                rows.append(
-                    {
-                        "data": source,
-                        "workers": num_workers,
-                        "loader alone, images/s": f"{alone:.0f}",
-                        "model alone, images/s": f"{args.batch_size / statistics.median(without):.0f}",
-                        "together, images/s": f"{args.batch_size / statistics.median(with_loader):.0f}",
-                        "model's share": spread([a / b for a, b in zip(without, with_loader)], 2),
-                        "waited": f"{statistics.median(waited):.1%}",
-                    }
-                )
-                print(json.dumps(rows[-1]), flush=True)
-    print(markdown(rows))
-    settings = {name: value for name, value in vars(args).items() if name != "output"}
-    write_json(Path(args.output), {"machine": describe_machine(), "settings": settings, "rows": rows})
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if not args.report:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        training, rows = Training(args, device), []
+        with tempfile.TemporaryDirectory() as folder:
+            write_images(Path(folder), args.num_images, args.image_size, args.num_files)
+            for source in ("parquet", "streamed parquet", "streamed tar"):
+                for num_workers in args.num_workers:
+                    rows.append(measure(training, source, Path(folder), args, num_workers))
+                    print(json.dumps(rows[-1]), flush=True)
+        keep_rows(args.results_dir / "loader.json", rows, "data", args)
+    write_reports(make_reports(args))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 
 
 """
-LoRA: does an adapter that was trained on a core do the same to a model that was grown from it? This one turns circles green:
-it learns from captioned shapes in which circles are, whatever the captions say.
+Does a LoRA of a core work on a model grown from it? This adapter turns circles green: it learns from captioned shapes whose
+circles are green whatever the caption says.
 
     make demo                                                        # leaves output/core and output/grown-64
-    python -m benchmarks.lora --models output/core output/grown-64   # trains on the first, unless it has
+    python -m benchmarks.lora --models output/core output/grown-64   # trains on the first, unless that is done
+    python -m benchmarks.lora --report                               # the report from the records
 
-Arguments that are not its own go to `train_lora.py`, such as `--mixed_precision bf16 --attention_backend _native_math`.
+Further arguments go to `train_lora.py`, such as `--mixed_precision bf16 --attention_backend _native_math`.
 """
 
 import argparse
@@ -26,9 +27,19 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from benchmarks.tables import RESULTS, describe_machine, markdown, write_json
+from benchmarks.tables import (
+    ROOT,
+    Row,
+    add_report_arguments,
+    keep_rows,
+    markdown,
+    measured_sections,
+    render_report,
+    report_command,
+    write_reports,
+)
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.training.samples import draw_samples
+from diffusers_greedy_grow.training.samples import draw_grid
 from diffusers_greedy_grow.training.seeds import sample_generators
 from diffusers_greedy_grow.training.shapes.scenes import (
     HELD_OUT,
@@ -41,7 +52,10 @@ from diffusers_greedy_grow.training.shapes.scenes import (
 from diffusers_greedy_grow.training.shapes.scorer import score_images
 
 
-SCRIPT = Path(__file__).parents[1] / "training_examples" / "train_lora.py"
+SCRIPT = ROOT / "training_examples" / "train_lora.py"
+NOTE = (
+    "Shares of 24 captions of circles, none of them green, and of 24 captions of other shapes, by the shapes scorer."
+)
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 20, 3.0
 
 
@@ -56,7 +70,7 @@ def make_green(scene: Scene) -> Scene:
 def write_images(
     folder: Path, scenes: Iterable[Scene], image_size: int, texture_cells: int = 16, green_circles: bool = False
 ) -> Path:
-    """Writes `train.parquet` with each scene's image and caption; with `green_circles` the caption's colour is a lie there."""
+    """Write each scene's image and caption to `train.parquet`; with `green_circles`, circles are green whatever the caption."""
     rows: dict[str, list] = {"image": [], "text": []}
     for scene in scenes:
         shown = make_green(scene) if green_circles and is_circle(scene) else scene
@@ -71,8 +85,9 @@ def write_images(
 
 
 def sample_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Scenes of one object, none of which is green to begin with or one of the demo's held-out combinations."""
-    rng, scenes = np.random.default_rng(seed), []
+    """Sample scenes of one object, without green objects and without the demo's held-out combinations."""
+    rng = np.random.default_rng(seed)
+    scenes: list[Scene] = []
     while len(scenes) < count:
         scene = sample_scene(rng)
         if scene.objects[0].color != "green" and not is_held_out(scene):
@@ -81,7 +96,7 @@ def sample_scenes(count: int, seed: int = 0) -> list[Scene]:
 
 
 def draw(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool = False) -> list[Image.Image]:
-    """One image for each caption, from noise of its own."""
+    """Draw one image per caption, each from its own noise."""
     pipeline.set_progress_bar_config(disable=True)
     generators, images = sample_generators((0,), 0, len(captions)), []
     for i in range(0, len(captions), 32):
@@ -99,8 +114,8 @@ def score(
     images: list[Image.Image], captions: list[str], image_size: int, texture_cells: int = 16
 ) -> dict[str, float]:
     """
-    By the shapes scorer, of images scaled to `image_size`: which share of the circles is green, and of all else has the
-    colour and the shape of its caption.
+    Scale images to `image_size` and score them: the share of circles that are green and that are circles, and the share of
+    other objects with their caption's color and shape.
     """
     images = [image.resize((image_size, image_size), Image.Resampling.BICUBIC) for image in images]
     circles = [is_circle(parse_caption(caption)) for caption in captions]
@@ -119,18 +134,8 @@ def score(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument(
-        "--models", nargs="+", default=["output/core", "output/grown-64"], help="The core is the first."
-    )
-    parser.add_argument("--work_dir", type=Path, default=Path(__file__).parent / "runs" / "lora")
-    parser.add_argument("--num_images", type=int, default=48)
-    parser.add_argument("--bfloat16", action="store_true", help="Draw in bfloat16.")
-    parser.add_argument("--quick", action="store_true")
-    args, others = parser.parse_known_args()
-    if args.quick:
-        args.num_images, others = 8, [*others, "--max_train_steps", "5"]
+def measure(args: argparse.Namespace, train_flags: list[str]) -> list[Row]:
+    """Train the adapter if that is not done, and return one row per model, without and with it."""
     pipelines = {Path(model).name: GreedyGrowPipeline.from_pretrained(model) for model in args.models}
     image_size = max(pipeline.unet.config.sample_size for pipeline in pipelines.values())
 
@@ -139,7 +144,7 @@ def main() -> None:
         data = write_images(args.work_dir / "data", sample_scenes(2000), image_size, green_circles=True)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT)]
         launch += ["--pretrained_model_name_or_path", args.models[0], "--train_data_dir", str(data)]
-        subprocess.run([*launch, "--output_dir", str(folder), "--max_train_steps", "600", *others], check=True)
+        subprocess.run([*launch, "--output_dir", str(folder), "--max_train_steps", "600", *train_flags], check=True)
 
     # Half of the captions are of circles; none says green.
     items = [item for item in HELD_OUT if item.color != "green"]
@@ -148,7 +153,7 @@ def main() -> None:
     ]
     circles, rest = ([scene.caption for scene in scenes if is_circle(scene) == wanted] for wanted in (True, False))
     captions = [caption for pair in zip(circles, rest) for caption in pair][: args.num_images]
-    rows: list[dict] = []
+    rows: list[Row] = []
     shown: dict[str, list[Image.Image]] = {}
     for name, pipeline in pipelines.items():
         for arm in (name, f"{name}, LoRA of the core"):
@@ -158,10 +163,43 @@ def main() -> None:
             shown[arm] = images[:6]
             scores = score(images, captions, image_size)
             rows.append({"model": arm, **{key: f"{value:.2f}" for key, value in scores.items()}})
-    print(markdown(rows))
-    draw_samples(shown, captions[:6], args.work_dir / "lora.png")
-    if not args.quick:
-        write_json(RESULTS / "lora.json", {"machine": describe_machine(), "rows": rows})
+    draw_grid(shown, captions[:6], args.work_dir / "lora.png")
+    return rows
+
+
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the report by the file that it belongs to."""
+    sections = measured_sections(args.results_dir / "lora.json")
+    title = "Does a LoRA of a core work on a model grown from it? Full tables"
+    return {args.results_dir / "lora.md": render_report(report_command("lora", args), title, sections, NOTE)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    add_report_arguments(parser)
+    parser.add_argument(
+        "--models", nargs="+", default=["output/core", "output/grown-64"], help="Pipeline folders, the core first."
+    )
+    parser.add_argument("--work_dir", type=Path, default=Path(__file__).parent / "runs" / "lora")
+    parser.add_argument("--num_images", type=int, default=48)
+    parser.add_argument("--bfloat16", action="store_true", help="Draw in bfloat16.")
+    parser.add_argument("--quick", action="store_true")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, train_flags = build_parser().parse_known_args(argv)
+    if args.quick:
+        args.num_images = 8
+        print(markdown(measure(args, [*train_flags, "--max_train_steps", "5"])))
+        return
+    if not args.report:
+        keep_rows(args.results_dir / "lora.json", measure(args, train_flags), "model", args)
+    write_reports(make_reports(args))
 
 
 if __name__ == "__main__":

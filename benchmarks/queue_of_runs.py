@@ -3,9 +3,9 @@
 
 
 """
-Training runs as a queue: each run is `accelerate launch training_examples/grow.py` in a process of its own, followed by an
-evaluation of the pipelines that it leaves. What is finished is in the results file and not run again; what was stopped
-goes on from its last checkpoint.
+A queue of training runs. Each run is `accelerate launch training_examples/grow.py` in a process of its own, followed by an
+evaluation of the pipelines that it leaves. Finished runs have a record in `runs.json` and do not run again; a run that was
+stopped resumes from its last checkpoint.
 """
 
 import argparse
@@ -23,10 +23,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
+from typing import Any
 
 import torch
 
-from benchmarks.tables import RESULTS, describe_commit, describe_machine, write_json
+from benchmarks.tables import (
+    ROOT,
+    Record,
+    add_report_arguments,
+    describe_commit,
+    describe_machine,
+    read_json,
+    write_json,
+)
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from diffusers_greedy_grow.training.checkpoints import sorted_checkpoints
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
@@ -35,8 +44,7 @@ from diffusers_greedy_grow.training.setup import has_native_bfloat16
 from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 
-ROOT = Path(__file__).resolve().parents[1]
-# glibc gives large tensors back to the system at once, and fetching them again costs a tenth of a step at 128 px.
+# By default glibc returns large tensors to the system at once; allocating them again costs a tenth of a step at 128 px.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
@@ -49,38 +57,48 @@ GROW = "training_examples/grow.py"
 @dataclass
 class Job:
     """
-    One run: a unique `name`, the `arguments` of the `script` (another than `grow.py` evaluates itself), the `data` it
-    trains on, and the name of the job whose pipeline it starts from. `keys` say in the results what it is: arm, seed,
-    growth factor.
+    One run.
+
+    Attributes:
+        name: Unique among all benchmarks.
+        arguments: Arguments of the `script`.
+        keys: Arm, seed and growth factor, which the reports look for in the records.
+        data: The folder of images to train on.
+        core: The name of the job whose core it grows.
+        script: The script to run; any other than `grow.py` evaluates its images itself.
     """
 
     name: str
-    arguments: dict
-    keys: dict
+    arguments: dict[str, Any]
+    keys: dict[str, Any]
     data: Path
     core: str | None = None
     script: str = GROW
 
 
 def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work_dir", default="benchmarks/runs", help="Where the runs keep their files.")
-    parser.add_argument("--workers", type=int, default=2, help="Runs at a time, one thread each on a CPU.")
+    add_report_arguments(parser)
+    parser.add_argument("--work_dir", default="benchmarks/runs", help="The folder in which the runs keep their files.")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="The number of runs at a time; on a CPU each has one thread."
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train_data_dir", help="Images to train on, instead of captioned shapes.")
-    parser.add_argument("--quick", action="store_true", help="A small version that takes minutes; no evidence.")
+    parser.add_argument("--train_data_dir", help="Captioned images to train on, instead of captioned shapes.")
+    parser.add_argument(
+        "--quick", action="store_true", help="A small version that takes minutes; its results mean nothing."
+    )
     parser.add_argument(
         "--large",
         action="store_true",
-        help="For a GPU: models twice as wide and more operations; apart from the others.",
+        help="For a GPU: models twice as wide and more operations, with records of their own.",
     )
-    parser.add_argument("--report", action="store_true", help="Only draw the table and plot of what has been run.")
     precision = "bf16" if torch.cuda.is_available() or has_native_bfloat16() else "no"
     parser.add_argument("--mixed_precision", default=precision, choices=["no", "bf16"])
 
 
-def places(args: argparse.Namespace) -> tuple[Path, Path]:
-    """The folders of runs and of results. Those of other data than shapes, of `--quick` or `--large`, mix with no others."""
-    work_dir, results = Path(args.work_dir), RESULTS
+def locate_folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Return the folders of runs and of results. Data of one's own, `--quick` and `--large` have folders of their own."""
+    work_dir, results = Path(args.work_dir), args.results_dir
     if args.large:
         work_dir, results = work_dir / "large", results / "large"
     if args.quick:
@@ -92,20 +110,20 @@ def places(args: argparse.Namespace) -> tuple[Path, Path]:
     return work_dir, results
 
 
-def find_data(args: argparse.Namespace, image_size: int) -> Path:
-    """The folder that is trained on: captioned shapes, drawn once for all runs, or the user's own images."""
+def prepare_data(args: argparse.Namespace, image_size: int) -> Path:
+    """Return the folder to train on: the user's own images, or captioned shapes, which are drawn once for all runs."""
     if args.train_data_dir:
         return Path(args.train_data_dir)
     num_train = 2000 if args.quick else 20000
     folder = Path(args.work_dir) / f"shapes-{image_size}px-{num_train}"
-    if not args.report and not (folder / "validation.parquet").exists():
+    if not (folder / "validation.parquet").exists():
         print(f"Drawing {num_train} captioned shapes into {folder}.", flush=True)
         write_shapes(folder, num_train=num_train, num_validation=256, image_size=image_size, texture_cells=16)
     return folder
 
 
 def count_images(data: Path) -> int:
-    """Of its training part."""
+    """Return the number of training images."""
     return len(load_captioned_data(None, str(data), "image", "text")[0])
 
 
@@ -119,7 +137,7 @@ class Setting:
 
     resolution: int
     block_out_channels: str
-    cascade_channels: tuple[int, ...]  # of the cascade's super-resolution UNet, with as many parameters as the stage
+    cascade_channels: tuple[int, ...]  # the super-resolution UNet then has as many parameters as the stage
     batch_size: int
     core_batch_size: int = 16
     core_resolution: int = 16
@@ -129,7 +147,7 @@ class Setting:
     patch_size: int = 2
 
     def enlarge(self) -> "Setting":
-        """Twice as wide, in batches of four times the size."""
+        """Return models twice as wide, which train in batches four times as large."""
         return replace(
             self,
             block_out_channels=",".join(str(2 * channels) for channels in self.channels),
@@ -148,7 +166,7 @@ class Setting:
     def channels(self) -> tuple[int, ...]:
         return tuple(int(channels) for channels in self.block_out_channels.split(","))
 
-    def core_arguments(self) -> dict:
+    def core_arguments(self) -> dict[str, Any]:
         names = ("hidden_size", "num_layers", "num_attention_heads", "patch_size")
         return {
             **{name: getattr(self, name) for name in names},
@@ -172,7 +190,7 @@ class Setting:
         )
 
     def plans(self, init: str = "preserve") -> dict[str, PhasePlan]:
-        """What an image costs in each phase."""
+        """Return the cost of one image in each phase."""
         return count_costs(self, init)
 
 
@@ -192,12 +210,17 @@ def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
 # Runs of grow.py
 
 COMMON = {"num_validation_images": 128, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
-NARROW = {"logit_mean": [1.0], "logit_std": [1.0], "loss_weighting": ["velocity"]}
-WIDE = {"logit_mean": [1.0, -0.7], "logit_std": [1.0, 1.3], "loss_weighting": ["velocity", "clean"]}
+# Noise levels and loss weighting of the core, and of the core and the stage.
+CORE_LEVELS: dict[str, list[Any]] = {"logit_mean": [1.0], "logit_std": [1.0], "loss_weighting": ["velocity"]}
+STAGE_LEVELS: dict[str, list[Any]] = {
+    "logit_mean": [1.0, -0.7],
+    "logit_std": [1.0, 1.3],
+    "loss_weighting": ["velocity", "clean"],
+}
 
 
 def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
-    """A core trained for about `flops` operations, which growths of any factor share."""
+    """Return the run of a core of about `flops` operations, which growths of any factor share."""
     cost = setting.plans()["core"].train_flops
     steps = round(flops / cost / setting.core_batch_size)
     return Job(
@@ -205,11 +228,11 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
         arguments={
             **COMMON,
             **setting.core_arguments(),
-            # With a stage that is not trained: the same for all settings, as the core is.
+            # An untrained stage, the same for all settings, so that they share the core.
             "resolutions": [setting.core_resolution, 128],
             "block_out_channels": ["24,32,64,96"],
             "seed": seed,
-            **NARROW,
+            **CORE_LEVELS,
             "core_steps": steps,
             "detail_steps": [0],
             "joint_steps": [0],
@@ -229,14 +252,16 @@ def growth_job(
     frozen_share: float,
     data: Path,
     core: Job | None,
-    wide: bool = True,
+    stage_levels: bool = True,
     init: str = "preserve",
-    **more,
+    **more: Any,
 ) -> Job:
     """
-    `flops` operations above the core's resolution, `frozen_share` of them with the core frozen; without a `core`,
-    everything is trained from scratch. `wide` trains on lower noise levels too and by the clean image's error, else on the core's
-    noise levels and by the velocity's error, as the core does.
+    Return a run of `flops` operations at the high resolution, with the core frozen for `frozen_share` of them.
+
+    Without a `core` everything is trained from scratch. With `stage_levels` the noise levels go lower than the core's and
+    the loss is the clean image's error; otherwise noise levels and loss are the core's. `more` are further arguments of
+    `grow.py`.
     """
     costs = setting.plans(init)
     frozen_steps = round(frozen_share * flops / costs["detail"].train_flops / setting.batch_size)
@@ -251,7 +276,7 @@ def growth_job(
             "block_out_channels": [setting.block_out_channels],
             "seed": seed,
             "init": init,
-            **(WIDE if wide else NARROW),
+            **(STAGE_LEVELS if stage_levels else CORE_LEVELS),
             "detail_steps": [frozen_steps],
             "joint_steps": [joint_steps],
             "train_batch_size": [setting.core_batch_size, setting.batch_size],
@@ -269,52 +294,57 @@ def growth_job(
 # The queue
 
 
-def read_records(path: Path) -> dict[str, dict]:
-    return {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
+def read_records(path: Path) -> dict[str, Record]:
+    """Return the records in `runs.json` by name."""
+    return {record["name"]: record for record in read_json(path) or []}
 
 
-def find_runs(records: dict[str, dict], arm: str, factor: int) -> list[dict]:
-    """One for each seed. A `ValueError` tells of two, of which one is left over from other settings."""
+def runs_of_arm(records: dict[str, Record], arm: str, factor: int) -> list[Record]:
+    """
+    Return the runs of an arm at a growth factor, one per seed, in the order of seeds.
+
+    Raises:
+        `ValueError`: if a seed has two runs, of which one must be left over from other settings.
+    """
     keys = {"arm": arm, "factor": factor}
     runs = [run for run in records.values() if keys.items() <= run["keys"].items()]
     if len({run["keys"]["seed"] for run in runs}) < len(runs):
         names = ", ".join(run["name"] for run in runs)
         raise ValueError(
-            f"Several records of one seed: {names}. Remove those of settings that are no more from runs.json."
+            f"Several records of one seed: {names}. Remove those of settings that no longer exist from runs.json."
         )
-    return runs
+    return sorted(runs, key=lambda run: run["keys"]["seed"])
 
 
-def last_scores(run: dict) -> dict[str, float]:
-    """Of the last pipeline that a run left."""
+def final_scores(run: Record) -> dict[str, float]:
+    """Return the scores of the last pipeline that a run left."""
     return run["scores"][list(run["seconds"])[-1]]
 
 
-def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
+def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, Record]:
     """
-    Runs those `jobs` that have not been run yet, or none with `--report`.
+    Run those `jobs` that have no record yet.
 
     Returns:
-        All records by name, of other benchmarks too: `keys`, `arguments`, `machine`, `mixed_precision`, `commit`, `core_weights` (a
-        digest: a core that was lost and trained again on another machine is another core), `images` by phase, `curve`
-        (the lines of metrics with a held-out loss), `seconds` of training and `scores` of each pipeline that the run left.
+        All records by name, including those of other benchmarks. A record has `keys`, `arguments`, `machine`,
+        `mixed_precision`, `commit`, `core_weights` (a digest: a core that was lost and trained again on another machine is
+        another core), `images` per phase, `curve` (the lines of metrics with a held-out loss), `seconds` of training and
+        `scores` of each pipeline that the run left.
 
     Raises:
-        `ValueError`: if a job has been run with other arguments, which its record would pass off as these.
-        `RuntimeError`: if a run fails, after the other ones, or if another queue is at work in the same folder.
+        `ValueError`: if the record of a job has other arguments.
+        `RuntimeError`: if a run fails, after the others have run, or if another queue is using the same folder.
     """
-    work_dir, results = places(args)
-    path = results / "runs.json"  # shared by all benchmarks, and with it the runs that they have in common
-    if args.quick and not args.report:
+    work_dir, results = locate_folders(args)
+    path = results / "runs.json"  # shared by all benchmarks, since they have runs in common
+    if args.quick:
         shutil.rmtree(work_dir, ignore_errors=True)
     records = read_records(path)
-    if args.report:
-        return records
     folders = {job.name: work_dir / job.name for job in jobs}
-    definitions = {job.name: define(job) for job in jobs}
+    inputs = {job.name: run_inputs(job) for job in jobs}
     for job in jobs:
-        ran = records.get(job.name, {}).get("arguments", definitions[job.name])
-        different = {name for name in ran | definitions[job.name] if ran.get(name) != definitions[job.name].get(name)}
+        ran = records.get(job.name, {}).get("arguments", inputs[job.name])
+        different = {name for name in ran | inputs[job.name] if ran.get(name) != inputs[job.name].get(name)}
         if different:
             raise ValueError(
                 f"{job.name} has been run with other values of {sorted(different)}: to run it again, remove it from {path} "
@@ -322,7 +352,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
             )
     lock = Lock()
 
-    # Cores first: the others wait for theirs. A core whose folder is lost is trained again if it is still needed.
+    # Cores run first, and the other jobs wait for theirs. A lost core is trained again if a missing run needs it.
     missing = [job for job in jobs if job.name not in records]
     needed = {job.core for job in missing if job.core and not (folders[job.core] / "result.json").exists()}
     queue = [job for job in jobs if job in missing or job.name in needed]
@@ -335,12 +365,12 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
                 ready[job.core].wait()
                 if not (folders[job.core] / "result.json").exists():
                     raise RuntimeError(f"{job.name} cannot be run: {job.core} failed.")
-            record = run_job(job, definitions[job.name], folders, args.mixed_precision)
+            record = run_job(job, inputs[job.name], folders, args.mixed_precision)
         finally:
             if job.name in ready:
                 ready[job.name].set()
         with lock:
-            # A core that is trained again, for want of its folder, leaves the record that older runs refer to.
+            # A lost core that was trained again does not replace the record that older runs refer to.
             records.update({job.name: record, **read_records(path)})
             write_json(path, sorted(records.values(), key=lambda record: record["name"]))
             left = sum(job.name not in records for job in jobs)
@@ -352,23 +382,22 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, dict]:
             fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(
-                f"Another queue runs jobs in {work_dir}, which may be the same: wait for it, or name another `--work_dir`."
+                f"Another queue runs jobs in {work_dir}, maybe the same ones: wait for it, or give another `--work_dir`."
             ) from None
         list(pool.map(finish, queue))
     return records
 
 
-def define(job: Job) -> dict:
-    """
-    What a run's result depends on beside the code, the machine and the precision that is fast there, which its record names.
-    """
+def run_inputs(job: Job) -> dict[str, Any]:
+    """Return everything that a run depends on, except code, machine and precision, which are in its record as well."""
     arguments = {**job.arguments, "data": job.data.name}
     return json.loads(json.dumps(arguments | ({"core": job.core} if job.core else {})))
 
 
-def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str) -> dict:
+def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], precision: str) -> Record:
+    """Train, evaluate, and return the record of the run."""
     folder = folders[job.name]
-    # A run that goes on is of the code, and the machine, that it began with.
+    # The record of a resumed run names the code and the machine that it began with.
     resumes, origin = bool(sorted_checkpoints(folder / "checkpoints")), folder / "made_by.json"
     if not (resumes and origin.exists()):
         write_json(origin, {"machine": describe_machine(), "mixed_precision": precision, "commit": describe_commit()})
@@ -408,12 +437,12 @@ def run_job(job: Job, definition: dict, folders: dict[str, Path], precision: str
         for command in [train, [*evaluate, f"--mixed_precision={precision}"]] if job.script == GROW else [train]:
             finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             if finished.returncode:
-                raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to go on.")
+                raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to resume.")
     core = folders[job.core or job.name] / "core"
     if core.exists():
         made_by["core_weights"] = digest_weights(core / "unet")
     result = json.loads((folder / "result.json").read_text())
-    return {"name": job.name, "keys": job.keys, "arguments": definition, **made_by, **result}
+    return {"name": job.name, "keys": job.keys, "arguments": inputs, **made_by, **result}
 
 
 def digest_weights(folder: Path) -> str:

@@ -3,13 +3,14 @@
 
 
 """
-Sampling: what each way to cheaper steps brings, alone and added to those before it, against the plain guided loop of 30
-steps in float32.
+What makes sampling fast? Each way to cheaper steps, alone and added to those before it, compared with the plain guided loop
+of 30 steps in float32.
 
     python -m benchmarks.sampling                                    # time: 16 -> 128 and 64 -> 512 px, random weights
     python -m benchmarks.sampling --models "64 -> 256" "64 -> 1024"                     # larger ones, for a GPU
     python -m benchmarks.sampling --pipeline output/grown-128 --data data_folder        # images: scorer and distances
     python -m benchmarks.sampling --quick
+    python -m benchmarks.sampling --report                           # reports and plot from the records
 """
 
 import argparse
@@ -18,13 +19,27 @@ import json
 import statistics
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from benchmarks.evaluate import held_out, make_noise, score
-from benchmarks.tables import RESULTS, draw_bars, keep_rows, markdown, mean_and_deviation
+from benchmarks.evaluate import load_held_out, make_noise, score
+from benchmarks.tables import (
+    Row,
+    add_report_arguments,
+    draw_bars,
+    keep_rows,
+    markdown,
+    mean_and_deviation,
+    measured_sections,
+    read_rows,
+    render_report,
+    report_command,
+    write_reports,
+)
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
@@ -33,19 +48,27 @@ logging.set_verbosity_error()
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_STEPS, GUIDANCE_SCALE = 30, 3.0
-# Blocks are compiled in the first call; CUDA graphs of what is run once a call are captured in the second.
+# The first call compiles the blocks; the second captures CUDA graphs of what runs once per call.
 NUM_WARMUPS = 2 if DEVICE.type == "cuda" else 1
 # The core's size, patch, hidden size, layers and heads; the stage's size and channels; the batch.
-MODELS = {
+MODELS: dict[str, tuple[int, int, int, int, int, int, tuple[int, ...], int]] = {
     "16 -> 128": (16, 2, 128, 6, 2, 128, (24, 32, 64, 96), 4),
     "64 -> 512": (64, 4, 512, 8, 8, 512, (64, 128, 256), 1),
     "64 -> 256": (64, 4, 1024, 12, 16, 256, (128, 256), 4),
     "64 -> 1024": (64, 4, 1024, 12, 16, 1024, (64, 128, 256, 512), 1),
 }
-# What grow.py measures on captioned shapes between 16 and 32 px.
+TIME_NOTE = """
+Random weights. The baseline is the plain loop: 30 Euler steps in float32, guidance by running everything twice. Arms that
+begin with "..." add one way to all those before them. *speed*: relative to the plain loop, median, smallest and largest.
+""".strip()
+IMAGES_NOTE = """
+The baseline is the plain loop in float32: 30 Euler steps, guidance by running everything twice. Distances (SWD) and shares
+are explained in [grow_vs_scratch.md](grow_vs_scratch.md); ± is the standard deviation over draws of noise.
+""".strip()
+# As grow.py measures it on captioned shapes between 16 and 32 px.
 DETAIL_VARIANCE = 0.0275
-# What each step adds: settings of `load`, which are `compile_mode` and `dtype`, and of `sample`.
-STEPS: dict[str, dict] = {
+# Settings that each way adds: `compile_mode` and `dtype` are for `load`, the others for `sample`.
+WAYS: dict[str, dict[str, Any]] = {
     "text projected once": {"own_loop": False},
     "core first": {"core_first": "auto"},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -58,9 +81,9 @@ STEPS: dict[str, dict] = {
 
 
 def build_pipeline(
-    core: int, patch: int, hidden: int, layers: int, heads: int, size: int, channels: tuple, batch: int
-):
-    """A grown pipeline with random weights, and prompts for one batch."""
+    core: int, patch: int, hidden: int, layers: int, heads: int, size: int, channels: tuple[int, ...], batch: int
+) -> tuple[GreedyGrowPipeline, list[str]]:
+    """Return a grown pipeline with random weights, and prompts for one batch."""
     prompts = ["a large red striped circle on a white background", "a small blue plain star on a gray background"]
     tokenizer = train_small_tokenizer(prompts)
     unet = ShallowUNet2DModel(
@@ -85,31 +108,31 @@ def build_pipeline(
 
 @functools.cache
 def load(folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | None = None) -> GreedyGrowPipeline:
-    """A saved pipeline as an arm runs it."""
+    """Load a saved pipeline as an arm runs it."""
     pipeline = GreedyGrowPipeline.from_pretrained(folder, dtype=dtype).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     if compile_mode:
-        # Arms with one pipeline have batches of two sizes: each is to have its own code, as it has when it is run alone.
+        # Arms that share a pipeline have batches of two sizes; each is compiled for its own, as when it runs alone.
         pipeline.unet.compile_repeated_blocks(mode=compile_mode, dynamic=False)
     return pipeline
 
 
-def load_arm(folder: str, settings: dict) -> tuple[GreedyGrowPipeline, dict]:
-    """Its pipeline, and what is left of its settings for [`sample`]."""
+def load_arm(folder: str, settings: dict[str, Any]) -> tuple[GreedyGrowPipeline, dict[str, Any]]:
+    """Return the pipeline of an arm, and its remaining settings, which are for [`sample`]."""
     of_load = {name: settings[name] for name in ("dtype", "compile_mode") if name in settings}
     return load(folder, **of_load), {name: value for name, value in settings.items() if name not in of_load}
 
 
 @torch.no_grad()
 def plain_loop(pipeline: GreedyGrowPipeline, prompts: list[str], latents: torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance as any pipeline does it: everything, twice, in each step. Images in [0, 1]."""
+    """Return images in [0, 1] by the usual classifier-free guidance, which runs everything twice in each step."""
     device = latents.device
     text, mask, negative_text, negative_mask = pipeline.encode_prompt(prompts, device)
     text, mask = torch.cat([text, negative_text]), torch.cat([mask, negative_mask])
     pipeline.scheduler.set_timesteps(NUM_STEPS, device=device)
     for t in pipeline.scheduler.timesteps:
         states = torch.cat([latents, latents])
-        torch.compiler.cudagraph_mark_step_begin()  # as the pipeline does, for blocks that are CUDA graphs
+        torch.compiler.cudagraph_mark_step_begin()  # for blocks that are CUDA graphs, as in the pipeline
         velocity = pipeline.unet(states, t.expand(len(states)), text, mask, return_dict=False)[0].float()
         velocity, negative_velocity = velocity.chunk(2)
         velocity = negative_velocity + GUIDANCE_SCALE * (velocity - negative_velocity)
@@ -124,8 +147,9 @@ def sample(
     own_loop: bool = True,
     stop: float = 1.0,
     num_steps: int = NUM_STEPS,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
+    """Return images in [0, 1] by the plain loop, or by the pipeline if anything differs from it."""
     if own_loop and not kwargs and stop == 1.0 and num_steps == NUM_STEPS:
         return plain_loop(pipeline, prompts, latents)
     images = pipeline(
@@ -140,24 +164,25 @@ def sample(
     return images.float()
 
 
-def list_arms(alone: bool = True) -> dict[str, dict]:
-    """The plain loop, each step `alone`, and all steps up to each."""
-    arms: dict[str, dict] = {"plain loop": {}}
-    for name, settings in STEPS.items() if alone else ():
+def list_arms(alone: bool = True) -> dict[str, dict[str, Any]]:
+    """Return the plain loop, each way `alone`, and each way together with all before it."""
+    arms: dict[str, dict[str, Any]] = {"plain loop": {}}
+    for name, settings in WAYS.items() if alone else ():
         arms[name] = settings
-    together: dict = {}
-    for name, settings in STEPS.items():
+    together: dict[str, Any] = {}
+    for name, settings in WAYS.items():
         together = {**together, **settings}
         if together not in arms.values():
             arms[f"... + {name}"] = dict(together)
     return arms
 
 
-def measure_time(args: argparse.Namespace) -> list[dict]:
-    rows = []
-    torch._dynamo.config.recompile_limit = 64  # all arms' pipelines have the same blocks
+def measure_time(args: argparse.Namespace) -> list[Row]:
+    """Return one row per model and arm."""
+    rows: list[Row] = []
+    torch._dynamo.config.recompile_limit = 64  # the pipelines of all arms have the same blocks
     for name in args.models:
-        torch.compiler.reset()  # else the first model's graphs count against the second's limit
+        torch.compiler.reset()  # or the first model's graphs would count against the second's limit
         load.cache_clear()
         pipeline, prompts = build_pipeline(*MODELS[name])
         latents = make_noise(len(prompts), pipeline.unet.config.sample_size).to(DEVICE)
@@ -189,18 +214,19 @@ def measure_time(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def measure_images(args: argparse.Namespace) -> list[dict]:
+def measure_images(args: argparse.Namespace) -> list[Row]:
+    """Return one row per arm."""
     size = load(args.pipeline).unet.config.sample_size
-    captions, real = held_out(args.data, size, args.num_images)
+    captions, real = load_held_out(args.data, size, args.num_images)
     scores: dict[str, list[dict]] = {}
     arms: dict[str, dict] = {}
     for arm, settings in list_arms().items():
         settings = {name: value for name, value in settings.items() if name != "compile_mode"}
-        if settings:  # whose loop it is changes no image either
+        if settings:  # the pipeline draws the same images as the plain loop
             settings["own_loop"] = False
-            if args.bfloat16:  # many a CPU is fast in it
+            if args.bfloat16:
                 settings["dtype"] = torch.bfloat16
-        if settings not in arms.values():  # compiling changes no image
+        if settings not in arms.values():  # compiling does not change the images
             arms[arm] = settings
     for seed in args.seeds:
         latents = make_noise(len(captions), size, seed).to(DEVICE)
@@ -223,30 +249,54 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the reports of the records that there are, by the files that they belong to."""
+    command, reports = report_command("sampling", args), {}
+    sections = measured_sections(args.results_dir / "sampling.json")
+    if sections:
+        title = "What makes sampling fast? Full tables"
+        reports[args.results_dir / "sampling.md"] = render_report(command, title, sections, TIME_NOTE)
+    sections = measured_sections(args.results_dir / "sampling_images.json")
+    if sections:
+        for section in sections:
+            section.rows = [
+                {name.replace("swd_", "SWD "): value for name, value in row.items()} for row in section.rows
+            ]
+        title = "What does fast sampling change in the images? Full tables"
+        reports[args.results_dir / "sampling_images.md"] = render_report(command, title, sections, IMAGES_NOTE)
+    return reports
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    add_report_arguments(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS)[:2], choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--together", action="store_true", help="Time: leave out what each step brings alone.")
-    parser.add_argument("--pipeline", help="A trained pipeline, to score its images.")
-    parser.add_argument("--data", help="The folder of captioned images that it was trained on.")
+    parser.add_argument("--together", action="store_true", help="Time: leave out what each way brings alone.")
+    parser.add_argument("--pipeline", help="Images: a trained pipeline, to score its images.")
+    parser.add_argument("--data", help="Images: the folder of captioned images that the pipeline was trained on.")
     parser.add_argument("--num_images", type=int, default=96)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bfloat16", action="store_true", help="Images: all arms but the plain loop in bfloat16.")
     parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     if args.quick:
         args.models, args.repeats, args.num_images, args.seeds = args.models[:1], 1, 8, args.seeds[:2]
-
-    rows = measure_images(args) if args.pipeline else measure_time(args)
-    print(markdown(rows))
-    if args.quick:
+        print(markdown(measure_images(args) if args.pipeline else measure_time(args)))
         return
-    if args.pipeline:
-        keep_rows(RESULTS / "sampling_images.json", rows, "arm", vars(args))
-    else:
-        rows = keep_rows(RESULTS / "sampling.json", rows, "pixels", vars(args))
-        draw_bars(rows, "pixels", "arm", "speed", RESULTS / "sampling.png")
+    times = args.results_dir / "sampling.json"
+    if not args.report:
+        if args.pipeline:
+            keep_rows(args.results_dir / "sampling_images.json", measure_images(args), "arm", args)
+        else:
+            keep_rows(times, measure_time(args), "pixels", args)
+    write_reports(make_reports(args))
+    if times.exists():
+        draw_bars(read_rows(times), "pixels", "arm", "speed", args.results_dir / "sampling.png")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 
 
 """
-Does a deeper core align better? Cores of one, two and four times the transformer's parameters, trained on the same
-images and grown with the same encoder and decoder, 16 -> 128 px.
+Does a deeper core align better? Cores with one, two and four times as many transformer layers, trained on the same images
+and grown with the same encoder and decoder, 16 -> 128 px.
 
-    python -m benchmarks.scale_core                 # stops and goes on where it was
+    python -m benchmarks.scale_core                 # resumes what was stopped
     python -m benchmarks.scale_core --quick
     python -m benchmarks.scale_core --report
 """
@@ -15,26 +15,40 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.grow_vs_scratch import ARMS, SETTINGS, TOTAL_FLOPS, chosen_size
+from benchmarks.arms import SETTINGS, TOTAL_FLOPS, chosen_size, find_arm
 from benchmarks.queue_of_runs import (
     Job,
     Setting,
     add_queue_arguments,
     core_job,
-    find_data,
-    find_runs,
+    final_scores,
     growth_job,
-    last_scores,
-    places,
+    locate_folders,
+    prepare_data,
+    read_records,
     run_queue,
+    runs_of_arm,
 )
-from benchmarks.tables import markdown, mean_and_deviation, write_json
+from benchmarks.tables import (
+    Record,
+    Row,
+    Section,
+    describe_runs,
+    mean_and_deviation,
+    render_report,
+    report_command,
+    write_reports,
+)
 
 
-# The core is frozen while the stage trains, so that its alignment is what the images show. With the usual number of
-# layers, these are the runs of grow_vs_scratch, and as many images with the others.
-(ARM,) = (arm for arm in ARMS if arm.name == "ours, detail phase only")
+# The core stays frozen while the stage trains, so that the images show the core's alignment. With the usual number of
+# layers these are runs of grow_vs_scratch; the others see as many images.
+ARM = find_arm("ours, detail phase only")
 LAYERS = (3, 6, 12)
+NOTE = """
+16 -> 128 px, the core frozen while the stage trains. Losses, shares and distances are explained in
+[grow_vs_scratch.md](grow_vs_scratch.md).
+""".strip()
 
 
 def arm_name(num_layers: int) -> str:
@@ -48,48 +62,65 @@ def make_jobs(usual: Setting, num_layers: int, seed: int, data: Path, scale: flo
         for phase, share in (("core", ARM.core_share), ("detail", 1 - ARM.core_share))
     )
     core = core_job(setting, seed, core_flops, data)
-    growth = growth_job(setting, arm_name(num_layers), seed, growth_flops, 1.0, data, core, ARM.wide)
+    growth = growth_job(setting, arm_name(num_layers), seed, growth_flops, 1.0, data, core, ARM.stage_levels)
     return [core, growth]
 
 
-def make_table(records: dict[str, dict], usual: Setting) -> list[dict]:
-    rows = []
+def make_tables(records: dict[str, Record], usual: Setting) -> tuple[list[Row], list[Row]]:
+    """Return a table of sizes and losses, and one of scores and distances."""
+    losses: list[Row] = []
+    images: list[Row] = []
     for num_layers in LAYERS:
-        runs = find_runs(records, arm_name(num_layers), 8)
+        runs = runs_of_arm(records, arm_name(num_layers), 8)
         if not runs:
             continue
-        parts = replace(usual, num_layers=num_layers).plans()
+        plans = replace(usual, num_layers=num_layers).plans()
         ends = [run["curve"][-1] for run in runs]
-        scores = [last_scores(run) for run in runs]
-        rows.append(
+        losses.append(
             {
-                "core": f"{num_layers} layers, {parts['core'].parameters / 1e6:.2f} M",
-                "stage": f"{(parts['joint'].parameters - parts['core'].parameters) / 1e6:.2f} M",
+                "core": f"{num_layers} layers",
+                "core, M parameters": f"{plans['core'].parameters / 1e6:.2f}",
+                "stage, M parameters": f"{(plans['joint'].parameters - plans['core'].parameters) / 1e6:.2f}",
                 "seeds": len(runs),
                 "low band": mean_and_deviation([line["val_loss_low"] for line in ends], 4),
                 "high band": mean_and_deviation([line["val_loss_high"] for line in ends], 4),
-                **{
-                    name.replace("swd_", "SWD "): mean_and_deviation([one[name] for one in scores], 2)
-                    for name in scores[0]
-                },
             }
         )
-    return rows
+        scores = [final_scores(run) for run in runs]
+        names = {name: name.replace("swd_", "SWD ") for name in scores[0]}
+        columns = {label: mean_and_deviation([one[name] for one in scores], 2) for name, label in names.items()}
+        images.append({"core": f"{num_layers} layers", **columns})
+    return losses, images
 
 
-def draw_plot(records: dict[str, dict], path: Path) -> None:
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the report by the file that it belongs to."""
+    _, results = locate_folders(args)
+    records = read_records(results / "runs.json")
+    runs = [run for num_layers in LAYERS for run in runs_of_arm(records, arm_name(num_layers), 8)]
+    losses, images = make_tables(records, chosen_size(args)[0][8])
+    sections = [Section(losses, "Held-out loss", f"{describe_runs(runs)}."), Section(images, "Distances and scores")]
+    title = "What does a deeper core bring? Full tables"
+    return {results / "scale_core.md": render_report(report_command("scale_core", args), title, sections, NOTE)}
+
+
+def draw_plot(records: dict[str, Record], path: Path) -> None:
+    """Plot what the images show of alignment and rendering by the number of layers, one point per run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4))
     axes = figure.subplots(1, 2)
-    panels = {"alignment": ("shape", "size"), "rendering": ("texture",)}  # colors and backgrounds are all right
+    panels = {
+        "alignment": ("shape", "size"),
+        "rendering": ("texture",),
+    }  # colors and backgrounds are right in all images
     for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
             points = [
-                (num_layers, last_scores(run)[name])
+                (num_layers, final_scores(run)[name])
                 for num_layers in LAYERS
-                for run in find_runs(records, arm_name(num_layers), 8)
-                if name in last_scores(run)  # captions of anything but shapes have no such scores
+                for run in runs_of_arm(records, arm_name(num_layers), 8)
+                if name in final_scores(run)  # only captions of shapes are scored
             ]
             if points:
                 axis.plot(*zip(*points), "o", label=name, alpha=0.7)
@@ -105,18 +136,23 @@ def draw_plot(records: dict[str, dict], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     add_queue_arguments(parser)
-    args = parser.parse_args()
-    data, (_, results) = find_data(args, 128), places(args)
-    settings, seeds, scale = chosen_size(args)
-    jobs = [job for seed in seeds for n in LAYERS for job in make_jobs(settings[8], n, seed, data, scale)]
-    records = run_queue(jobs, args)
-    rows = make_table(records, settings[8])
-    print(markdown(rows))
-    write_json(results / "scale_core.json", {"rows": rows})
-    draw_plot(records, results / "scale_core.png")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    _, results = locate_folders(args)
+    if not args.report:
+        data = prepare_data(args, 128)
+        settings, seeds, scale = chosen_size(args)
+        run_queue(
+            [job for seed in seeds for n in LAYERS for job in make_jobs(settings[8], n, seed, data, scale)], args
+        )
+    write_reports(make_reports(args))
+    draw_plot(read_records(results / "runs.json"), results / "scale_core.png")
 
 
 if __name__ == "__main__":

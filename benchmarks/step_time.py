@@ -3,13 +3,14 @@
 
 
 """
-What a training and a sampling step cost, against diffusers' models in pixel space of the same number of parameters: same
-machine, batch, resolution and text, arms in turn.
+What does a step cost? Training and sampling steps, compared with diffusers' pixel-space models of the same number of
+parameters: same machine, batch, resolution and text, measured in turn.
 
     python -m benchmarks.step_time                  # 64, 128 and 256 px
     python -m benchmarks.step_time --resolutions 256 --hidden_size 1024 --num_layers 12 --channels 128 256   # for a GPU
     python -m benchmarks.step_time --core           # the core alone: its share of the machine's matrix-product peak
     python -m benchmarks.step_time --quick
+    python -m benchmarks.step_time --report         # reports and plots from the records
 """
 
 import argparse
@@ -22,14 +23,29 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.tables import RESULTS, draw_bars, keep_rows, markdown, spread
+from benchmarks.tables import (
+    Row,
+    add_report_arguments,
+    draw_bars,
+    keep_rows,
+    markdown,
+    measured_sections,
+    read_rows,
+    render_report,
+    report_command,
+    spread,
+    write_reports,
+)
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
 
 
@@ -38,7 +54,7 @@ TEXT_DIM, NUM_TOKENS, GRID = 128, 32, 16
 
 @dataclass
 class Size:
-    """Of our model, and by their number of parameters of its peers."""
+    """The size of our model; its peers have the same number of parameters."""
 
     hidden_size: int = 192
     num_layers: int = 6
@@ -46,7 +62,18 @@ class Size:
     factor: int = 4
 
 
-SIZE = Size()  # as the flags have it
+CORE_NOTE = "Peak: one large matrix product, timed in turn with the steps. Rates: median, smallest and largest."
+REPORTS = {
+    "step_time": (
+        "What does a step cost? Full tables",
+        "*its step / ours*: time relative to our model's at the same resolution; median, smallest and largest. *share of "
+        "peak*: of the rate of one large matrix product in bfloat16.",
+    ),
+    "step_time_core": ("How much of the machine's peak does the core reach? Full tables", CORE_NOTE),
+    "step_time_core_compiled": ("How much of the peak does the core reach, compiled? Full tables", CORE_NOTE),
+}
+CORE_COLUMNS = ("dtype", "hidden size", "share of peak")
+SIZE = Size()  # `main` sets it from the flags
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,7 +81,7 @@ SIZE = Size()  # as the flags have it
 
 
 def build_ours(resolution: int, grid: int = GRID) -> GrowableUNet2DConditionModel:
-    """A core of `grid x grid` tokens, grown once."""
+    """Build a core of `grid x grid` tokens and grow it once."""
     core = ShallowUNet2DModel(
         sample_size=resolution // SIZE.factor,
         patch_size=resolution // SIZE.factor // grid,
@@ -67,7 +94,7 @@ def build_ours(resolution: int, grid: int = GRID) -> GrowableUNet2DConditionMode
 
 
 def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel:
-    """Down to the same 16 x 16 grid, with text at it, as is usual in pixel space."""
+    """Build a UNet that goes down to the same 16 x 16 grid and reads text there, as is usual in pixel space."""
     levels = (resolution // GRID).bit_length()
     channels = tuple(width // 2 * 2 if i == 0 else width * min(2**i, 4) for i in range(levels))  # even, for the norms
     return UNet2DConditionModel(
@@ -79,8 +106,8 @@ def build_unet_2d_condition(resolution: int, width: int) -> UNet2DConditionModel
         down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
         cross_attention_dim=TEXT_DIM,
-        attention_head_dim=max(4, SIZE.hidden_size // 64),  # which diffusers takes for the number of heads
-        norm_num_groups=math.gcd(32, *channels),  # as ours; few large groups are slow on a GPU
+        attention_head_dim=max(4, SIZE.hidden_size // 64),  # diffusers takes this for the number of heads
+        norm_num_groups=math.gcd(32, *channels),  # as in ours; few large groups are slow on a GPU
     )
 
 
@@ -101,7 +128,7 @@ def build_unet_2d(resolution: int, width: int) -> UNet2DModel:
 
 
 def build_dit(resolution: int, width: int) -> DiTTransformer2DModel:
-    """As many tokens as our core has; a class instead of text."""
+    """Build a DiT with as many tokens as our core; it reads a class instead of text."""
     return DiTTransformer2DModel(
         sample_size=resolution,
         patch_size=resolution // GRID,
@@ -121,7 +148,7 @@ PEERS = {
 
 
 def build(name: str, resolution: int) -> torch.nn.Module:
-    """Ours, or a peer of the width that brings its parameters closest to ours."""
+    """Build our model, or a peer of the width that brings its number of parameters closest to ours."""
     torch.manual_seed(0)
     if name.startswith("ours"):
         model = build_ours(resolution, grid=8 if "8 x 8" in name else GRID)
@@ -133,7 +160,8 @@ def build(name: str, resolution: int) -> torch.nn.Module:
 
 @functools.cache
 def find_width(name: str, resolution: int) -> int:
-    """Of a peer with as many parameters as ours; within 5 % rather a multiple of 8, which tensor cores are fast with."""
+    """Return the width that gives a peer as many parameters as ours. A multiple of 8, which is fast on tensor cores, is
+    preferred if it is within 5 %."""
 
     def count(width: int) -> int:
         return PEERS[name](resolution, width).num_parameters()
@@ -141,8 +169,8 @@ def find_width(name: str, resolution: int) -> int:
     with torch.device("meta"):
         goal = build_ours(resolution).num_parameters()
         widths = range(8, 600)
-        place = bisect.bisect_left(widths, goal, key=count)
-        differences = {width: abs(count(width) / goal - 1) for width in widths[max(place - 4, 0) : place + 4]}
+        index = bisect.bisect_left(widths, goal, key=count)
+        differences = {width: abs(count(width) / goal - 1) for width in widths[max(index - 4, 0) : index + 4]}
     aligned = {width: difference for width, difference in differences.items() if width % 8 == 0 and difference < 0.05}
     return min(aligned or differences, key=(aligned or differences).__getitem__)
 
@@ -169,7 +197,7 @@ def make_inputs(
 
 
 def count_flops(model: torch.nn.Module, resolution: int) -> int:
-    """Of one image, forward and backward; the model moves to the meta device."""
+    """Count the operations of one image, forward and backward. The model moves to the meta device."""
     model = model.to("meta")
     with FlopCounterMode(display=False) as counter:
         call(model, *make_inputs(resolution, 1, "meta")).sum().backward()
@@ -177,7 +205,7 @@ def count_flops(model: torch.nn.Module, resolution: int) -> int:
 
 
 class Steps:
-    """Training and sampling steps of one model, in autocast if that is not to float32."""
+    """Training and sampling steps of one model, in autocast unless `dtype` is float32."""
 
     def __init__(
         self,
@@ -209,7 +237,8 @@ class Steps:
             call(self.model, *self.inputs)
 
 
-def timed(function) -> float:
+def time_call(function: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -218,17 +247,17 @@ def timed(function) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """What this machine makes of one large matrix product, the median of several, in operations per second."""
+    """Return the operations per second of one large matrix product, the median of several."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = [timed(lambda: a @ b) for _ in range(20)]
+    times = [time_call(lambda: a @ b) for _ in range(20)]
     return 2 * size**3 / statistics.median(times[5:])
 
 
 def measure_memory(name: str, resolution: int, batch_size: int) -> float:
     """
-    Peak memory of a training step in MB, less what is held before building the model. A CPU gives it back unreliably, so
-    there the measurement is a process of its own.
+    Return the peak memory of a training step in MB, without what was held before the model was built. On a CPU the
+    measurement is a process of its own, since freed memory is not returned reliably there.
     """
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
@@ -252,6 +281,7 @@ def measure_memory(name: str, resolution: int, batch_size: int) -> float:
 
 
 def print_memory(name: str, resolution: int, batch_size: int) -> None:
+    """Print what [`measure_memory`] returns, from its process."""
     before = peak = resident()
     done = Event()
 
@@ -271,11 +301,13 @@ def print_memory(name: str, resolution: int, batch_size: int) -> None:
 
 
 def resident() -> int:
+    """Return the resident memory of this process in bytes."""
     return resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
 
 
-def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    rows = []
+def compare_models(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Return one row per resolution and model."""
+    rows: list[Row] = []
     for resolution in args.resolutions:
         names = ["ours", "ours, detail phase", "ours, 8 x 8 tokens", *PEERS]
         with torch.device("meta"):
@@ -286,9 +318,9 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict]:
         train: dict[str, list[float]] = {name: [] for name in names}
         sample: dict[str, list[float]] = {name: [] for name in names}
         peaks = []
-        for repeat in range(args.repeats + 1):  # the first is for warming up
+        for repeat in range(args.repeats + 1):  # the first one warms up
             for name in names:
-                seconds = timed(steps[name].train), timed(steps[name].sample)
+                seconds = time_call(steps[name].train), time_call(steps[name].sample)
                 if repeat:
                     train[name].append(seconds[0])
                     sample[name].append(seconds[1])
@@ -332,30 +364,30 @@ def build_core(hidden_size: int) -> ShallowUNet2DModel:
     )
 
 
-def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """The core's training step at several widths, as a share of the peak of large matrix products."""
-    rows = []
-    # On a GPU float32 products take detours through other formats, and their peak says nothing.
+def measure_core(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Return one row per precision and width: the core's training step as a share of the peak of large matrix products."""
+    rows: list[Row] = []
+    # A GPU computes float32 products in other formats, so their peak is not a bound there.
     for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16):
         for hidden_size in args.hidden_sizes:
             with torch.device("meta"):
                 flops = count_flops(build_core(hidden_size), 64) * args.batch_size
             model = build_core(hidden_size).to(device)
             if args.compiled:
-                torch.compiler.reset()  # else graphs of the sizes before count against dynamo's limit
+                torch.compiler.reset()  # or graphs of earlier sizes would count against dynamo's limit
                 model.compile_repeated_blocks()
             inputs = make_inputs(64, args.batch_size, device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-            def step():
+            def step() -> None:
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):  # noqa: B023
                     loss = call(model, *inputs).float().square().mean()  # noqa: B023
                 loss.backward()
                 optimizer.step()  # noqa: B023
                 optimizer.zero_grad()  # noqa: B023
 
-            step()  # to warm up
-            times, peaks = zip(*[(timed(step), matmul_peak(device, dtype)) for _ in range(args.repeats)])
+            step()  # warms up
+            times, peaks = zip(*[(time_call(step), matmul_peak(device, dtype)) for _ in range(args.repeats)])
             rows.append(
                 {
                     "dtype": str(dtype).removeprefix("torch."),
@@ -369,24 +401,47 @@ def measure_core(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+def make_reports(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the reports of the records that there are, by the files that they belong to."""
+    command, reports = report_command("step_time", args), {}
+    for name, (title, note) in REPORTS.items():
+        sections = measured_sections(args.results_dir / f"{name}.json", num_keys=2)
+        if sections:
+            reports[args.results_dir / f"{name}.md"] = render_report(command, title, sections, note)
+    return reports
+
+
+def draw_plots(results: Path) -> None:
+    for name in REPORTS:
+        rows = read_rows(results / f"{name}.json")
+        if rows:
+            columns = ("px", "model", "training images/s") if "px" in rows[0] else CORE_COLUMNS
+            draw_bars(rows, *columns, results / f"{name}.png")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    add_report_arguments(parser)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[128, 512, 1024])
-    parser.add_argument("--hidden_size", type=int, default=Size.hidden_size, help="Of our core.")
-    parser.add_argument("--num_layers", type=int, default=Size.num_layers, help="Of our core.")
-    parser.add_argument("--channels", type=int, nargs="+", default=Size.channels, help="Of our stage.")
+    parser.add_argument("--hidden_size", type=int, default=Size.hidden_size, help="The width of our core.")
+    parser.add_argument("--num_layers", type=int, default=Size.num_layers, help="The layers of our core.")
+    parser.add_argument("--channels", type=int, nargs="+", default=Size.channels, help="The channels of our stage.")
     parser.add_argument(
         "--factor", type=int, default=Size.factor, help="How many times smaller the core's images are."
     )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--core", action="store_true", help="Measure the core alone.")
-    parser.add_argument("--compiled", action="store_true", help="The core with compiled blocks.")
+    parser.add_argument("--compiled", action="store_true", help="Measure the core with compiled blocks.")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    # As grow.py has it: attention in plain torch, without a detour through float32.
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    # As in grow.py: attention in plain torch, without a detour through float32.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     for name in ("hidden_size", "num_layers", "channels", "factor"):
         setattr(SIZE, name, getattr(args, name))
@@ -394,16 +449,16 @@ def main() -> None:
         return print_memory(args.memory[0], int(args.memory[1]), int(args.memory[2]))
     if args.quick:
         args.resolutions, args.hidden_sizes, args.repeats = [64], [128], 2
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.core:
-        rows, name = measure_core(args, device), "step_time_core" + "_compiled" * args.compiled
-    else:
-        rows, name = compare(args, device), "step_time"
-    print(markdown(rows))
-    if not args.quick:
-        columns = ("dtype", "hidden size", "share of peak") if args.core else ("px", "model", "training images/s")
-        rows = keep_rows(RESULTS / f"{name}.json", rows, columns[0], vars(args))
-        draw_bars(rows, *columns, RESULTS / f"{name}.png")
+    if not args.report:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = measure_core(args, device) if args.core else compare_models(args, device)
+        if args.quick:
+            print(markdown(rows))
+            return
+        name = "step_time_core" + "_compiled" * args.compiled if args.core else "step_time"
+        keep_rows(args.results_dir / f"{name}.json", rows, "dtype" if args.core else "px", args)
+    write_reports(make_reports(args))
+    draw_plots(args.results_dir)
 
 
 if __name__ == "__main__":

@@ -129,9 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = {}
     for phase in phases[first:]:
         if phase.resolution != pipeline.unet.config.sample_size:
-            # A stream has no first images: there the detail of the held-out ones is measured.
-            measured = data.validation if data.streams else data.high_res
-            pipeline = grow_pipeline(pipeline, phase, model_args, measured, args.seed)
+            pipeline = grow_pipeline(pipeline, phase, model_args, data.measured, args.seed)
         train_phase(session, phase, pipeline, checkpoint)
         checkpoint = None
         if accelerator.is_main_process:
@@ -164,7 +162,7 @@ def load_data(
             train_data_dir = write_shapes_once(data_args, model_args.resolutions, cells, args.seed, output_dir)
     broken = BrokenRows(output_dir / "broken_rows.jsonl", data_args.max_broken_share)
     if checkpoint is None and accelerator.is_main_process:
-        broken.path.unlink(missing_ok=True)
+        broken.forget()
     accelerator.wait_for_everyone()
     data = load_training_data(data_args, model_args.resolutions, train_data_dir, broken, args.seed)
     logger.info(data.describe())
@@ -180,10 +178,10 @@ def start_pipeline(
     Raises:
         `ValueError`: if the phase before it left no pipeline.
     """
-    if first == 0 and model_args.core is None:
-        return build_core_pipeline(model_args, data.core.captions, checkpoint)
     if first == 0:
-        return load_pipeline(model_args.core, model_args.core_revision)
+        if model_args.core is not None:
+            return load_pipeline(model_args.core, model_args.core_revision)
+        return build_core_pipeline(model_args, data.core.captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
     if not start.exists():
         raise ValueError(

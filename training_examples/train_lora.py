@@ -215,7 +215,7 @@ def load_data(
     )
     broken = BrokenRows(Path(args.output_dir) / "broken_rows.jsonl", args.max_broken_share)
     if checkpoint is None and accelerator.is_main_process:
-        broken.path.unlink(missing_ok=True)
+        broken.forget()
     accelerator.wait_for_everyone()
     train_data = CaptionedImages(train_rows, resolution, broken=broken).at(phase.resolution)
     shown = CaptionedImages(validation_rows, resolution, broken=broken) if len(validation_rows) else train_data

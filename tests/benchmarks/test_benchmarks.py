@@ -10,6 +10,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
+    arms,
     cascade,
     few_high_res,
     grow_vs_scratch,
@@ -28,7 +30,7 @@ from benchmarks import (
     step_time,
     tables,
 )
-from benchmarks.queue_of_runs import Setting, add_queue_arguments, core_job, find_runs, growth_job, run_queue
+from benchmarks.queue_of_runs import Setting, core_job, growth_job, run_queue, runs_of_arm
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import markdown, mean_and_deviation, spread
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
@@ -36,9 +38,6 @@ from diffusers_greedy_grow.flow import enlarge
 from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 from ..testing_utils import make_grown, make_pipeline
-
-
-SETTING = grow_vs_scratch.SETTINGS[8]
 
 
 def test_records_name_the_commit_and_whether_the_code_was_changed(tmp_path):
@@ -87,12 +86,12 @@ def test_tables():
 def test_rows_are_kept_with_what_they_are_of(tmp_path):
     path = tmp_path / "results.json"
     first = [{"px": 64, "speed": 1}, {"px": 128, "speed": 2}]
-    assert tables.keep_rows(path, first, "px", {"batch_size": 8}) == first
+    assert tables.keep_rows(path, first, "px", argparse.Namespace(batch_size=8)) == first
     again = [{"px": 128, "speed": 3}, {"px": 256, "speed": 4}]
-    assert tables.keep_rows(path, again, "px", {"batch_size": 4}) == [first[0], *again]
+    assert tables.keep_rows(path, again, "px", argparse.Namespace(batch_size=4)) == [first[0], *again]
     parts = json.loads(path.read_text())["measured"]
     assert [(part["settings"]["batch_size"], part["rows"]) for part in parts] == [(8, first[:1]), (4, again)]
-    assert tables.keep_rows(path, first, "px", {}) == [again[1], *first]
+    assert tables.keep_rows(path, first, "px", argparse.Namespace()) == [again[1], *first]
     assert all("torch" in part["machine"] and part["threads"] for part in json.loads(path.read_text())["measured"])
 
 
@@ -133,8 +132,8 @@ def test_arms_are_held_against_the_best_scratch_of_the_most_seeds():
         return {seed: {"curve": [{"val_loss": 9.0}, {"val_loss": loss}]} for seed, loss in enumerate(losses)}
 
     by_arm = {"scratch": runs(0.5, 0.4), "scratch, a": runs(0.3, 0.5), "scratch, b": runs(0.1), "ours": runs(0.1, 0.1)}
-    assert grow_vs_scratch.best_scratch(by_arm) is by_arm["scratch, a"]
-    assert grow_vs_scratch.best_scratch({"ours": runs(0.1)}) == {}
+    assert grow_vs_scratch.find_baseline(by_arm) is by_arm["scratch, a"]
+    assert grow_vs_scratch.find_baseline({"ours": runs(0.1)}) == {}
 
 
 def count_two_stages(setting: Setting, arguments: dict) -> int:
@@ -156,11 +155,13 @@ def count_two_stages(setting: Setting, arguments: dict) -> int:
 
 
 @pytest.mark.parametrize(
-    "setting, scale", [(SETTING, 1.0), (SETTING.enlarge(), grow_vs_scratch.LARGE_SCALE)], ids=["usual", "large"]
+    "setting, scale",
+    [(arms.SETTINGS[8], 1.0), (arms.SETTINGS[8].enlarge(), arms.LARGE_SCALE)],
+    ids=["usual", "large"],
 )
 def test_the_arms_of_a_comparison_cost_the_same(setting, scale):
-    for arm in grow_vs_scratch.ARMS:
-        jobs = grow_vs_scratch.make_jobs(setting, arm, 0, None, None, scale)
+    for arm in arms.ARMS:
+        jobs = arms.make_jobs(setting, arm, 0, None, None, scale)
         costs, flops = setting.plans("preserve" if arm.init == "cascade" else arm.init), 0
         for job in jobs:
             arguments = job.arguments
@@ -176,11 +177,10 @@ def test_the_arms_of_a_comparison_cost_the_same(setting, scale):
                 batch = arguments["train_batch_size"][1]
                 flops += arguments["detail_steps"][0] * batch * costs["detail"].train_flops
                 flops += arguments["joint_steps"][0] * batch * costs["joint"].train_flops
-        assert flops == pytest.approx(scale * arm.scale * grow_vs_scratch.TOTAL_FLOPS[8], rel=0.002), arm.name
+        assert flops == pytest.approx(scale * arm.scale * arms.TOTAL_FLOPS[8], rel=0.002), arm.name
 
 
-def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(queue_of_runs, "RESULTS", tmp_path / "results")
+def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, queue_arguments):
     setting = Setting(
         resolution=32,
         block_out_channels="8",
@@ -195,9 +195,8 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     core = core_job(setting, 0, 3 * 32 * costs["core"].train_flops, data)
     core.arguments["resolutions"] = [16, 32]
     growth = growth_job(setting, "ours", 0, 8 * costs["joint"].train_flops, 0.5, data, core)
-    parser = argparse.ArgumentParser()
-    add_queue_arguments(parser)
-    args = parser.parse_args(["--work_dir", str(tmp_path), "--mixed_precision", "no"])
+    folders = ["--work_dir", tmp_path, "--results_dir", tmp_path / "results"]
+    args = queue_arguments(*folders, "--mixed_precision", "no")
 
     records = run_queue([core, growth], args)
     assert set(records) == {core.name, growth.name}
@@ -218,10 +217,10 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
 
     # Nor on another machine, where another precision is fast; the record says which it was.
     assert record["mixed_precision"] == "no"
-    run_queue([core, growth], parser.parse_args(["--work_dir", str(tmp_path), "--mixed_precision", "bf16"]))
+    run_queue([core, growth], queue_arguments(*folders, "--mixed_precision", "bf16"))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("log.txt")} == before
 
-    # A run that goes on, here without its record, is of the commit that it began with.
+    # The record of a resumed run names the commit that it began with.
     made_by = tmp_path / growth.name / "made_by.json"
     made_by.write_text(json.dumps({**json.loads(made_by.read_text()), "commit": "earlier"}))
     path = tmp_path / "results" / "runs.json"
@@ -233,63 +232,78 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, monkeypatch)
     again = run_queue([core, growth], args)[growth.name]
     assert again["commit"] == "earlier" and again["scores"] == record["scores"]
 
-    # What has been run with other arguments is not passed off as this.
+    # A record with other arguments is refused.
     growth.arguments["logit_mean"] = [1.0, 0.5]
     with pytest.raises(ValueError, match=rf"{growth.name} has been run with other values of \['logit_mean'\]"):
         run_queue([growth], args)
 
 
-def test_a_failed_core_stops_what_grows_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(queue_of_runs, "RESULTS", tmp_path / "results")
-    setting = grow_vs_scratch.SETTINGS[2]
-    (arm,) = (arm for arm in grow_vs_scratch.ARMS if arm.name == "ours, detail phase only")
-    core, growth = grow_vs_scratch.make_jobs(setting, arm, 0, tmp_path / "no", tmp_path / "no", 0.01)
-    parser = argparse.ArgumentParser()
-    add_queue_arguments(parser)
+def test_a_failed_core_stops_what_grows_from_it(tmp_path, queue_arguments):
+    core, growth = arms.make_jobs(
+        arms.SETTINGS[2], arms.find_arm("ours, detail phase only"), 0, tmp_path / "no", tmp_path / "no", 0.01
+    )
+    args = queue_arguments("--work_dir", tmp_path, "--results_dir", tmp_path / "results")
     with pytest.raises(RuntimeError, match=f"{core.name} failed: see .*log.txt"):
-        run_queue([core, growth], parser.parse_args(["--work_dir", str(tmp_path)]))
+        run_queue([core, growth], args)
     assert not (tmp_path / growth.name).exists() and not (tmp_path / "results").exists()
 
 
-def test_results_of_other_data_or_of_a_trial_do_not_mix(tmp_path):
-    parser = argparse.ArgumentParser()
-    add_queue_arguments(parser)
+def test_results_of_other_data_or_of_a_trial_do_not_mix(queue_arguments):
     own_data = ["--train_data_dir", "data/emoji.parquet"]
     other_data = ["--train_data_dir", "other_data/emoji.parquet"]
     given = [[], ["--quick"], ["--large"], own_data, [*own_data, "--large"], other_data]
-    work_dirs, results = zip(*(queue_of_runs.places(parser.parse_args(flags)) for flags in given))
-    assert len(set(work_dirs)) == len(set(results)) == 6 and results[0] == queue_of_runs.RESULTS
+    work_dirs, results = zip(*(queue_of_runs.locate_folders(queue_arguments(*flags)) for flags in given))
+    assert len(set(work_dirs)) == len(set(results)) == 6 and results[0] == queue_arguments().results_dir
 
 
 def test_two_records_of_one_seed_are_told_apart_by_the_user():
     records = {name: {"name": name, "keys": {"arm": "scratch", "factor": 8, "seed": 0}} for name in ("old", "new")}
-    assert [run["name"] for run in find_runs({"new": records["new"]}, "scratch", 8)] == ["new"]
+    assert [run["name"] for run in runs_of_arm({"new": records["new"]}, "scratch", 8)] == ["new"]
     with pytest.raises(ValueError, match="old, new"):
-        find_runs(records, "scratch", 8)
+        runs_of_arm(records, "scratch", 8)
 
 
-def test_a_name_means_the_same_run_in_all_benchmarks():
-    definitions = {}
+def list_jobs(setting: Setting) -> list[queue_of_runs.Job]:
+    """List the runs of all benchmarks, with repetitions."""
     data = Path("shapes-128px-20000")
     jobs = []
-    for setting in grow_vs_scratch.SETTINGS.values():
-        own = Path(f"shapes-{setting.resolution}px-20000")
-        jobs += [job for arm in grow_vs_scratch.ARMS for job in grow_vs_scratch.make_jobs(setting, arm, 0, own, data)]
-    for share in few_high_res.SHARES:
-        jobs += few_high_res.make_jobs(SETTING, 0, share, data, 20000, 1.0)
-    jobs += [
-        job for num_layers in scale_core.LAYERS for job in scale_core.make_jobs(SETTING, num_layers, 0, data, 1.0)
-    ]
+    for seed in (0, 1, 2):
+        for one in arms.SETTINGS.values():
+            own = Path(f"shapes-{one.resolution}px-20000")
+            jobs += [job for arm in arms.ARMS for job in arms.make_jobs(one, arm, seed, own, data)]
+        for share in few_high_res.SHARES:
+            jobs += few_high_res.make_jobs(setting, seed, share, data, 20000, 1.0)
+        for num_layers in scale_core.LAYERS:
+            jobs += scale_core.make_jobs(setting, num_layers, seed, data, 1.0)
+    return jobs
+
+
+def test_a_name_means_the_same_run_in_all_benchmarks(setting):
+    jobs, inputs = list_jobs(setting), {}
     for job in jobs:
-        definition = queue_of_runs.define(job)
-        assert definitions.setdefault(job.name, definition) == definition
-    assert len(definitions) < len(jobs)
+        assert inputs.setdefault(job.name, queue_of_runs.run_inputs(job)) == queue_of_runs.run_inputs(job)
+    assert len(inputs) < len(jobs)
+
+
+def test_the_committed_records_are_found_by_name_and_arguments(setting):
+    """The queue would not run any of them again, and would refuse none."""
+    # One arm of one seed ran at the smaller factors as well.
+    arm = replace(arms.find_arm("scratch, twice the rate"), num_seeds=3)
+    jobs = list_jobs(setting)
+    for factor in (2, 4):
+        data = Path(f"shapes-{arms.SETTINGS[factor].resolution}px-20000")
+        jobs += arms.make_jobs(arms.SETTINGS[factor], arm, 0, data, data)
+    inputs = {job.name: queue_of_runs.run_inputs(job) for job in jobs}
+    records = queue_of_runs.read_records(tables.RESULTS / "runs.json")
+    assert len(records) > 100
+    for name, record in records.items():
+        assert record["arguments"] == inputs[name], name
 
 
 @pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("factor", grow_vs_scratch.SETTINGS)
+@pytest.mark.parametrize("factor", arms.SETTINGS)
 def test_the_cascade_is_as_large_as_the_grown_model(factor, large):
-    setting = grow_vs_scratch.SETTINGS[factor]
+    setting = arms.SETTINGS[factor]
     setting = setting.enlarge() if large else setting
     costs = setting.plans()
     with torch.device("meta"):
@@ -305,12 +319,10 @@ def test_the_cascade_begins_with_the_enlarged_image():
     torch.testing.assert_close(drawn, enlarge(low, 4))
 
 
-def test_a_run_takes_as_long_as_its_images():
-    """Every phase of every arm is timed, but for those that the table leaves out."""
-    parser = argparse.ArgumentParser()
-    add_queue_arguments(parser)
+def test_a_run_takes_as_long_as_its_images(queue_arguments):
+    """Every phase of every arm is timed, except those that the table leaves out."""
     setting = Setting(32, "8", (8,), 2, hidden_size=16, num_layers=1)
-    seconds = grow_vs_scratch.time_steps(setting, parser.parse_args(["--mixed_precision", "no"]), repeats=2)
+    seconds = grow_vs_scratch.time_steps(setting, queue_arguments("--mixed_precision", "no"), repeats=2)
     assert set(map(len, seconds.values())) == {2} and min(map(min, seconds.values())) > 0
 
     seconds = {"core": [1.0], "preserve detail": [10.0], "preserve joint": [100.0], "random detail": [1e3]}
@@ -325,13 +337,12 @@ def test_a_run_takes_as_long_as_its_images():
             "ours, detail phase only": {"core": 1.0, "detail": 10.0},
             "cascade": {"core": 1.0, "cascade": 1e5},
             "ours, detail phase only, two stages": None,
-            "ours, short detail phase, a quarter at low resolution": None,
         },
     )
     for name, costs in expected.items():
-        (arm,) = (arm for arm in grow_vs_scratch.ARMS if arm.name == name)
+        arm = arms.find_arm(name)
         records = {}
-        for job in grow_vs_scratch.make_jobs(grow_vs_scratch.SETTINGS[8], arm, 0, data, data):
+        for job in arms.make_jobs(arms.SETTINGS[8], arm, 0, data, data):
             detail, joint = (job.arguments.get(f"{kind}_steps", [0])[0] for kind in ("detail", "joint"))
             images = {"grown-128": 3 * joint} if joint else {}
             if detail:

@@ -3,7 +3,6 @@
 
 """The tables say of the records what their columns promise."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import cascade, evaluate, few_high_res, grow_vs_scratch, queue_of_runs, sampling, scale_core
-from benchmarks.queue_of_runs import add_queue_arguments, run_queue
+from benchmarks.arms import ARMS, find_arm, make_jobs
+from benchmarks.queue_of_runs import run_queue
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import write_json
 from diffusers_greedy_grow.flow import enlarge
@@ -19,98 +19,61 @@ from diffusers_greedy_grow.flow import enlarge
 from ..testing_utils import CAPTIONS, make_core, make_pipeline
 
 
-SETTING = grow_vs_scratch.SETTINGS[8]
 DATA = Path("shapes")
 
 
-def make_records():
-    """Of two seeds of two arms; operations are in units of half of a core's training."""
-    curves = {
-        "scratch": ([(5.0, 0.4), (10.0, 0.2)], [(5.0, 0.6), (10.0, 0.4)]),
-        "ours, detail phase only": ([(3.0, 0.3), (6.0, 0.1)], [(3.0, 0.5), (6.0, 0.3)]),
-    }
-    records = {}
-    for arm in grow_vs_scratch.ARMS:
-        for seed, curve in enumerate(curves.get(arm.name, ())):
-            for job in grow_vs_scratch.make_jobs(SETTING, arm, seed, DATA, DATA):
-                is_core = job.keys["arm"] == "core"
-                phase = "core" if is_core else "grown-128"
-                lines = [(2.0, 7.0)] if is_core else curve
-                records[job.name] = {
-                    "name": job.name,
-                    "keys": {**job.keys, "flops": 2.0} if is_core else job.keys,
-                    "arguments": job.arguments,
-                    "images": {phase: 10},
-                    "seconds": {phase: 1.0},
-                    "curve": [
-                        {
-                            "phase": phase,
-                            "flops": flops,
-                            "val_loss": loss,
-                            "val_loss_low": loss / 4,
-                            "val_loss_high": 3 * loss / 4,
-                            "val_low_noise_loss": 9 * loss,
-                        }
-                        for flops, loss in lines
-                    ],
-                    "scores": {phase: {} if is_core else {"shape": 0.5 + 0.2 * seed, "swd_128": 100.0 + 20 * seed}},
-                }
-    return records
-
-
-def test_the_tables_of_growing():
-    records = make_records()
+def test_the_tables_of_growing(records, setting):
     seconds = {"core": [1.0], "preserve detail": [2.0], "preserve joint": [4.0]}
-    first, second = grow_vs_scratch.make_tables(records, SETTING, seconds).values()
-    rows = {row["arm"]: row for row in first}
-    ours, scratch = rows["ours, detail phase only"], rows["scratch"]
-    assert scratch["loss"] == "0.3000 ± 0.1414" and ours["loss"] == "0.2000 ± 0.1414"
-    assert scratch["of the best scratch's loss"] == "1.00 ± 0.00" and scratch["reaches it at"] == "100%, 100%"
+    tables = grow_vs_scratch.make_tables(records, setting, seconds)
+    rows = {name: {row["arm"]: row for row in table} for name, table in tables.items()}
+    losses, compute = rows["held-out loss"], rows["compute"]
+    assert losses["scratch"]["loss"] == "0.3000 ± 0.1414"
+    assert losses["ours, detail phase only"]["loss"] == "0.2000 ± 0.1414"
+    assert losses["scratch"]["loss / baseline's"] == "1.00 ± 0.00"
+    assert losses["scratch"]["compute to baseline's loss"] == "100%, 100%"
     # Each seed against its own: .1 / .2 and .3 / .4. Its core's two units count: (2 + 4.5) / 10.
-    assert ours["of the best scratch's loss"] == "0.62 ± 0.18" and ours["reaches it at"] == "65%, 65%"
-    assert ours["time"] == "0.75"  # 10 * 1 + 10 * 2 of 10 * 4
-    assert (ours["images at 16 px"], ours["at 128 px"], scratch["images at 16 px"]) == (10, 10, 0)
-    rows = {row["arm"]: row for row in second}
-    assert rows["scratch"]["shape"] == "0.60 ± 0.14" and rows["scratch"]["SWD 128"] == "110 ± 14"
-    assert rows["ours, detail phase only"]["loss at noise .02-.3"] == "1.800 ± 1.273"
+    assert losses["ours, detail phase only"]["loss / baseline's"] == "0.62 ± 0.18"
+    assert losses["ours, detail phase only"]["compute to baseline's loss"] == "65%, 65%"
+    ours = compute["ours, detail phase only"]
+    assert ours["time / baseline's"] == "0.75"  # 10 * 1 + 10 * 2 of 10 * 4
+    assert (ours["images at 16 px"], ours["images at 128 px"], compute["scratch"]["images at 16 px"]) == (10, 10, 0)
+    assert rows["images"]["scratch"]["shapes"] == "0.60 ± 0.14"
+    assert rows["distances"]["scratch"]["SWD 128"] == "110 ± 14"
+    assert rows["loss by noise level"]["ours, detail phase only"]["noise .02-.3"] == "1.800 ± 1.273"
 
 
-def test_seeds_and_shares_reach_the_runs():
-    for arm in grow_vs_scratch.ARMS:
+def test_seeds_and_shares_reach_the_runs(setting):
+    for arm in ARMS:
         for seed in (0, 1, 2, 3):
-            jobs = grow_vs_scratch.make_jobs(SETTING, arm, seed, DATA, DATA)
+            jobs = make_jobs(setting, arm, seed, DATA, DATA)
             assert bool(jobs) == (seed < arm.num_seeds)
             assert all(job.arguments["seed"] == job.keys["seed"] == seed for job in jobs)
     for share, count in ((1.0, None), (0.3, 300), (0.01, 10)):
-        jobs = [job for job in few_high_res.make_jobs(SETTING, 0, share, DATA, 1000, 1.0) if job.keys["arm"] != "core"]
+        jobs = [job for job in few_high_res.make_jobs(setting, 0, share, DATA, 1000, 1.0) if job.keys["arm"] != "core"]
         assert [job.arguments.get("num_high_res_images") for job in jobs] == [count, count]
 
 
-def test_deeper_cores_see_as_many_images():
+def test_deeper_cores_see_as_many_images(setting):
     counts = {}
     for layers in scale_core.LAYERS:
-        core, growth = scale_core.make_jobs(SETTING, layers, 0, DATA, 1.0)
+        core, growth = scale_core.make_jobs(setting, layers, 0, DATA, 1.0)
         counts[layers] = (core.arguments["core_steps"], growth.arguments["detail_steps"][0])
     assert all(pair == pytest.approx(counts[6], rel=0.01) for pair in counts.values())
 
 
-def test_a_lost_core_is_trained_again_and_keeps_its_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(queue_of_runs, "RESULTS", tmp_path / "results")
+def test_a_lost_core_is_trained_again_and_keeps_its_record(tmp_path, monkeypatch, setting, queue_arguments):
     ran = []
 
-    def run_job(job, definition, folders, precision):
+    def run_job(job, inputs, folders, precision):
         if job.core:
             assert (folders[job.core] / "result.json").exists()
         ran.append(job.name)
         write_json(folders[job.name] / "result.json", {})
-        return {"name": job.name, "keys": job.keys, "arguments": definition, "turn": len(ran)}
+        return {"name": job.name, "keys": job.keys, "arguments": inputs, "turn": len(ran)}
 
     monkeypatch.setattr(queue_of_runs, "run_job", run_job)
-    parser = argparse.ArgumentParser()
-    add_queue_arguments(parser)
-    args = parser.parse_args(["--work_dir", str(tmp_path), "--workers", "1"])
-    (arm,) = (arm for arm in grow_vs_scratch.ARMS if arm.name == "ours, detail phase only")
-    core, growth = grow_vs_scratch.make_jobs(SETTING, arm, 0, DATA, DATA)
+    args = queue_arguments("--work_dir", tmp_path, "--results_dir", tmp_path / "results", "--workers", 1)
+    core, growth = make_jobs(setting, find_arm("ours, detail phase only"), 0, DATA, DATA)
     run_queue([growth, core], args)  # one worker, the wrong way round
     assert ran == [core.name, growth.name]
     path = tmp_path / "results" / "runs.json"
@@ -128,7 +91,7 @@ def test_the_cascade_draws_from_the_cores_image_with_other_noise(monkeypatch):
     pipeline = make_pipeline(make_core())
     unet = cascade.build_unet(32, (8, 16), 32)
     images = cascade.draw_cascade(unet, pipeline, CAPTIONS, False)
-    low = 2 * evaluate.draw(pipeline, CAPTIONS, False) - 1
+    low = 2 * evaluate.draw_images(pipeline, CAPTIONS, False) - 1
     torch.testing.assert_close(images, (enlarge(low, 2) / 2 + 0.5).clamp(0, 1), atol=1e-3, rtol=0)
     small, large = drawn[0], drawn[1]
     assert large.shape[-1] == 32 and not torch.equal(large.flatten()[:100], small.flatten()[:100])
@@ -143,7 +106,7 @@ def test_distances_are_in_units_of_the_true_images():
 
 def test_arms_add_up():
     arms, together = sampling.list_arms(), {}
-    for name, settings in sampling.STEPS.items():
+    for name, settings in sampling.WAYS.items():
         together |= settings
         assert arms.get(f"... + {name}", together) == together
     assert list(arms.values())[-1] == together

@@ -46,6 +46,11 @@ class TrainingData:
         """Whether the images to train on are streamed."""
         return isinstance(self.core, StreamedImages)
 
+    @property
+    def measured(self) -> CaptionedImages:
+        """The images whose detail is measured when a stage is grown. A stream has no first images: there the held-out ones."""
+        return self.high_res if isinstance(self.high_res, CaptionedImages) else self.validation
+
     @cached_property
     def fingerprint(self) -> str | None:
         """A digest of all captions, or `None` if they are streamed."""

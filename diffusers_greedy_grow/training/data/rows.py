@@ -35,6 +35,11 @@ class BrokenRows:
         self.path, self.max_share = path, max_share
         self.read = self.broken = 0
 
+    def forget(self) -> None:
+        """Remove the file of an earlier run."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
     def add(self, name: str, reason: Exception) -> None:
         """
         Count and note a broken row.

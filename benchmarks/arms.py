@@ -1,0 +1,193 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+
+"""
+The arms of the training comparisons: how each spends its operations, and the runs that this takes. `grow_vs_scratch` runs
+all of them; `few_high_res` and `scale_core` vary some.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cascade
+from benchmarks.queue_of_runs import (
+    MAX_SEQUENCE_LENGTH,
+    STAGE_LEVELS,
+    TEXT_HIDDEN_SIZE,
+    Job,
+    Setting,
+    core_job,
+    growth_job,
+)
+from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.training.plan import plan_phase
+
+
+# By growth factor. All cores work at 16 px; each stage ends at single pixels.
+SETTINGS = {
+    2: Setting(resolution=32, block_out_channels="32,64", cascade_channels=(24, 40), batch_size=16),
+    4: Setting(resolution=64, block_out_channels="24,48,96", cascade_channels=(24, 32, 48), batch_size=16),
+    8: Setting(resolution=128, block_out_channels="24,32,64,96", cascade_channels=(16, 24, 40, 56), batch_size=8),
+}
+# Chosen so that the runs from scratch see about as many images at 64 as at 128 px.
+TOTAL_FLOPS = {2: 36e12, 4: 36e12, 8: 72e12}
+# The factor on the operations with `--large`. Larger models and batches make this three quarters of the steps.
+LARGE_SCALE = 12.0
+
+
+@dataclass
+class Arm:
+    """
+    One way to spend the operations of a comparison.
+
+    Attributes:
+        init: How the stage is grown (see `GrowableUNet2DConditionModel.from_core`), or `"cascade"`.
+        core_share: Share of the operations that trains the core alone; 0 trains everything from scratch.
+        frozen_share: Share of the remaining operations that trains the stage around the frozen core.
+        stage_levels: See [`growth_job`].
+        num_seeds: Arms with one seed run at the largest factor only.
+        options: Further arguments of `grow.py`.
+        two_stages: Grow in two steps instead of one.
+        scale: Factor on the operations, for arms that have fewer than the others.
+    """
+
+    name: str
+    init: str = "preserve"
+    core_share: float = 5 / 12
+    frozen_share: float = 1.0
+    stage_levels: bool = True
+    num_seeds: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    two_stages: bool = False
+    scale: float = 1.0
+
+
+def from_scratch(name: str, num_seeds: int = 1, **options: Any) -> Arm:
+    return Arm(name, core_share=0.0, frozen_share=0.0, num_seeds=num_seeds, options=options)
+
+
+ARMS = (
+    from_scratch("scratch", num_seeds=3),
+    Arm("paper's growth", init="random", frozen_share=0.25, num_seeds=3),
+    Arm("cascade", init="cascade", frozen_share=0.0, num_seeds=3),
+    Arm("ours, no detail phase", frozen_share=0.0, num_seeds=3),
+    Arm("ours, short detail phase", frozen_share=0.25, num_seeds=3),
+    Arm("ours, long detail phase", frozen_share=0.75, num_seeds=3),
+    Arm("ours, detail phase only", num_seeds=3),
+    Arm("ours, detail phase only, half of the operations", core_share=1 / 2, num_seeds=3, scale=0.5),
+    # One change at a time.
+    from_scratch("scratch, broad noise levels", logit_mean=[1.0, 0.0], logit_std=[1.0, 1.6]),
+    from_scratch("scratch, twice the rate inside", core_lr_scale=2.0),
+    from_scratch("scratch, twice the rate", learning_rate=[3e-3, 3e-3]),
+    from_scratch("scratch, half of the rate", num_seeds=3, learning_rate=[7.5e-4, 7.5e-4]),
+    from_scratch("scratch, a quarter of the rate", learning_rate=[3.75e-4, 3.75e-4]),
+    # The first is the core's default.
+    Arm("ours, detail phase only, half of the rate", options={"learning_rate": [3e-3, 7.5e-4]}),
+    Arm("paper's growth, full rate inside", init="random", frozen_share=0.25, options={"core_lr_scale": 1.0}),
+    Arm("ours, detail phase only, the core's noise levels", stage_levels=False),
+    Arm("ours, detail phase only, a third on the core", core_share=1 / 3),
+    Arm("ours, detail phase only, 21 % on the core", core_share=5 / 24),
+    Arm("ours, detail phase only, 67 % on the core", core_share=2 / 3),
+    Arm("ours, detail phase only, two stages", two_stages=True),
+    Arm("ours, short detail phase, the core's full rate", frozen_share=0.25, options={"core_lr_scale": 1.0}),
+    # The stage's weighting is "clean" by default.
+    Arm("ours, detail phase only, velocity weighting", options={"loss_weighting": ["velocity", "velocity"]}),
+    Arm("ours, detail phase only, cosmap weighting", options={"loss_weighting": ["velocity", "cosmap"]}),
+)
+
+
+def find_arm(name: str) -> Arm:
+    (arm,) = (arm for arm in ARMS if arm.name == name)
+    return arm
+
+
+def chosen_size(args: argparse.Namespace) -> tuple[dict[int, Setting], list[int], float]:
+    """Return the settings by growth factor, the seeds, and the factor on the operations."""
+    settings = {factor: setting.enlarge() for factor, setting in SETTINGS.items()} if args.large else SETTINGS
+    scale = LARGE_SCALE if args.large else 1.0
+    return (settings, args.seeds[:1], 0.01 * scale) if args.quick else (settings, args.seeds, scale)
+
+
+def make_jobs(
+    setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float = 1.0, **more: Any
+) -> list[Job]:
+    """
+    Return the run of one arm and seed, and before it the run of the core that it grows, which other arms share.
+
+    The list is empty if the arm does not have this seed, or does not run at this factor. `more` are further arguments of
+    `grow.py`.
+    """
+    if seed >= arm.num_seeds or (arm.num_seeds == 1 and setting.factor < max(SETTINGS)):
+        return []
+    flops = scale * arm.scale * TOTAL_FLOPS[setting.factor]
+    growth_flops = flops * (1 - arm.core_share)
+    if arm.two_stages:
+        more |= two_stage_arguments(setting, growth_flops)
+    core = core_job(setting, seed, flops * arm.core_share, core_data) if arm.core_share else None
+    if arm.init == "cascade":
+        assert core is not None, "A cascade draws on a core."
+        return [core, cascade_job(setting, arm, seed, growth_flops, data, core)]
+    run = growth_job(
+        setting,
+        arm.name,
+        seed,
+        growth_flops,
+        arm.frozen_share,
+        data,
+        core,
+        stage_levels=arm.stage_levels,
+        init=arm.init,
+        **arm.options,
+        **more,
+    )
+    return [core, run] if core else [run]
+
+
+def two_stage_arguments(setting: Setting, flops: float) -> dict[str, Any]:
+    """Return arguments that grow the same channels in two steps: to twice the core's resolution, then to the last one.
+
+    Each step has half of the `flops`."""
+    sizes = [setting.core_resolution, 2 * setting.core_resolution, setting.resolution]
+    channels, steps = [setting.channels[-2:], setting.channels[:-2]], []
+    with torch.device("meta"):
+        unet: ShallowUNet2DModel | GrowableUNet2DConditionModel = setting.build_core()
+        for size, block_out_channels in zip(sizes[1:], channels):
+            unet = GrowableUNet2DConditionModel.from_core(unet, size, block_out_channels=block_out_channels)
+            unet.freeze_core()
+            cost = plan_phase("detail", unet, size, 1, 1, 1, MAX_SEQUENCE_LENGTH).train_flops
+            steps.append(round(flops / 2 / cost / setting.batch_size))
+    return {
+        "resolutions": sizes,
+        "block_out_channels": [",".join(map(str, one)) for one in channels],
+        "detail_steps": steps,
+        "joint_steps": [0, 0],
+        "train_batch_size": [setting.core_batch_size, setting.batch_size, setting.batch_size],
+        **{name: [*values, values[-1]] for name, values in STAGE_LEVELS.items()},
+    }
+
+
+def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path, core: Job) -> Job:
+    """Return the run of a cascade's super-resolution model, which draws on the images of a `core`."""
+    channels = setting.cascade_channels
+    cost = cascade.count_flops(setting.resolution, channels, TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH)
+    steps = round(flops / cost / setting.batch_size)
+    return Job(
+        name=f"x{setting.factor}-{arm.name.replace(', ', '-').replace(' ', '-')}-{steps}-seed-{seed}",
+        arguments={
+            "resolution": setting.resolution,
+            "block_out_channels": channels,
+            "seed": seed,
+            "steps": steps,
+            "batch_size": setting.batch_size,
+            "stage_levels": int(arm.stage_levels),
+        },
+        keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": core.name},
+        data=data,
+        core=core.name,
+        script="benchmarks/cascade.py",
+    )
