@@ -101,6 +101,7 @@ def test_compile_repeated_blocks_without_text():
     assert made(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_blocks_as_cuda_graphs(made):
     """
     Whose memory each step overwrites: also that of the text's keys and values, were they left there. On a CPU, which has no

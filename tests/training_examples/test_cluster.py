@@ -21,7 +21,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.checkpoints import read_progress
 
 from ..training.test_data import write_image_folder
-from .test_grow import LAUNCHER, SCRIPT, environment, launch, read_metrics, weights
+from .launching import FOLDER, GROW, environment, launch, launch_script, read_metrics, run, weights
 
 
 STEPS = {"core_steps": 8, "detail_steps": 5, "joint_steps": 6, "validation_steps": 3, "logging_steps": 1}
@@ -35,7 +35,6 @@ def arguments(tmp_path_factory) -> dict:
         "train_data_dir": data,
         "checkpoints_total_limit": 9,
         "sample_steps": 3,
-        "low_res_loss_weight": 0.5,
         **STEPS,
     }
 
@@ -43,7 +42,7 @@ def arguments(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def one(arguments, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("one") / "output"
-    launch(output_dir, train_batch_size=8, **arguments)
+    run(output_dir, train_batch_size=8, **arguments)
     return output_dir
 
 
@@ -124,13 +123,8 @@ def test_a_run_goes_on_with_another_number_of_processes(one, two, arguments, tmp
 
 def test_what_is_frozen_under_fsdp():
     """Kept apart, without gradients; in bfloat16 with float32 weights, gradients, noise levels and images."""
-    config, folder = SCRIPT.parent / "accelerate" / "fsdp2.yaml", Path(__file__).parent
-    single = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*LAUNCHER, *single, str(folder / "launch_on_cpu.py"), str(folder / "sharded_step.py")],
-        env={**environment(fsdp=True), "PYTHONPATH": str(SCRIPT.parents[1])}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "as it should be" in done.stdout, done.stderr[-5000:]
+    done = launch_script(FOLDER / "sharded_step.py", [], fsdp=True, PYTHONPATH=str(GROW.parents[1]))
+    assert done.returncode == 0 and "as it should be" in done.stdout, done.stdout[-5000:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,12 +134,12 @@ def test_what_is_frozen_under_fsdp():
 @pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2", "multi_node"])
 def test_configurations_of_accelerate(name, monkeypatch):
     """What `accelerate launch` makes of each: the processes, and for FSDP the plugin that they build."""
-    path = SCRIPT.parent / "accelerate" / f"{name}.yaml"
+    path = GROW.parent / "accelerate" / f"{name}.yaml"
     command = re.search(r"#   (accelerate launch (?:.*\\\n)*.*)", path.read_text())[1].replace("\\\n#", "")
     command = command.replace("$MACHINE_RANK", "3").replace("$FIRST_MACHINE", "10.0.0.1")
-    args = launch_command_parser().parse_args(command.replace("training_examples", str(SCRIPT.parent)).split()[2:])
+    args = launch_command_parser().parse_args(command.replace("training_examples", str(GROW.parent)).split()[2:])
     args, _, _ = _validate_launch_command(args)
-    assert args.training_script == str(SCRIPT) and args.mixed_precision == "bf16"
+    assert args.training_script == str(GROW) and args.mixed_precision == "bf16"
     machines, processes = (8, 64) if name == "multi_node" else (1, 1 if name == "one_gpu" else 8)
     assert (args.num_machines, args.num_processes) == (machines, processes)
     assert bool(args.multi_gpu) == (name == "ddp") and bool(args.use_fsdp) == (name in ("fsdp2", "multi_node"))
@@ -163,7 +157,7 @@ def test_configurations_of_accelerate(name, monkeypatch):
 
 def test_the_plan_of_eight_billion_parameters():
     """Without weights or network."""
-    config = SCRIPT.parent / "configs" / "vermeer_8b.yaml"
+    config = GROW.parent / "configs" / "vermeer_8b.yaml"
     code = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -172,7 +166,7 @@ from tests.testing_utils import peak_memory
 print("Peak:", peak_memory())
 """
     result = subprocess.run(
-        [sys.executable, "-c", code, str(SCRIPT), "--plan", "--config", str(config)],
+        [sys.executable, "-c", code, str(GROW), "--plan", "--config", str(config)],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     log, _, peak = result.stdout.partition("Peak: ")

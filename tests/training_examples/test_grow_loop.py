@@ -17,7 +17,7 @@ from diffusers_greedy_grow.training.guard import GradientGuard
 from diffusers_greedy_grow.training.seeds import sample_generators
 from training_examples import grow
 
-from .test_grow import TINY, data, read_metrics, to_flags, weights  # noqa: F401
+from .launching import TINY, read_metrics, to_flags, weights
 
 
 ARGUMENTS = {
@@ -49,7 +49,7 @@ ARGUMENTS = {
 
 
 @pytest.fixture(scope="module")
-def seen(data, tmp_path_factory) -> SimpleNamespace:  # noqa: F811
+def seen(data, tmp_path_factory) -> SimpleNamespace:
     """Its `output_dir`, and what was called with what."""
     output_dir = tmp_path_factory.mktemp("loop") / "output"
     seen = SimpleNamespace(

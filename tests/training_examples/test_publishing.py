@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
-"""A run that publishes what it makes: real `accelerate launch`, real client, against the loopback Hub."""
+"""A run that publishes what it makes: the real client, against the loopback Hub."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -18,8 +17,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.hub import get_lineage
 
 from ..testing_utils import run_in_a_shell
-from ..training.test_data import write_image_folder
-from .test_grow import assert_same_weights, command, weights
+from .launching import GROW, assert_same_weights, grow_flags, launch_script, run, run_script, weights
 
 
 TOKEN = "hf_of_the_owner"
@@ -27,28 +25,21 @@ PHASES = ["core", "grown-16-detail", "grown-16"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def run(output_dir: Path, token: str = TOKEN, **arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_TOKEN": token}
-    return subprocess.run(
-        command(output_dir, push_to_hub=True, **arguments),
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def publish(output_dir: Path, token: str = TOKEN, **arguments) -> subprocess.CompletedProcess:
+    """Run `grow.py` in a fork, with `--push_to_hub`."""
+    return run_script(GROW, grow_flags(output_dir, push_to_hub=True, **arguments), hub=True, HF_TOKEN=token)
 
 
 def tags_of(repo_id: str) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in HfApi().list_repo_refs(repo_id).tags}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_image_folder(tmp_path_factory.mktemp("data") / "images", count=40)
-
-
 def test_every_phase_is_published(hub, data, tmp_path):
     repo_id, output_dir = "owner/phases", tmp_path / "output"
     HfApi().create_repo(repo_id)
     HfApi().create_tag(repo_id, tag="core")  # of an earlier run
-    done = run(output_dir, hub_model_id=repo_id, hub_license="mit", hub_steps=5, train_data_dir=data)
+    arguments = {"hub_model_id": repo_id, "hub_license": "mit", "hub_steps": 5, "train_data_dir": data}
+    done = launch_script(GROW, grow_flags(output_dir, push_to_hub=True, **arguments), hub=True, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stdout[-5000:]
 
     tags = tags_of(repo_id)
@@ -96,8 +87,8 @@ def test_every_phase_is_published(hub, data, tmp_path):
 
 def test_growing_what_is_on_the_hub(hub, data, tmp_path):
     """A tag of somebody's run is the core of another, and its card says so."""
-    assert run(tmp_path / "first", hub_model_id="owner/first", train_data_dir=data).returncode == 0
-    done = run(
+    assert publish(tmp_path / "first", hub_model_id="owner/first", train_data_dir=data).returncode == 0
+    done = publish(
         tmp_path / "second", hub_model_id="owner/second", core="owner/first", core_revision="core", train_data_dir=data,
         joint_steps=0,
     )  # fmt: skip
@@ -112,7 +103,7 @@ def test_growing_what_is_on_the_hub(hub, data, tmp_path):
 def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
     repo_id, output_dir = "owner/never", tmp_path / "output"
     hub.fail(f"POST /api/models/{repo_id}/commit/", "400", times=1000)
-    done = run(output_dir, hub_model_id=repo_id, train_data_dir=data)
+    done = publish(output_dir, hub_model_id=repo_id, train_data_dir=data)
     assert done.returncode == 0, done.stdout[-5000:]
     assert not hub.files(repo_id) and TOKEN not in done.stdout
     assert done.stdout.count("Nothing is lost: all files are in") == len(PHASES)
@@ -127,25 +118,24 @@ def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
 
 def test_publishing_changes_no_training_and_a_resumed_run_goes_on(hub, data, tmp_path):
     plain, pushed = tmp_path / "plain", tmp_path / "pushed"
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command(plain, train_data_dir=data), env=environment, check=True, capture_output=True)
-    assert run(pushed, hub_model_id="owner/same", hub_steps=3, train_data_dir=data).returncode == 0
+    run(plain, train_data_dir=data)
+    assert publish(pushed, hub_model_id="owner/same", hub_steps=3, train_data_dir=data).returncode == 0
     for phase in PHASES:
         assert_same_weights(plain / phase, pushed / phase)
     before = tags_of("owner/same")
-    again = run(pushed, hub_model_id="owner/same", train_data_dir=data, resume_from_checkpoint="latest")
+    again = publish(pushed, hub_model_id="owner/same", train_data_dir=data, resume_from_checkpoint="latest")
     assert again.returncode == 0, again.stdout[-5000:]
     assert tags_of("owner/same").keys() == before.keys()
 
 
 @pytest.mark.parametrize("token,message", [("hf_nobody", "401"), ("hf_of_a_stranger", "403")])
 def test_who_may_not_write_is_told_before_training(hub, data, tmp_path, token, message):
-    done = run(tmp_path / "output", token, hub_model_id="owner/forbidden", train_data_dir=data)
+    done = publish(tmp_path / "output", token, hub_model_id="owner/forbidden", train_data_dir=data)
     assert done.returncode != 0 and message in done.stdout and token not in done.stdout
     assert not (tmp_path / "output").exists()
 
 
 def test_a_license_that_the_hub_does_not_know_is_told_before_training(hub, data, tmp_path):
-    done = run(tmp_path / "output", hub_model_id="owner/license", hub_license="apache-3.0", train_data_dir=data)
+    done = publish(tmp_path / "output", hub_model_id="owner/license", hub_license="apache-3.0", train_data_dir=data)
     assert done.returncode != 0 and "must be one of" in done.stdout
     assert not (tmp_path / "output").exists()

@@ -31,10 +31,9 @@ from diffusers_greedy_grow.training.shapes.scenes import Scene, ShapeObject
 from training_examples.train_lora import main
 
 from ..testing_utils import make_core
-from .test_grow import LAUNCHER, environment, launch, read_metrics, to_flags
+from .launching import TRAIN_LORA, environment, launch_script, read_metrics, run, run_script, to_flags
 
 
-SCRIPT = Path(__file__).parents[2] / "training_examples" / "train_lora.py"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 SIZE = 32  # of the images in the data, and of those that are scored
 TRAINING = {"max_train_steps": 100, "learning_rate": 3e-3, "num_inference_steps": 2, "logging_steps": 1, "seed": 1}
@@ -61,7 +60,7 @@ def grown(tmp_path_factory) -> Path:
     """A run of `grow.py`, with a core of 8 px and a model of 16 px."""
     folder = tmp_path_factory.mktemp("grown")
     scenes = sample_scenes(600, ["red", "blue", "yellow", "green"], seed=0)
-    launch(
+    run(
         folder / "output",
         train_data_dir=write_images(folder / "data", scenes, SIZE, texture_cells=8),
         hidden_size=32,
@@ -78,30 +77,25 @@ def grown(tmp_path_factory) -> Path:
     return folder / "output"
 
 
-def command(output_dir: Path, num_processes: int | None = 1, **arguments) -> list[str]:
-    """By `accelerate launch`; or, which is quicker, by itself, if there is no `num_processes`."""
-    processes = ["--multi_gpu", "--num_processes", str(num_processes), "--main_process_port", "0"]
-    launcher = ["-m", "accelerate.commands.launch", *(processes if num_processes != 1 else ["--cpu"])]
-    command = [sys.executable, *(launcher if num_processes else []), str(SCRIPT), "--output_dir", str(output_dir)]
-    return [*command, *to_flags({**TRAINING, **arguments})]
+def lora_flags(output_dir: Path, **arguments) -> list[str]:
+    """The command line of a short run of `train_lora.py`."""
+    return ["--output_dir", str(output_dir), *to_flags({**TRAINING, **arguments})]
 
 
-def train(output_dir: Path, num_processes: int | None = 1, hub: bool = False, **arguments) -> str:
-    """Runs to the end and returns what the run said."""
-    variables = {**environment(), "HF_HUB_OFFLINE": "0" if hub else "1"}
-    done = subprocess.run(
-        command(output_dir, num_processes, **arguments),
-        env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def train(output_dir: Path, hub: bool = False, **arguments) -> str:
+    """Run `train_lora.py` in a fork, to its end. Return what the run said."""
+    done = run_script(TRAIN_LORA, lora_flags(output_dir, **arguments), hub=hub)
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def adapter(grown, data, tmp_path_factory) -> Path:
-    """An adapter of the core, trained."""
+    """An adapter of the core, trained by `accelerate launch`."""
     output_dir = tmp_path_factory.mktemp("adapter") / "output"
-    train(output_dir, pretrained_model_name_or_path=grown / "core", train_data_dir=data)
+    arguments = {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data}
+    done = launch_script(TRAIN_LORA, lora_flags(output_dir, **arguments))
+    assert done.returncode == 0, done.stdout[-5000:]
     return output_dir
 
 
@@ -175,7 +169,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
     log, deadline = tmp_path / "log", time.monotonic() + 240
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command(output_dir, None, dataloader_num_workers=2, **arguments),
+            [sys.executable, str(TRAIN_LORA), *lora_flags(output_dir, dataloader_num_workers=2, **arguments)],
             env=environment(),
             stdout=file,
             stderr=file,
@@ -193,7 +187,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
     assert 10 <= int(checkpoint.name.split("-")[-1]) < 100 and not (output_dir / WEIGHTS).exists()
     with open(output_dir / "metrics.jsonl", "a") as file:
         file.write('{"phase": "lora", "step": 101}\n')  # of steps that no checkpoint has
-    train(output_dir, None, resume_from_checkpoint="latest", **arguments)
+    train(output_dir, resume_from_checkpoint="latest", **arguments)
     resumed, whole = load_file(output_dir / WEIGHTS), load_file(adapter / WEIGHTS)
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
     for a, b in zip(read_metrics(output_dir), read_metrics(adapter), strict=True):
@@ -204,22 +198,20 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
 
 def test_two_processes_follow_one(grown, data, adapter, tmp_path):
     """At the same global batch: the same images with the same noise, so the same losses up to rounding."""
-    train(
-        tmp_path / "output", 2, train_batch_size=4, gradient_accumulation_steps=2,
+    flags = lora_flags(
+        tmp_path / "output", train_batch_size=4, gradient_accumulation_steps=2,
         pretrained_model_name_or_path=grown / "core", train_data_dir=data,
     )  # fmt: skip
+    done = launch_script(TRAIN_LORA, flags, num_processes=2)
+    assert done.returncode == 0, done.stdout[-5000:]
     for a, b in zip(read_metrics(tmp_path / "output"), read_metrics(adapter), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
 
 
 def test_sharding_is_refused(tmp_path):
-    command = [*LAUNCHER, "--config_file", str(SCRIPT.parent / "accelerate" / "fsdp2.yaml"), "--mixed_precision", "no"]
-    command += ["--num_processes", "1", "--main_process_port", "0", str(Path(__file__).parent / "launch_on_cpu.py")]
     arguments = {"output_dir": tmp_path, "pretrained_model_name_or_path": "core", "train_data_dir": tmp_path}
-    done = subprocess.run(
-        [*command, str(SCRIPT), *to_flags(arguments)], env=environment(fsdp=True), capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "An adapter does not train with `FSDP`" in done.stderr, done.stderr[-5000:]
+    done = launch_script(TRAIN_LORA, to_flags(arguments), fsdp=True)
+    assert done.returncode != 0 and "An adapter does not train with `FSDP`" in done.stdout, done.stdout[-5000:]
 
 
 def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_path, monkeypatch):
