@@ -6,8 +6,8 @@ Run scripts in forks of one process that has imported what they import: a short 
 diffusers and transformers. Each fork runs the file itself as `__main__`. It differs from `python FILE` in one thing: modules
 are already imported.
 
-The process must not have threads, so it is neither the test runner nor a fork of it. It reads requests from stdin and writes exit
-codes to stdout, one JSON document a line. See `launching.py` for the other side.
+A process with threads should not fork, so the test runner starts this one. It reads requests from stdin and writes exit codes
+to stdout, one JSON document per line. `launching.py` is the other side.
 """
 
 import importlib

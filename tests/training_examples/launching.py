@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Start the scripts of `training_examples/` and read what a run leaves behind. `launch` is what users do: `accelerate launch` in a
-process of its own. `run` runs the same file with the same arguments in a fork of a process that has imported everything (see
-`fork_server.py`), which saves about ten seconds a run.
+Start the scripts of `training_examples/` and read what a run leaves behind. `launch` starts a process with `accelerate launch`,
+as users do. `run` runs the same file with the same arguments in a fork of a process that has imported everything, which saves
+about ten seconds a run: see `fork_server.py`.
 """
 
 import atexit
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+import diffusers_greedy_grow
 
 
 FOLDER = Path(__file__).parent
@@ -68,8 +71,8 @@ def launch_command(
     script: Path, flags: list[str], num_processes: int = 1, fsdp: bool = False, options: Sequence[str] = ()
 ) -> list[str]:
     """
-    The command of `accelerate launch` for a script on the CPU: in one process, with DDP, or with FSDP2, and with more `options`
-    of `accelerate launch`.
+    The command of `accelerate launch` for a script on the CPU: in one process, with DDP, or with FSDP2. `options` are further
+    ones of `accelerate launch`.
     """
     several = ["--num_processes", str(num_processes), "--main_process_port", "0"]
     if fsdp:
@@ -88,7 +91,19 @@ def command(output_dir: Path, num_processes: int = 1, fsdp: bool = False, **argu
 def environment(fsdp: bool = False, hub: bool = False) -> dict[str, str]:
     """The environment of a script: on the CPU, and offline unless it may use the tests' Hub."""
     cpu = {"ACCELERATE_TORCH_DEVICE": "cpu"} if fsdp else {"ACCELERATE_USE_CPU": "true"}
-    return {**os.environ, **cpu, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0" if hub else "1"}
+    offline = {"HF_HUB_OFFLINE": "0" if hub else "1"}
+    return {**os.environ, **cpu, **offline, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": list_warning_filters()}
+
+
+@cache
+def list_warning_filters() -> str:
+    """
+    `PYTHONWARNINGS` under which a deprecated call from a script or from the package is an error. Python compares whole names of
+    modules there, so all are listed. Warnings inside other libraries are left to the forks, which know pytest's filters.
+    """
+    modules = pkgutil.walk_packages(diffusers_greedy_grow.__path__, "diffusers_greedy_grow.")
+    names = ["__main__", "diffusers_greedy_grow", *(module.name for module in modules)]
+    return ",".join(f"error::{kind}:{name}" for name in names for kind in ("DeprecationWarning", "FutureWarning"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,7 +166,7 @@ class ForkServer:
 
 @cache
 def start_server(hub: bool) -> ForkServer:
-    """One server per test process, and another for runs that may use the Hub: huggingface_hub reads that when it is imported."""
+    """The server of this test process. Runs that may use the Hub have their own: huggingface_hub is offline from its import on."""
     return ForkServer(hub)
 
 

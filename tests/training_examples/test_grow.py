@@ -36,13 +36,13 @@ def test_every_phase_ends_in_a_pipeline(finished):
         assert type(pipeline.unet) is kind and pipeline.scheduler.config.shift == shift
         image = pipeline("image number 3", num_inference_steps=2).images[0]
         assert image.size == (size, size)
-    # Of the images, whose high band it is.
+    # The variance of the images' high-frequency band.
     (variance,) = pipeline.config.detail_variances
     assert 0 < variance < 1
     pipeline("image number 3", num_inference_steps=2, core_first="auto", guidance_resolution="core")
 
 
-def test_growing_starts_from_the_averages_and_the_detail_phase_leaves_them_alone(finished):
+def test_growing_starts_from_the_averages_and_the_detail_phase_leaves_the_core_alone(finished):
     output_dir, _ = finished
     core, detail, joint = (weights(output_dir / name) for name in ("core", "grown-16-detail", "grown-16"))
     for name, value in core.items():
@@ -56,7 +56,7 @@ def test_growing_starts_from_the_averages_and_the_detail_phase_leaves_them_alone
         assert torch.equal(texts[1][name], value) and torch.equal(texts[2][name], value)
 
 
-def test_a_phase_leaves_its_averages(finished):
+def test_a_phase_saves_its_averages(finished):
     checkpoint = finished[0] / "checkpoints" / "grown-16-6"
     averages, last = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
     saved = weights(finished[0] / "grown-16")
@@ -64,8 +64,8 @@ def test_a_phase_leaves_its_averages(finished):
     assert not all(torch.equal(last[f"unet.{name}"], weight) for name, weight in saved.items())
 
 
-def test_each_phase_averages_anew(finished):
-    """It starts from the averages of the one before; to go on with their decay would hold new weights back."""
+def test_each_phase_starts_a_new_average(finished):
+    """Its weights start from the averages of the phase before. The decay starts again: a slow one would hold new weights back."""
     checkpoints = [json.loads(path.read_text()) for path in (finished[0] / "checkpoints").glob("*/progress.json")]
     assert any(progress["phase"] != "core" for progress in checkpoints)
     for progress in checkpoints:
@@ -179,7 +179,7 @@ def test_a_given_core_and_several_stages(finished, tmp_path):
 
 
 def test_a_core_that_was_only_grown(finished, data, tmp_path):
-    """What `from_core` returns does not know how much detail its images have, and grows all the same."""
+    """A pipeline that `from_core` returns has no variance of detail, and grows nevertheless."""
     grown = GreedyGrowPipeline.from_core(finished[0] / "core", 16, block_out_channels=(8,))
     grown.save_pretrained(tmp_path / "core")
     run(tmp_path / "output", train_data_dir=data, core=tmp_path / "core", resolutions=[16, 32], joint_steps=0)
@@ -188,7 +188,7 @@ def test_a_core_that_was_only_grown(finished, data, tmp_path):
 
 def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_path):
     encoder = finished[0] / "core"
-    # A folder with tokenizer and encoder side by side, as on the Hub.
+    # A folder that holds tokenizer and encoder side by side, as repositories on the Hub do.
     pipeline = GreedyGrowPipeline.from_pretrained(encoder)
     pipeline.text_encoder.save_pretrained(tmp_path / "encoder")
     pipeline.tokenizer.save_pretrained(tmp_path / "encoder")
@@ -204,7 +204,7 @@ def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_pa
 
 
 def test_training_from_scratch(data, tmp_path):
-    """The baseline that growing must beat: everything, the text encoder too, at the high resolution from the start."""
+    """The baseline: everything trains at the high resolution from the start, the text encoder too."""
     arguments = {"train_data_dir": data, "core_steps": 0, "detail_steps": 0, "joint_steps": 2}
     run(tmp_path / "short", **arguments)
     run(tmp_path / "long", **{**arguments, "joint_steps": 12})
@@ -215,7 +215,7 @@ def test_training_from_scratch(data, tmp_path):
 
 
 def test_few_high_resolution_images(data, tmp_path):
-    """The core sees all images; above its resolution, one is all there is, and all that the growth goes by."""
+    """The core sees all images. Above its resolution there is only one, and the growth measures its detail there."""
     arguments = {"train_data_dir": data, "core_steps": 2, "detail_steps": 1, "joint_steps": 0}
     log = run(tmp_path / "output", num_high_res_images=1, **arguments)
     assert "57 images to train the core on, 1 to train on above its resolution; 3 held out" in log
@@ -224,7 +224,7 @@ def test_few_high_resolution_images(data, tmp_path):
     variances = [detail_variance(normalize(image[None], 1), 2) for image in images]
     assert min(abs(variance - other) for other in variances) < 1e-6
 
-    # A joint phase that is added later goes on from what was the last phase.
+    # A joint phase that is added later starts from the phase that was the last.
     shutil.copytree(tmp_path / "output" / "grown-16", tmp_path / "detail")
     later = {"joint_steps": 2, "resume_from_checkpoint": "latest", "resume_with_changes": True}
     log = run(tmp_path / "output", num_high_res_images=1, **{**arguments, **later})
@@ -246,8 +246,8 @@ def test_shapes_by_default(tmp_path):
 
 def test_options_of_the_recipe_and_samples_along_the_way(finished, data, tmp_path):
     log = run(
-        tmp_path / "output", train_data_dir=data, core=finished[0] / "core", loss_weighting="cosmap", low_res_share=0.25,
-        low_res_loss_weight=0.5, offload_ema=True, sample_steps=4, report_to="tensorboard",
+        tmp_path / "output", train_data_dir=data, core=finished[0] / "core", loss_weighting="cosmap",
+        offload_ema=True, sample_steps=4, report_to="tensorboard",
     )  # fmt: skip
     assert "grown-16 is done" in log
     samples = tmp_path / "output" / "samples"
@@ -261,14 +261,14 @@ def test_options_of_the_recipe_and_samples_along_the_way(finished, data, tmp_pat
     tags = accumulator.Tags()
     assert {"grown-16-detail/samples", "grown-16/samples"} == set(tags["images"])
     assert {"grown-16/val_low_noise_loss_high", "grown-16/grad_norm", "grown-16/memory_gb"} <= set(tags["scalars"])
-    # Other images than those of the same run without the options, but of the same data.
+    # The options change the weights.
     assert not torch.equal(*(weights(folder / "grown-16")["stages.0.decoder.conv_out.weight"]
                              for folder in (tmp_path / "output", finished[0])))  # fmt: skip
 
 
 def test_noise_levels_for_each_resolution(finished, data, tmp_path):
-    """Those of the grown model's training change nothing before it, nor what the held-out loss is taken over."""
-    # Instead of an earlier run, whose phases go, and nothing else.
+    """The noise levels of a grown model change neither the core's training nor the levels of the held-out loss."""
+    # It replaces an earlier run: the phases of that run are removed, and nothing else.
     shutil.copytree(finished[0], tmp_path / "output")
     shutil.copytree(finished[0] / "grown-16", tmp_path / "output" / "grown-32")
     for name in ("grown-32-detail", "mine"):

@@ -39,7 +39,7 @@ def test_bad_arguments(arguments, message, here, tmp_path):
 
 
 def test_an_earlier_run_is_not_overwritten(finished, data, here, tmp_path):
-    """Nor by one that cannot begin."""
+    """A run that cannot start does not replace an earlier one either."""
     output_dir, _ = finished
     files = list_files(output_dir)
     with pytest.raises(ValueError, match="holds an earlier run.*--resume_from_checkpoint latest"):
@@ -77,8 +77,8 @@ def test_a_core_without_text_is_refused(tmp_path):
         grow.adopt_core(ModelArguments(core=str(tmp_path)))
 
 
-def test_what_describes_a_core_is_the_cores(finished, tmp_path):
-    PartialState(cpu=True)  # which its loggers ask
+def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
+    PartialState(cpu=True)  # its loggers need it
     core, config = finished[0] / "core", finished[0] / "config.yaml"
     made_it = parse_arguments(["--config", str(config), "--core", str(core)], "")[1]
     expected = asdict(made_it)

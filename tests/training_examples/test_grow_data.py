@@ -18,8 +18,8 @@ from ..training.test_data import make_image, write_image_folder, write_rows
 from .launching import assert_same_weights, command, environment, read_metrics, refuse, run
 
 
-def test_a_killed_run_on_a_stream_sees_the_samples_it_would_have_seen(tmp_path):
-    """With several files, workers, shapes and broken rows; the kill falls between two checkpoints."""
+def test_a_killed_run_on_a_stream_is_resumed_bit_for_bit(tmp_path):
+    """There are several files, workers, shapes and broken rows. The kill falls between two checkpoints."""
     (tmp_path / "data").mkdir()
     for file in range(3):
         shapes = [(32, 32) if i % 3 else (40, 12) for i in range(20)]
@@ -59,7 +59,7 @@ def test_a_killed_run_on_a_stream_sees_the_samples_it_would_have_seen(tmp_path):
 
 @pytest.mark.parametrize("known", [False, True])
 def test_other_images_above_the_cores_resolution(data, tmp_path, known):
-    """Those of the core are read at its resolution; growth and the held-out loss go by the others, in several shapes."""
+    """The core reads its own images at its resolution. Growth and the held-out loss use the others, in several shapes."""
     shapes = ((32, 32), (40, 10), (10, 40))
     flat = [
         (
@@ -84,12 +84,12 @@ def test_other_images_above_the_cores_resolution(data, tmp_path, known):
         [line["loss_high"] for line in lines if line["phase"] == phase and "loss" in line]
         for phase in ("core", "grown-16")
     )
-    assert min(low) > 10 * max(high)  # noise is all detail, flat images hardly have any
+    assert min(low) > 10 * max(high)  # noise has much detail, flat images have hardly any
     assert {line["phase"] for line in lines if "val_loss" in line} == {"core", "grown-16"}
 
 
-def test_kept_text_embeddings_change_nothing(finished, data, tmp_path):
-    """Losses with and without, caption dropout and held-out captions included; a second run finds them there."""
+def test_cached_text_embeddings_change_nothing(finished, data, tmp_path):
+    """Losses are the same with and without the cache, with caption dropout and for held-out captions."""
     pipeline = GreedyGrowPipeline.from_pretrained(finished[0] / "core")
     pipeline.text_encoder.save_pretrained(tmp_path / "encoder")
     pipeline.tokenizer.save_pretrained(tmp_path / "encoder")

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
-"""A run that publishes what it makes: the real client, against the loopback Hub."""
+"""Runs that publish their phases with the real client, to the loopback Hub."""
 
 import re
 import subprocess
@@ -30,19 +30,19 @@ def publish(output_dir: Path, token: str = TOKEN, **arguments) -> subprocess.Com
     return run_script(GROW, grow_flags(output_dir, push_to_hub=True, **arguments), hub=True, HF_TOKEN=token)
 
 
-def tags_of(repo_id: str) -> dict[str, str]:
+def list_tags(repo_id: str) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in HfApi().list_repo_refs(repo_id).tags}
 
 
 def test_every_phase_is_published(hub, data, tmp_path):
     repo_id, output_dir = "owner/phases", tmp_path / "output"
     HfApi().create_repo(repo_id)
-    HfApi().create_tag(repo_id, tag="core")  # of an earlier run
+    HfApi().create_tag(repo_id, tag="core")  # left by an earlier run
     arguments = {"hub_model_id": repo_id, "hub_license": "mit", "hub_steps": 5, "train_data_dir": data}
     done = launch_script(GROW, grow_flags(output_dir, push_to_hub=True, **arguments), hub=True, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stdout[-5000:]
 
-    tags = tags_of(repo_id)
+    tags = list_tags(repo_id)
     assert list(tags) and tags.keys() == {*PHASES}
     assert tags["grown-16"] == HfApi().model_info(repo_id).sha
     for phase in PHASES:
@@ -56,7 +56,7 @@ def test_every_phase_is_published(hub, data, tmp_path):
         assert (f"{phase}, step {step}" in titles) != ((phase, str(step)) in left_out)
     assert not any((output_dir / "uploads").iterdir())
 
-    # The card tells the whole way, and the pipeline is what a user gets.
+    # The card lists all phases, and the pipeline loads as a user loads it.
     card = ModelCard.load(repo_id)
     card.validate()
     assert card.data.license == "mit" and card.data.model_name == "phases"
@@ -77,7 +77,7 @@ def test_every_phase_is_published(hub, data, tmp_path):
     assert type(pipeline) is GreedyGrowPipeline and pipeline.unet.sample_sizes == (8,)
     assert [entry["phase"] for entry in get_lineage(pipeline.unet)] == ["core"]
 
-    # Nobody reads the token anywhere.
+    # The token is written nowhere.
     assert TOKEN not in done.stdout
     places = [path for path in output_dir.rglob("*") if path.is_file()]
     assert len(places) > 20 and not [path for path in places if TOKEN.encode() in path.read_bytes()]
@@ -85,8 +85,8 @@ def test_every_phase_is_published(hub, data, tmp_path):
         assert not [name for name, content in hub.files(repo_id, revision).items() if TOKEN.encode() in content]
 
 
-def test_growing_what_is_on_the_hub(hub, data, tmp_path):
-    """A tag of somebody's run is the core of another, and its card says so."""
+def test_growing_a_core_from_the_hub(hub, data, tmp_path):
+    """The core is a tag of another repository, and the card names it."""
     assert publish(tmp_path / "first", hub_model_id="owner/first", train_data_dir=data).returncode == 0
     done = publish(
         tmp_path / "second", hub_model_id="owner/second", core="owner/first", core_revision="core", train_data_dir=data,
@@ -94,13 +94,13 @@ def test_growing_what_is_on_the_hub(hub, data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
     pipeline = GreedyGrowPipeline.from_pretrained("owner/second")
-    revision = tags_of("owner/first")["core"]
+    revision = list_tags("owner/first")["core"]
     assert [entry.get("core_revision") for entry in get_lineage(pipeline.unet)] == [None, revision, None]
     card = ModelCard.load("owner/second")
     assert card.data.base_model == "owner/first" and f"grown from `owner/first` at `{revision[:12]}`" in card.text
 
 
-def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
+def test_failed_uploads_do_not_stop_a_run(hub, data, tmp_path):
     repo_id, output_dir = "owner/never", tmp_path / "output"
     hub.fail(f"POST /api/models/{repo_id}/commit/", "400", times=1000)
     done = publish(output_dir, hub_model_id=repo_id, train_data_dir=data)
@@ -108,34 +108,34 @@ def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
     assert not hub.files(repo_id) and TOKEN not in done.stdout
     assert done.stdout.count("Nothing is lost: all files are in") == len(PHASES)
 
-    # What the message says makes up for it.
+    # The command in the message uploads the rest.
     hub.faults.clear()
     for command_of_phase in re.findall("Go on with `(.*?)`", done.stdout):
         run_in_a_shell(command_of_phase)
-    assert tags_of(repo_id).keys() == {*PHASES}
+    assert list_tags(repo_id).keys() == {*PHASES}
     assert load(hub.files(repo_id, "core")[WEIGHTS]).keys() == weights(output_dir / "core").keys()
 
 
-def test_publishing_changes_no_training_and_a_resumed_run_goes_on(hub, data, tmp_path):
+def test_publishing_does_not_change_training_and_is_resumed(hub, data, tmp_path):
     plain, pushed = tmp_path / "plain", tmp_path / "pushed"
     run(plain, train_data_dir=data)
     assert publish(pushed, hub_model_id="owner/same", hub_steps=3, train_data_dir=data).returncode == 0
     for phase in PHASES:
         assert_same_weights(plain / phase, pushed / phase)
-    before = tags_of("owner/same")
+    before = list_tags("owner/same")
     again = publish(pushed, hub_model_id="owner/same", train_data_dir=data, resume_from_checkpoint="latest")
     assert again.returncode == 0, again.stdout[-5000:]
-    assert tags_of("owner/same").keys() == before.keys()
+    assert list_tags("owner/same").keys() == before.keys()
 
 
 @pytest.mark.parametrize("token,message", [("hf_nobody", "401"), ("hf_of_a_stranger", "403")])
-def test_who_may_not_write_is_told_before_training(hub, data, tmp_path, token, message):
+def test_missing_permission_is_an_error_before_training(hub, data, tmp_path, token, message):
     done = publish(tmp_path / "output", token, hub_model_id="owner/forbidden", train_data_dir=data)
     assert done.returncode != 0 and message in done.stdout and token not in done.stdout
     assert not (tmp_path / "output").exists()
 
 
-def test_a_license_that_the_hub_does_not_know_is_told_before_training(hub, data, tmp_path):
+def test_an_unknown_license_is_an_error_before_training(hub, data, tmp_path):
     done = publish(tmp_path / "output", hub_model_id="owner/license", hub_license="apache-3.0", train_data_dir=data)
     assert done.returncode != 0 and "must be one of" in done.stdout
     assert not (tmp_path / "output").exists()

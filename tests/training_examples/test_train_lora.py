@@ -3,8 +3,8 @@
 
 
 """
-LoRA training as users run it, on a core that has learned simple shapes and on the model grown from it. The captions of its
-data call circles red, blue and yellow, but all of them are green.
+Runs of `train_lora.py` on a core that has learned simple shapes, and on the model grown from it. The captions of the LoRA's data
+call circles red, blue and yellow, but all circles are green.
 """
 
 import os
@@ -35,12 +35,12 @@ from .launching import TRAIN_LORA, environment, launch_script, read_metrics, run
 
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-SIZE = 32  # of the images in the data, and of those that are scored
+SIZE = 32  # resolution of the data and of the images that are scored
 TRAINING = {"max_train_steps": 100, "learning_rate": 3e-3, "num_inference_steps": 2, "logging_steps": 1, "seed": 1}
 
 
 def sample_scenes(count: int, colors: list[str], seed: int) -> list[Scene]:
-    """Large plain circles and squares in the middle of white."""
+    """Scenes with one large plain circle or square in the middle of a white background."""
     rng, scenes = np.random.default_rng(seed), []
     for _ in range(count):
         color, shape = str(rng.choice(colors)), str(rng.choice(["circle", "square"]))
@@ -57,7 +57,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory) -> Path:
-    """A run of `grow.py`, with a core of 8 px and a model of 16 px."""
+    """The folder of a run of `grow.py`, with a core of 8 px and a grown model of 16 px."""
     folder = tmp_path_factory.mktemp("grown")
     scenes = sample_scenes(600, ["red", "blue", "yellow", "green"], seed=0)
     run(
@@ -100,11 +100,11 @@ def adapter(grown, data, tmp_path_factory) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it does
+# Results
 
 
 @pytest.mark.parametrize("name", ["core", "grown-16"])
-def test_a_lora_of_the_core_turns_circles_green_on_the_core_and_on_what_was_grown_from_it(grown, adapter, name):
+def test_a_lora_of_the_core_turns_circles_green_on_the_core_and_on_the_grown_model(grown, adapter, name):
     pipeline = GreedyGrowPipeline.from_pretrained(grown / name)
     captions = [
         f"a large {color} plain {shape} on a white background"
@@ -125,7 +125,7 @@ def test_a_lora_of_the_core_turns_circles_green_on_the_core_and_on_what_was_grow
     assert look() == before
 
 
-def test_what_a_run_leaves_behind(grown, adapter):
+def test_the_files_of_a_run(grown, adapter):
     with safe_open(adapter / WEIGHTS, "pt") as file:
         names, metadata = list(file.keys()), file.metadata()
     assert names and all(
@@ -147,13 +147,13 @@ def test_what_a_run_leaves_behind(grown, adapter):
     weights = (grown / "core" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert checkpoint.name == "lora-100" and not list(checkpoint.glob("model*"))
     assert (checkpoint / WEIGHTS).stat().st_size < weights / 2
-    # What is saved are the averages.
+    # The adapter holds the averaged weights.
     saved, last = load_file(adapter / WEIGHTS), load_file(checkpoint / WEIGHTS)
     averages = load_file(checkpoint / "ema.safetensors")
     assert all(torch.equal(value, saved[f"unet.{name}".replace(".default", "")]) for name, value in averages.items())
     assert len(averages) == len(saved) and not any(torch.equal(value, last[name]) for name, value in saved.items())
     card = ModelCard.load(adapter / "README.md")
-    assert "lora" in card.data.tags and card.data.base_model is None  # a folder is no model of the Hub
+    assert "lora" in card.data.tags and card.data.base_model is None  # a folder is not a model on the Hub
     assert "100 steps, 1600 images seen" in card.text and "![" in card.text
 
 
@@ -161,7 +161,7 @@ def test_what_a_run_leaves_behind(grown, adapter):
 # Other ways to run
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, tmp_path):
+def test_an_interrupted_run_is_resumed_bit_for_bit(grown, data, adapter, tmp_path):
     output_dir, arguments = (
         tmp_path / "output",
         {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data},
@@ -186,7 +186,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
     (checkpoint,) = (output_dir / "checkpoints").glob("lora-*")
     assert 10 <= int(checkpoint.name.split("-")[-1]) < 100 and not (output_dir / WEIGHTS).exists()
     with open(output_dir / "metrics.jsonl", "a") as file:
-        file.write('{"phase": "lora", "step": 101}\n')  # of steps that no checkpoint has
+        file.write('{"phase": "lora", "step": 101}\n')  # a step after the checkpoint
     train(output_dir, resume_from_checkpoint="latest", **arguments)
     resumed, whole = load_file(output_dir / WEIGHTS), load_file(adapter / WEIGHTS)
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -197,7 +197,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
 
 
 def test_two_processes_follow_one(grown, data, adapter, tmp_path):
-    """At the same global batch: the same images with the same noise, so the same losses up to rounding."""
+    """With the same global batch they see the same images with the same noise, so losses are equal up to rounding."""
     flags = lora_flags(
         tmp_path / "output", train_batch_size=4, gradient_accumulation_steps=2,
         pretrained_model_name_or_path=grown / "core", train_data_dir=data,
@@ -215,7 +215,7 @@ def test_sharding_is_refused(tmp_path):
 
 
 def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_path, monkeypatch):
-    """Core and stage learn. What is published is found by the card's code."""
+    """Core and stage both learn. The code on the published card loads the adapter."""
     base = GreedyGrowPipeline.from_pretrained(grown / "grown-16")
     base.push_to_hub("owner/grown-16", license="mit")
     log = train(
@@ -242,7 +242,7 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
     assert {value.dtype for value in weights.values()} == {torch.float32}
     parts = {".".join(name.split(".")[1:3]) for name in weights}
     assert {"core.transformer_blocks", "core.resnet_in", "stages.0"} <= parts
-    assert all(value.any() for value in weights.values())  # B starts at zero: each layer has learned
+    assert all(value.any() for value in weights.values())  # B starts at zero, so each layer has learned
 
     assert hub.files("owner/green-circles-16").keys() >= {WEIGHTS, "README.md", "samples.png"}
     assert "Uploaded to" in log and not any(
@@ -259,7 +259,7 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
     assert isinstance(pipeline, DiffusionPipeline) and (tmp_path / "image.png").exists()
     (config,) = pipeline.unet.peft_config.values()
     assert (config.r, config.lora_alpha) == (2, 6)
-    for name, value in base.unet.state_dict().items():  # what it was trained around has not changed
+    for name, value in base.unet.state_dict().items():  # the base model has not changed
         layer, _, kind = name.rpartition(".")
         state = pipeline.unet.state_dict()
         assert torch.equal(state.get(name, state.get(f"{layer}.base_layer.{kind}")), value), name
@@ -326,9 +326,7 @@ def test_arguments_from_a_file(tmp_path):
         ("core", {}, "holds a pipeline, and this run another card"),
     ],
 )
-def test_what_does_not_fit_is_told_before_training(
-    grown, data, adapter, tmp_path, monkeypatch, output_dir, others, message
-):
+def test_errors_before_training(grown, data, adapter, tmp_path, monkeypatch, output_dir, others, message):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     folder = {"new": tmp_path / "new", "adapter": adapter, "core": grown / "core"}[output_dir]
     arguments = {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data, "output_dir": folder}
@@ -346,7 +344,7 @@ def test_a_model_without_text_is_refused(tmp_path, monkeypatch):
         "pretrained_model_name_or_path": tmp_path / "model",
         "train_data_dir": "nowhere",
         "output_dir": tmp_path / "output",
-        "push_to_hub": True,  # which is not asked for anything before
+        "push_to_hub": True,  # the Hub is not asked before the error
     }
     with pytest.raises(ValueError, match="has no text, but `train_lora.py` trains on captions"):
         main(to_flags({**TRAINING, **arguments}))
