@@ -8,7 +8,7 @@ import pytest
 
 from training_examples import grow
 
-from ..training.test_data import write_image_folder
+from ..data_utils import write_image_folder
 from . import launching
 from .launching import grow_flags, run
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import StateDictType
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.checkpoints import read_progress
 
-from ..training.test_data import write_image_folder
+from ..data_utils import write_image_folder
 from .launching import FOLDER, GROW, environment, launch, launch_script, read_metrics, run, weights
 
 
@@ -46,7 +46,7 @@ def one(arguments, tmp_path_factory) -> Path:
     return output_dir
 
 
-@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
+@pytest.fixture(scope="module", params=["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
 def two(request, arguments, tmp_path_factory) -> tuple[Path, bool]:
     output_dir, fsdp = tmp_path_factory.mktemp(request.param) / "output", request.param == "FSDP2"
     launch(output_dir, num_processes=2, fsdp=fsdp, train_batch_size=4, **arguments)
@@ -95,6 +95,7 @@ def test_two_processes_follow_one(one, two):
         assert moments and all("unet.stages.0." in name for name in moments)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_another_number_of_processes(one, two, arguments, tmp_path):
     """Resume with one process in the first phase, then with two in the last, with accumulated batches."""
     output_dir, fsdp = two

@@ -21,7 +21,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionMod
 from diffusers_greedy_grow.flow import detail_variance
 from diffusers_greedy_grow.training.data.images import normalize, to_pixel_values
 
-from ..training.test_data import write_parquet
+from ..data_utils import write_parquet
 from .launching import GROW, assert_same_weights, grow_flags, launch_script, read_metrics, run, weights
 
 
@@ -120,6 +120,7 @@ def test_the_resolved_config_makes_the_same_run(finished, tmp_path):
 # Other ways to train
 
 
+@pytest.mark.slow
 def test_accelerate_compiles_the_blocks(finished, data, tmp_path):
     done = launch_script(
         GROW, grow_flags(tmp_path / "output", train_data_dir=data),
@@ -186,6 +187,7 @@ def test_a_core_that_was_only_grown(finished, data, tmp_path):
     assert GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-32").config.detail_variances is None
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_path):
     encoder = finished[0] / "core"
     # A folder that holds tokenizer and encoder side by side, as repositories on the Hub do.
@@ -214,6 +216,7 @@ def test_training_from_scratch(data, tmp_path):
         assert all(not torch.equal(short[name], long[name]) for name in short if long[name].ndim > 1), component
 
 
+@pytest.mark.slow
 def test_few_high_resolution_images(data, tmp_path):
     """The core sees all images. Above its resolution there is only one, and the growth measures its detail there."""
     arguments = {"train_data_dir": data, "core_steps": 2, "detail_steps": 1, "joint_steps": 0}

@@ -14,10 +14,11 @@ import pytest
 
 from diffusers_greedy_grow import GreedyGrowPipeline
 
-from ..training.test_data import make_image, write_image_folder, write_rows
+from ..data_utils import make_image, write_image_folder, write_rows
 from .launching import assert_same_weights, command, environment, read_metrics, refuse, run
 
 
+@pytest.mark.slow
 def test_a_killed_run_on_a_stream_is_resumed_bit_for_bit(tmp_path):
     """There are several files, workers, shapes and broken rows. The kill falls between two checkpoints."""
     (tmp_path / "data").mkdir()

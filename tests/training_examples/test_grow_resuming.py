@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ..training.test_data import write_image_folder
+from ..data_utils import write_image_folder
 from .launching import assert_same_weights, command, environment, read_metrics, refuse, run
 
 
@@ -93,7 +93,13 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
     return log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
     phase = "grown-16" if number == signal.SIGTERM else "core"
     steps = {"core_steps": 300 if phase == "core" else 12, "joint_steps": 300, "detail_steps": 2, "logging_steps": 1}

@@ -116,6 +116,7 @@ def test_failed_uploads_do_not_stop_a_run(hub, data, tmp_path):
     assert load(hub.files(repo_id, "core")[WEIGHTS]).keys() == weights(output_dir / "core").keys()
 
 
+@pytest.mark.slow
 def test_publishing_does_not_change_training_and_is_resumed(hub, data, tmp_path):
     plain, pushed = tmp_path / "plain", tmp_path / "pushed"
     run(plain, train_data_dir=data)
