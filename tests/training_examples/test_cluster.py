@@ -46,7 +46,7 @@ def one(arguments, tmp_path_factory) -> Path:
     return output_dir
 
 
-@pytest.fixture(scope="module", params=["DDP", pytest.param("FSDP2", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["DDP", "FSDP2"])
 def two(request, arguments, tmp_path_factory) -> tuple[Path, bool]:
     output_dir, fsdp = tmp_path_factory.mktemp(request.param) / "output", request.param == "FSDP2"
     launch(output_dir, num_processes=2, fsdp=fsdp, train_batch_size=4, **arguments)
@@ -75,6 +75,7 @@ def assert_same_run(a: Path, b: Path):
                 torch.testing.assert_close(other[name], value, atol=1e-3, rtol=0, msg=f"{phase} {name}")
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(one, two):
     output_dir, fsdp = two
     assert_same_run(one, output_dir)

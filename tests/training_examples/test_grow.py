@@ -106,6 +106,7 @@ def test_metrics_and_images(finished):
     assert re.search(r"grown-16: +\d+%", log) and "images_per_s=" in log
 
 
+@pytest.mark.slow
 def test_the_resolved_config_makes_the_same_run(finished, tmp_path):
     """Start from the YAML file alone, with one flag that wins over it, by `accelerate launch`; `finished` was run in a fork."""
     output_dir, _ = finished
@@ -205,6 +206,7 @@ def test_the_papers_recipe_with_a_pretrained_text_encoder(finished, data, tmp_pa
     assert grown["stages.0.conv_to_inner.weight"].any()
 
 
+@pytest.mark.slow
 def test_training_from_scratch(data, tmp_path):
     """The baseline: everything trains at the high resolution from the start, the text encoder too."""
     arguments = {"train_data_dir": data, "core_steps": 0, "detail_steps": 0, "joint_steps": 2}
