@@ -271,6 +271,7 @@ def test_options_of_the_recipe_and_samples_along_the_way(finished, data, tmp_pat
                              for folder in (tmp_path / "output", finished[0])))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_noise_levels_for_each_resolution(finished, data, tmp_path):
     """The noise levels of a grown model change neither the core's training nor the levels of the held-out loss."""
     # It replaces an earlier run: the phases of that run are removed, and nothing else.

@@ -58,7 +58,7 @@ def test_a_killed_run_on_a_stream_is_resumed_bit_for_bit(tmp_path):
     assert "3 broken rows were left out so far" in said
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_other_images_above_the_cores_resolution(data, tmp_path, known):
     """The core reads its own images at its resolution. Growth and the held-out loss use the others, in several shapes."""
     shapes = ((32, 32), (40, 10), (10, 40))

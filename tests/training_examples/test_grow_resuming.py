@@ -29,8 +29,10 @@ def test_a_finished_run_resumes_at_its_end(finished, data, tmp_path):
     assert re.search(
         r"grown-16-6 was saved with other arguments: images per step \(.*'grown-16': 4.*'grown-16': 2", error
     )
-    log = run(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", learning_rate=1e-4,
-                 joint_steps=12, resume_with_changes=True, validation_prompts="a cat")  # fmt: skip
+    log = run(
+        tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", learning_rate=1e-4, joint_steps=12,
+        resume_with_changes=True, validation_prompts="a cat",
+    )  # fmt: skip
     assert "grown-16-6" in log
     step, rate = [(line["step"], line["lr"]) for line in read_metrics(tmp_path / "output") if "lr" in line][-3]
     assert step == 8 and 0 < rate < 1e-4  # the new rate
@@ -93,13 +95,8 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
     return log.read_text()
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGTERM, id="SIGTERM"),
-        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
     phase = "grown-16" if number == signal.SIGTERM else "core"
     steps = {"core_steps": 300 if phase == "core" else 12, "joint_steps": 300, "detail_steps": 2, "logging_steps": 1}

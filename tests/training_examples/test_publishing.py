@@ -34,6 +34,7 @@ def list_tags(repo_id: str) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in HfApi().list_repo_refs(repo_id).tags}
 
 
+@pytest.mark.slow
 def test_every_phase_is_published(hub, data, tmp_path):
     repo_id, output_dir = "owner/phases", tmp_path / "output"
     HfApi().create_repo(repo_id)

@@ -196,6 +196,7 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(grown, data, adapter, tmp_pat
         }
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(grown, data, adapter, tmp_path):
     """With the same global batch they see the same images with the same noise, so losses are equal up to rounding."""
     flags = lora_flags(
@@ -208,12 +209,14 @@ def test_two_processes_follow_one(grown, data, adapter, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_sharding_is_refused(tmp_path):
     arguments = {"output_dir": tmp_path, "pretrained_model_name_or_path": "core", "train_data_dir": tmp_path}
     done = launch_script(TRAIN_LORA, to_flags(arguments), fsdp=True)
     assert done.returncode != 0 and "An adapter does not train with `FSDP`" in done.stdout, done.stdout[-5000:]
 
 
+@pytest.mark.slow
 def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_path, monkeypatch):
     """Core and stage both learn. The code on the published card loads the adapter."""
     base = GreedyGrowPipeline.from_pretrained(grown / "grown-16")
