@@ -1,15 +1,18 @@
-# Everything from a fresh clone: `make demo` grows a model, `make test` runs the tests. More arguments for the demo:
-# make demo ARGS="--overwrite_output_dir --seed 1".
-# Each target sets up .venv first; with an environment of your own, run what stands below directly.
+# Everything from a fresh clone: `make demo` grows a model, `make test` runs all tests, `make test-fast` leaves out the slow ones.
+# More arguments: make demo ARGS="--overwrite_output_dir --seed 1"; make test-fast ARGS=tests/models.
+# Each target sets up .venv first. With an environment of your own, run the commands below directly.
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Left to itself, accelerate trains with one thread on a CPU.
+# By default, accelerate trains with one thread on a CPU.
 LAUNCH := accelerate launch --num_processes 1 --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 # Without a GPU, some CPUs train faster in bfloat16 than in float32, 1.3 to 1.7 times.
 PRECISION := $(shell ! command -v nvidia-smi > /dev/null && grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo --mixed_precision bf16 --attention_backend _native_math)
 
-.PHONY: demo test lint clean
+# One thread per process: the models of the tests are tiny. A file stays in one process, where its fixtures are built once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-fast lint clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,7 +28,10 @@ demo: .venv/installed
 	$(BIN)/$(LAUNCH) training_examples/grow.py $(PRECISION) $(ARGS)
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(PYTEST) $(ARGS)
+
+test-fast: .venv/installed-dev
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_runs_are_identical():
     """Twenty kills at random moments; forks need a process of their own, without the test runner's threads."""
     done = subprocess.run(

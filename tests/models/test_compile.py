@@ -62,6 +62,7 @@ def test_torch_compile_repeated_blocks_of_a_grown_model():
             torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["core", "preserve"])
 def test_compile_with_group_offloading(kind):
@@ -73,6 +74,7 @@ def test_compile_with_group_offloading(kind):
         torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("make,size", [(make_core, 16), (partial(make_grown, block_out_channels=(8,)), 32)])
 @torch.fx.experimental._config.patch(use_duck_shape=False)
@@ -86,6 +88,7 @@ def test_compile_on_different_shapes(make, size):
         torch.testing.assert_close(output, model(**inputs).sample, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compile_works_with_aot(tmp_path):
     model, inputs = make_grown(block_out_channels=(8,)), make_inputs(height=32, width=32)

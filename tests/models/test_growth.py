@@ -290,6 +290,7 @@ def test_the_stage_reads_the_text_itself(core):
     torch.testing.assert_close(grown(**other).pred_original_sample, grown(**inputs).pred_original_sample)
 
 
+@pytest.mark.slow
 def test_the_detail_phase_needs_less_memory():
     code = """
 import sys, torch

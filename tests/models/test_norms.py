@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers.utils.testing_utils import torch_device
+from diffusers.utils.torch_utils import torch_device
 
 from diffusers_greedy_grow.models.blocks import GroupNorm, LayerNorm, residual_block
 

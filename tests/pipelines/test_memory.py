@@ -96,6 +96,7 @@ def test_compile_repeated_blocks_without_text():
     assert made(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_blocks_as_cuda_graphs(made):
     """
     Each step overwrites the graphs' memory, and with it the text's keys and values if they are left there. A CPU has no such

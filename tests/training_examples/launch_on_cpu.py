@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Runs the script that the first argument names, with the others, and FSDP2 on CPUs. accelerate knows it on accelerators only and
-silently falls back to DDP: here it takes CPUs that talk over gloo for accelerators. All else is as on a cluster.
+Run the script that the first argument names, with the other arguments, with FSDP2 on CPUs. accelerate has FSDP2 on accelerators only
+and silently falls back to DDP: here it takes CPUs that communicate over gloo for accelerators. All else is as on a cluster.
 """
 
 import runpy

@@ -1,7 +1,10 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A step of a detail phase and one of a joint phase under FSDP2 in bfloat16, for a look at what lies where. See test_cluster.py."""
+"""
+Take a step of a detail phase and one of a joint phase under FSDP2 in bfloat16, and check which tensors are sharded and in which
+precision. `test_cluster.py` launches it.
+"""
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +33,7 @@ for detail in (True, False):
     unet.enable_gradient_checkpointing()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
 
-    # No unit mixes what is frozen with what trains.
+    # No unit mixes frozen and trained parameters.
     for unit in list_units(module):
         assert len({parameter.requires_grad for parameter in unit}) == 1
     assert sum(map(len, list_units(module))) == len(list(module.parameters()))
@@ -41,7 +44,7 @@ for detail in (True, False):
     model, optimizer = accelerator.prepare(module, optimizer)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
-    # What is gathered at once is what `list_units` says.
+    # FSDP gathers the units of `list_units` together.
     groups = [m._get_fsdp_state()._fsdp_param_group for m in module.modules() if hasattr(m, "_get_fsdp_state")]
     assert sorted(len(group.fsdp_params) for group in groups if group is not None) == sizes
 
@@ -49,7 +52,7 @@ for detail in (True, False):
     sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
     with accelerator.autocast():
         output = model(sample, timestep, **inputs)
-    assert output.sample.dtype == torch.float32  # the noisy image keeps its precision, its difference too
+    assert output.sample.dtype == torch.float32  # the noisy image keeps its precision, and so does the difference
     accelerator.backward(output.sample.square().mean())
     for name, parameter in module.named_parameters():
         assert isinstance(parameter, DTensor) and parameter.dtype == torch.float32
@@ -64,7 +67,7 @@ for detail in (True, False):
     ema = EMAModel(parameters, decay=0.9)
     optimizer.step()
 
-    # Averages go in and out of the model, whatever it has gathered in between.
+    # Averages can be put into the model and taken out again, also after a forward pass has gathered parameters.
     @torch.no_grad()
     def answer() -> torch.Tensor:
         with accelerator.autocast():

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Several processes: they make what one makes, go on from each other's checkpoints, and a large run is planned without them."""
+"""Several processes: they train the same model as one, and resume from each other's checkpoints. Large runs are planned in one."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.checkpoints import read_progress
 
 from ..data_utils import write_image_folder
-from .test_grow import LAUNCHER, SCRIPT, environment, launch, read_metrics, weights
+from .launching import FOLDER, GROW, environment, launch, launch_script, read_metrics, run, weights
 
 
 STEPS = {"core_steps": 8, "detail_steps": 5, "joint_steps": 6, "validation_steps": 3, "logging_steps": 1}
@@ -35,7 +35,6 @@ def arguments(tmp_path_factory) -> dict:
         "train_data_dir": data,
         "checkpoints_total_limit": 9,
         "sample_steps": 3,
-        "low_res_loss_weight": 0.5,
         **STEPS,
     }
 
@@ -43,7 +42,7 @@ def arguments(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def one(arguments, tmp_path_factory) -> Path:
     output_dir = tmp_path_factory.mktemp("one") / "output"
-    launch(output_dir, train_batch_size=8, **arguments)
+    run(output_dir, train_batch_size=8, **arguments)
     return output_dir
 
 
@@ -55,7 +54,7 @@ def two(request, arguments, tmp_path_factory) -> tuple[Path, bool]:
 
 
 def assert_same_run(a: Path, b: Path):
-    """At the same global batch: the same images with the same noise, so the same up to rounding."""
+    """Two runs with the same global batch see the same images with the same noise, so they are equal up to rounding."""
     metrics, others = read_metrics(a), read_metrics(b)
     assert len(metrics) == len(others) > 19
     for line, other in zip(metrics, others):
@@ -72,10 +71,11 @@ def assert_same_run(a: Path, b: Path):
             own, other = weights(a / phase, part), weights(b / phase, part)
             assert own.keys() == other.keys()
             for name, value in own.items():
-                # A step moves a weight by 0.003, whichever size its gradient has: also where that is rounding alone.
+                # A step of the optimizer moves a weight by 0.003 even where its gradient is only rounding.
                 torch.testing.assert_close(other[name], value, atol=1e-3, rtol=0, msg=f"{phase} {name}")
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(one, two):
     output_dir, fsdp = two
     assert_same_run(one, output_dir)
@@ -83,12 +83,12 @@ def test_two_processes_follow_one(one, two):
     assert pipeline.unet.sample_sizes == (8, 16) and type(pipeline.unet).__name__ == "GrowableUNet2DConditionModel"
     assert pipeline("image number 3", num_inference_steps=2).images[0].size == (16, 16)
     assert (output_dir / "samples" / "grown-16.png").exists()
-    # A run with other numbers, or only one of the two under FSDP, would be refused.
+    # A resumed run must match these.
     config = read_progress(output_dir / "checkpoints" / "core-4")["config"]
     assert config["images per step"] == dict.fromkeys(PHASES, 8) and config["FSDP"] == fsdp
     if fsdp:
         checkpoint = output_dir / "checkpoints" / "grown-16-detail-4"
-        # Each process has written its part of every tensor; what the phase freezes has neither moments nor an average.
+        # Each process has written its part of every tensor. Frozen tensors have neither moments nor an average.
         model = FileSystemReader(checkpoint / "pytorch_model_fsdp_0").read_metadata().state_dict_metadata
         assert len(model["model.unet.core.transformer_blocks.0.attn1.to_q.weight"].chunks) == 2
         optimizer = FileSystemReader(checkpoint / "optimizer_0").read_metadata().state_dict_metadata
@@ -96,8 +96,9 @@ def test_two_processes_follow_one(one, two):
         assert moments and all("unet.stages.0." in name for name in moments)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(one, two, arguments, tmp_path):
-    """From two to one in the first phase, to its end; and from one to two in the last, with accumulated batches."""
+@pytest.mark.slow
+def test_a_run_is_resumed_with_another_number_of_processes(one, two, arguments, tmp_path):
+    """Resume with one process in the first phase, then with two in the last, with accumulated batches."""
     output_dir, fsdp = two
     shutil.copytree(output_dir, tmp_path / "output")
     checkpoints = tmp_path / "output" / "checkpoints"
@@ -122,15 +123,10 @@ def test_a_run_goes_on_with_another_number_of_processes(one, two, arguments, tmp
     assert_same_run(one, tmp_path / "output")
 
 
-def test_what_is_frozen_under_fsdp():
-    """Kept apart, without gradients; in bfloat16 with float32 weights, gradients, noise levels and images."""
-    config, folder = SCRIPT.parent / "accelerate" / "fsdp2.yaml", Path(__file__).parent
-    single = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*LAUNCHER, *single, str(folder / "launch_on_cpu.py"), str(folder / "sharded_step.py")],
-        env={**environment(fsdp=True), "PYTHONPATH": str(SCRIPT.parents[1])}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "as it should be" in done.stdout, done.stderr[-5000:]
+def test_frozen_parameters_under_fsdp():
+    """They are sharded apart and have no gradients. Layers compute in bfloat16; weights, gradients and images are float32."""
+    done = launch_script(FOLDER / "sharded_step.py", [], fsdp=True, PYTHONPATH=str(GROW.parents[1]))
+    assert done.returncode == 0 and "as it should be" in done.stdout, done.stdout[-5000:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,13 +135,13 @@ def test_what_is_frozen_under_fsdp():
 
 @pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2", "multi_node"])
 def test_configurations_of_accelerate(name, monkeypatch):
-    """What `accelerate launch` makes of each: the processes, and for FSDP the plugin that they build."""
-    path = SCRIPT.parent / "accelerate" / f"{name}.yaml"
+    """`accelerate launch` accepts each: the number of processes and, with FSDP, the plugin."""
+    path = GROW.parent / "accelerate" / f"{name}.yaml"
     command = re.search(r"#   (accelerate launch (?:.*\\\n)*.*)", path.read_text())[1].replace("\\\n#", "")
     command = command.replace("$MACHINE_RANK", "3").replace("$FIRST_MACHINE", "10.0.0.1")
-    args = launch_command_parser().parse_args(command.replace("training_examples", str(SCRIPT.parent)).split()[2:])
+    args = launch_command_parser().parse_args(command.replace("training_examples", str(GROW.parent)).split()[2:])
     args, _, _ = _validate_launch_command(args)
-    assert args.training_script == str(SCRIPT) and args.mixed_precision == "bf16"
+    assert args.training_script == str(GROW) and args.mixed_precision == "bf16"
     machines, processes = (8, 64) if name == "multi_node" else (1, 1 if name == "one_gpu" else 8)
     assert (args.num_machines, args.num_processes) == (machines, processes)
     assert bool(args.multi_gpu) == (name == "ddp") and bool(args.use_fsdp) == (name in ("fsdp2", "multi_node"))
@@ -162,8 +158,8 @@ def test_configurations_of_accelerate(name, monkeypatch):
 
 
 def test_the_plan_of_eight_billion_parameters():
-    """Without weights or network."""
-    config = SCRIPT.parent / "configs" / "vermeer_8b.yaml"
+    """It is made without weights or a network."""
+    config = GROW.parent / "configs" / "vermeer_8b.yaml"
     code = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -172,7 +168,7 @@ from tests.testing_utils import peak_memory
 print("Peak:", peak_memory())
 """
     result = subprocess.run(
-        [sys.executable, "-c", code, str(SCRIPT), "--plan", "--config", str(config)],
+        [sys.executable, "-c", code, str(GROW), "--plan", "--config", str(config)],
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     log, _, peak = result.stdout.partition("Peak: ")
@@ -183,7 +179,7 @@ print("Peak:", peak_memory())
     rows = {line.split()[0]: line.split()[1:] for line in log.split("GB per GPU")[1].splitlines()[2:]}
     assert list(rows) == ["core", "grown-256-detail", "grown-256", "grown-1024-detail", "grown-1024"]
     whole, checkpointed, sharded, both = map(float, rows["grown-1024"][1:])
-    # Four bytes each of weights, gradients, two moments and the average, for eight billion parameters.
+    # Weights, gradients, two moments and the average take four bytes each per parameter.
     assert checkpointed > 5 * 4 * 8e9 / 2**30 > 64 * 2 and whole > checkpointed > sharded > both
     assert float(rows["grown-1024-detail"][1]) < whole / 2
     assert "PFLOP" in log and "Warning" not in log

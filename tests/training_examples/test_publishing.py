@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 
-"""A run that publishes what it makes: real `accelerate launch`, real client, against the loopback Hub."""
+"""Runs that publish their phases with the real client, to the loopback Hub."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -15,11 +14,10 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.hub.lineage import get_lineage
+from diffusers_greedy_grow.hub import get_lineage
 
-from ..data_utils import write_image_folder
 from ..testing_utils import run_in_a_shell
-from .test_grow import assert_same_weights, command, weights
+from .launching import GROW, assert_same_weights, grow_flags, launch_script, run, run_script, weights
 
 
 TOKEN = "hf_of_the_owner"
@@ -27,31 +25,25 @@ PHASES = ["core", "grown-16-detail", "grown-16"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def run(output_dir: Path, token: str = TOKEN, **arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_TOKEN": token}
-    return subprocess.run(
-        command(output_dir, push_to_hub=True, **arguments),
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def publish(output_dir: Path, token: str = TOKEN, **arguments) -> subprocess.CompletedProcess:
+    """Run `grow.py` in a fork, with `--push_to_hub`."""
+    return run_script(GROW, grow_flags(output_dir, push_to_hub=True, **arguments), hub=True, HF_TOKEN=token)
 
 
-def tags_of(repo_id: str) -> dict[str, str]:
+def list_tags(repo_id: str) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in HfApi().list_repo_refs(repo_id).tags}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_image_folder(tmp_path_factory.mktemp("data") / "images", count=40)
-
-
+@pytest.mark.slow
 def test_every_phase_is_published(hub, data, tmp_path):
     repo_id, output_dir = "owner/phases", tmp_path / "output"
     HfApi().create_repo(repo_id)
-    HfApi().create_tag(repo_id, tag="core")  # of an earlier run
-    done = run(output_dir, hub_model_id=repo_id, hub_license="mit", hub_steps=5, train_data_dir=data)
+    HfApi().create_tag(repo_id, tag="core")  # left by an earlier run
+    arguments = {"hub_model_id": repo_id, "hub_license": "mit", "hub_steps": 5, "train_data_dir": data}
+    done = launch_script(GROW, grow_flags(output_dir, push_to_hub=True, **arguments), hub=True, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stdout[-5000:]
 
-    tags = tags_of(repo_id)
+    tags = list_tags(repo_id)
     assert list(tags) and tags.keys() == {*PHASES}
     assert tags["grown-16"] == HfApi().model_info(repo_id).sha
     for phase in PHASES:
@@ -65,7 +57,7 @@ def test_every_phase_is_published(hub, data, tmp_path):
         assert (f"{phase}, step {step}" in titles) != ((phase, str(step)) in left_out)
     assert not any((output_dir / "uploads").iterdir())
 
-    # The card tells the whole way, and the pipeline is what a user gets.
+    # The card lists all phases, and the pipeline loads as a user loads it.
     card = ModelCard.load(repo_id)
     card.validate()
     assert card.data.license == "mit" and card.data.model_name == "phases"
@@ -86,7 +78,7 @@ def test_every_phase_is_published(hub, data, tmp_path):
     assert type(pipeline) is GreedyGrowPipeline and pipeline.unet.sample_sizes == (8,)
     assert [entry["phase"] for entry in get_lineage(pipeline.unet)] == ["core"]
 
-    # Nobody reads the token anywhere.
+    # The token is written nowhere.
     assert TOKEN not in done.stdout
     places = [path for path in output_dir.rglob("*") if path.is_file()]
     assert len(places) > 20 and not [path for path in places if TOKEN.encode() in path.read_bytes()]
@@ -94,58 +86,58 @@ def test_every_phase_is_published(hub, data, tmp_path):
         assert not [name for name, content in hub.files(repo_id, revision).items() if TOKEN.encode() in content]
 
 
-def test_growing_what_is_on_the_hub(hub, data, tmp_path):
-    """A tag of somebody's run is the core of another, and its card says so."""
-    assert run(tmp_path / "first", hub_model_id="owner/first", train_data_dir=data).returncode == 0
-    done = run(
+def test_growing_a_core_from_the_hub(hub, data, tmp_path):
+    """The core is a tag of another repository, and the card names it."""
+    assert publish(tmp_path / "first", hub_model_id="owner/first", train_data_dir=data).returncode == 0
+    done = publish(
         tmp_path / "second", hub_model_id="owner/second", core="owner/first", core_revision="core", train_data_dir=data,
         joint_steps=0,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
     pipeline = GreedyGrowPipeline.from_pretrained("owner/second")
-    revision = tags_of("owner/first")["core"]
+    revision = list_tags("owner/first")["core"]
     assert [entry.get("core_revision") for entry in get_lineage(pipeline.unet)] == [None, revision, None]
     card = ModelCard.load("owner/second")
     assert card.data.base_model == "owner/first" and f"grown from `owner/first` at `{revision[:12]}`" in card.text
 
 
-def test_uploads_that_fail_stop_nothing(hub, data, tmp_path):
+def test_failed_uploads_do_not_stop_a_run(hub, data, tmp_path):
     repo_id, output_dir = "owner/never", tmp_path / "output"
     hub.fail(f"POST /api/models/{repo_id}/commit/", "400", times=1000)
-    done = run(output_dir, hub_model_id=repo_id, train_data_dir=data)
+    done = publish(output_dir, hub_model_id=repo_id, train_data_dir=data)
     assert done.returncode == 0, done.stdout[-5000:]
     assert not hub.files(repo_id) and TOKEN not in done.stdout
     assert done.stdout.count("Nothing is lost: all files are in") == len(PHASES)
 
-    # What the message says makes up for it.
+    # The command in the message uploads the rest.
     hub.faults.clear()
-    for command_of_phase in re.findall("Upload them with `(.*?)`", done.stdout):
+    for command_of_phase in re.findall("Go on with `(.*?)`", done.stdout):
         run_in_a_shell(command_of_phase)
-    assert tags_of(repo_id).keys() == {*PHASES}
+    assert list_tags(repo_id).keys() == {*PHASES}
     assert load(hub.files(repo_id, "core")[WEIGHTS]).keys() == weights(output_dir / "core").keys()
 
 
-def test_publishing_changes_no_training_and_a_resumed_run_goes_on(hub, data, tmp_path):
+@pytest.mark.slow
+def test_publishing_does_not_change_training_and_is_resumed(hub, data, tmp_path):
     plain, pushed = tmp_path / "plain", tmp_path / "pushed"
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command(plain, train_data_dir=data), env=environment, check=True, capture_output=True)
-    assert run(pushed, hub_model_id="owner/same", hub_steps=3, train_data_dir=data).returncode == 0
+    run(plain, train_data_dir=data)
+    assert publish(pushed, hub_model_id="owner/same", hub_steps=3, train_data_dir=data).returncode == 0
     for phase in PHASES:
         assert_same_weights(plain / phase, pushed / phase)
-    before = tags_of("owner/same")
-    again = run(pushed, hub_model_id="owner/same", train_data_dir=data, resume_from_checkpoint="latest")
+    before = list_tags("owner/same")
+    again = publish(pushed, hub_model_id="owner/same", train_data_dir=data, resume_from_checkpoint="latest")
     assert again.returncode == 0, again.stdout[-5000:]
-    assert tags_of("owner/same").keys() == before.keys()
+    assert list_tags("owner/same").keys() == before.keys()
 
 
 @pytest.mark.parametrize("token,message", [("hf_nobody", "401"), ("hf_of_a_stranger", "403")])
-def test_who_may_not_write_is_told_before_training(hub, data, tmp_path, token, message):
-    done = run(tmp_path / "output", token, hub_model_id="owner/forbidden", train_data_dir=data)
+def test_missing_permission_is_an_error_before_training(hub, data, tmp_path, token, message):
+    done = publish(tmp_path / "output", token, hub_model_id="owner/forbidden", train_data_dir=data)
     assert done.returncode != 0 and message in done.stdout and token not in done.stdout
     assert not (tmp_path / "output").exists()
 
 
-def test_a_license_that_the_hub_does_not_know_is_told_before_training(hub, data, tmp_path):
-    done = run(tmp_path / "output", hub_model_id="owner/license", hub_license="apache-3.0", train_data_dir=data)
+def test_an_unknown_license_is_an_error_before_training(hub, data, tmp_path):
+    done = publish(tmp_path / "output", hub_model_id="owner/license", hub_license="apache-3.0", train_data_dir=data)
     assert done.returncode != 0 and "must be one of" in done.stdout
     assert not (tmp_path / "output").exists()

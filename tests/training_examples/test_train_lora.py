@@ -3,8 +3,8 @@
 
 
 """
-LoRA training as users run it, on a core that has learned simple shapes and on the model grown from it. The captions of its
-data call circles red, blue and yellow, but all of them are green.
+Runs of `train_lora.py` on a core that has learned simple shapes, and on the model grown from it. The captions of the LoRA's data
+call circles red, blue and yellow, but all circles are green.
 """
 
 import os
@@ -31,17 +31,16 @@ from diffusers_greedy_grow.training.shapes.scenes import Scene, ShapeObject
 from training_examples.train_lora import main
 
 from ..testing_utils import make_core
-from .test_grow import LAUNCHER, environment, launch, read_metrics, to_flags
+from .launching import TRAIN_LORA, environment, launch_script, read_metrics, run, run_script, to_flags
 
 
-SCRIPT = Path(__file__).parents[2] / "training_examples" / "train_lora.py"
 WEIGHTS = "pytorch_lora_weights.safetensors"
-SIZE = 32  # of the images in the data, and of those that are scored
+SIZE = 32  # resolution of the data and of the images that are scored
 TRAINING = {"max_train_steps": 100, "learning_rate": 3e-3, "num_inference_steps": 2, "logging_steps": 1, "seed": 1}
 
 
 def sample_scenes(count: int, colors: list[str], seed: int) -> list[Scene]:
-    """Large plain circles and squares in the middle of white."""
+    """Scenes with one large plain circle or square in the middle of a white background."""
     rng, scenes = np.random.default_rng(seed), []
     for _ in range(count):
         color, shape = str(rng.choice(colors)), str(rng.choice(["circle", "square"]))
@@ -58,10 +57,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory) -> Path:
-    """A run of `grow.py`, with a core of 8 px and a model of 16 px."""
+    """The folder of a run of `grow.py`, with a core of 8 px and a grown model of 16 px."""
     folder = tmp_path_factory.mktemp("grown")
     scenes = sample_scenes(600, ["red", "blue", "yellow", "green"], seed=0)
-    launch(
+    run(
         folder / "output",
         train_data_dir=write_images(folder / "data", scenes, SIZE, texture_cells=8),
         hidden_size=32,
@@ -78,39 +77,34 @@ def grown(tmp_path_factory) -> Path:
     return folder / "output"
 
 
-def command(output_dir: Path, num_processes: int | None = 1, **arguments) -> list[str]:
-    """By `accelerate launch`; or, which is quicker, by itself, if there is no `num_processes`."""
-    processes = ["--multi_gpu", "--num_processes", str(num_processes), "--main_process_port", "0"]
-    launcher = ["-m", "accelerate.commands.launch", *(processes if num_processes != 1 else ["--cpu"])]
-    command = [sys.executable, *(launcher if num_processes else []), str(SCRIPT), "--output_dir", str(output_dir)]
-    return [*command, *to_flags({**TRAINING, **arguments})]
+def lora_flags(output_dir: Path, **arguments) -> list[str]:
+    """The command line of a short run of `train_lora.py`."""
+    return ["--output_dir", str(output_dir), *to_flags({**TRAINING, **arguments})]
 
 
-def train(output_dir: Path, num_processes: int | None = 1, hub: bool = False, **arguments) -> str:
-    """Runs to the end and returns what the run said."""
-    variables = {**environment(), "HF_HUB_OFFLINE": "0" if hub else "1"}
-    done = subprocess.run(
-        command(output_dir, num_processes, **arguments),
-        env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def train(output_dir: Path, hub: bool = False, **arguments) -> str:
+    """Run `train_lora.py` in a fork, to its end. Return what the run said."""
+    done = run_script(TRAIN_LORA, lora_flags(output_dir, **arguments), hub=hub)
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def adapter(grown, data, tmp_path_factory) -> Path:
-    """An adapter of the core, trained."""
+    """An adapter of the core, trained by `accelerate launch`."""
     output_dir = tmp_path_factory.mktemp("adapter") / "output"
-    train(output_dir, pretrained_model_name_or_path=grown / "core", train_data_dir=data)
+    arguments = {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data}
+    done = launch_script(TRAIN_LORA, lora_flags(output_dir, **arguments))
+    assert done.returncode == 0, done.stdout[-5000:]
     return output_dir
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What it does
+# Results
 
 
 @pytest.mark.parametrize("name", ["core", "grown-16"])
-def test_a_lora_of_the_core_turns_circles_green_on_the_core_and_on_what_was_grown_from_it(grown, adapter, name):
+def test_a_lora_of_the_core_turns_circles_green_on_the_core_and_on_the_grown_model(grown, adapter, name):
     pipeline = GreedyGrowPipeline.from_pretrained(grown / name)
     captions = [
         f"a large {color} plain {shape} on a white background"
@@ -131,7 +125,7 @@ def test_a_lora_of_the_core_turns_circles_green_on_the_core_and_on_what_was_grow
     assert look() == before
 
 
-def test_what_a_run_leaves_behind(grown, adapter):
+def test_the_files_of_a_run(grown, adapter):
     with safe_open(adapter / WEIGHTS, "pt") as file:
         names, metadata = list(file.keys()), file.metadata()
     assert names and all(
@@ -153,13 +147,13 @@ def test_what_a_run_leaves_behind(grown, adapter):
     weights = (grown / "core" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert checkpoint.name == "lora-100" and not list(checkpoint.glob("model*"))
     assert (checkpoint / WEIGHTS).stat().st_size < weights / 2
-    # What is saved are the averages.
+    # The adapter holds the averaged weights.
     saved, last = load_file(adapter / WEIGHTS), load_file(checkpoint / WEIGHTS)
     averages = load_file(checkpoint / "ema.safetensors")
     assert all(torch.equal(value, saved[f"unet.{name}".replace(".default", "")]) for name, value in averages.items())
     assert len(averages) == len(saved) and not any(torch.equal(value, last[name]) for name, value in saved.items())
     card = ModelCard.load(adapter / "README.md")
-    assert "lora" in card.data.tags and card.data.base_model is None  # a folder is no model of the Hub
+    assert "lora" in card.data.tags and card.data.base_model is None  # a folder is not a model on the Hub
     assert "100 steps, 1600 images seen" in card.text and "![" in card.text
 
 
@@ -167,7 +161,7 @@ def test_what_a_run_leaves_behind(grown, adapter):
 # Other ways to run
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, tmp_path):
+def test_an_interrupted_run_is_resumed_bit_for_bit(grown, data, adapter, tmp_path):
     output_dir, arguments = (
         tmp_path / "output",
         {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data},
@@ -175,7 +169,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
     log, deadline = tmp_path / "log", time.monotonic() + 240
     with open(log, "w") as file:
         process = subprocess.Popen(
-            command(output_dir, None, dataloader_num_workers=2, **arguments),
+            [sys.executable, str(TRAIN_LORA), *lora_flags(output_dir, dataloader_num_workers=2, **arguments)],
             env=environment(),
             stdout=file,
             stderr=file,
@@ -192,8 +186,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
     (checkpoint,) = (output_dir / "checkpoints").glob("lora-*")
     assert 10 <= int(checkpoint.name.split("-")[-1]) < 100 and not (output_dir / WEIGHTS).exists()
     with open(output_dir / "metrics.jsonl", "a") as file:
-        file.write('{"phase": "lora", "step": 101}\n')  # of steps that no checkpoint has
-    train(output_dir, None, resume_from_checkpoint="latest", **arguments)
+        file.write('{"phase": "lora", "step": 101}\n')  # a step after the checkpoint
+    train(output_dir, resume_from_checkpoint="latest", **arguments)
     resumed, whole = load_file(output_dir / WEIGHTS), load_file(adapter / WEIGHTS)
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
     for a, b in zip(read_metrics(output_dir), read_metrics(adapter), strict=True):
@@ -202,28 +196,29 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(grown, data, adapter, 
         }
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(grown, data, adapter, tmp_path):
-    """At the same global batch: the same images with the same noise, so the same losses up to rounding."""
-    train(
-        tmp_path / "output", 2, train_batch_size=4, gradient_accumulation_steps=2,
+    """With the same global batch they see the same images with the same noise, so losses are equal up to rounding."""
+    flags = lora_flags(
+        tmp_path / "output", train_batch_size=4, gradient_accumulation_steps=2,
         pretrained_model_name_or_path=grown / "core", train_data_dir=data,
     )  # fmt: skip
+    done = launch_script(TRAIN_LORA, flags, num_processes=2)
+    assert done.returncode == 0, done.stdout[-5000:]
     for a, b in zip(read_metrics(tmp_path / "output"), read_metrics(adapter), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_sharding_is_refused(tmp_path):
-    command = [*LAUNCHER, "--config_file", str(SCRIPT.parent / "accelerate" / "fsdp2.yaml"), "--mixed_precision", "no"]
-    command += ["--num_processes", "1", "--main_process_port", "0", str(Path(__file__).parent / "launch_on_cpu.py")]
     arguments = {"output_dir": tmp_path, "pretrained_model_name_or_path": "core", "train_data_dir": tmp_path}
-    done = subprocess.run(
-        [*command, str(SCRIPT), *to_flags(arguments)], env=environment(fsdp=True), capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "An adapter does not train with `FSDP`" in done.stderr, done.stderr[-5000:]
+    done = launch_script(TRAIN_LORA, to_flags(arguments), fsdp=True)
+    assert done.returncode != 0 and "An adapter does not train with `FSDP`" in done.stdout, done.stdout[-5000:]
 
 
+@pytest.mark.slow
 def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_path, monkeypatch):
-    """Core and stage learn. What is published is found by the card's code."""
+    """Core and stage both learn. The code on the published card loads the adapter."""
     base = GreedyGrowPipeline.from_pretrained(grown / "grown-16")
     base.push_to_hub("owner/grown-16", license="mit")
     log = train(
@@ -250,7 +245,7 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
     assert {value.dtype for value in weights.values()} == {torch.float32}
     parts = {".".join(name.split(".")[1:3]) for name in weights}
     assert {"core.transformer_blocks", "core.resnet_in", "stages.0"} <= parts
-    assert all(value.any() for value in weights.values())  # B starts at zero: each layer has learned
+    assert all(value.any() for value in weights.values())  # B starts at zero, so each layer has learned
 
     assert hub.files("owner/green-circles-16").keys() >= {WEIGHTS, "README.md", "samples.png"}
     assert "Uploaded to" in log and not any(
@@ -267,7 +262,7 @@ def test_a_grown_model_in_bfloat16_from_and_to_the_hub(hub, grown, data, tmp_pat
     assert isinstance(pipeline, DiffusionPipeline) and (tmp_path / "image.png").exists()
     (config,) = pipeline.unet.peft_config.values()
     assert (config.r, config.lora_alpha) == (2, 6)
-    for name, value in base.unet.state_dict().items():  # what it was trained around has not changed
+    for name, value in base.unet.state_dict().items():  # the base model has not changed
         layer, _, kind = name.rpartition(".")
         state = pipeline.unet.state_dict()
         assert torch.equal(state.get(name, state.get(f"{layer}.base_layer.{kind}")), value), name
@@ -334,9 +329,7 @@ def test_arguments_from_a_file(tmp_path):
         ("core", {}, "holds a pipeline, and this run another card"),
     ],
 )
-def test_what_does_not_fit_is_told_before_training(
-    grown, data, adapter, tmp_path, monkeypatch, output_dir, others, message
-):
+def test_errors_before_training(grown, data, adapter, tmp_path, monkeypatch, output_dir, others, message):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     folder = {"new": tmp_path / "new", "adapter": adapter, "core": grown / "core"}[output_dir]
     arguments = {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data, "output_dir": folder}
@@ -354,7 +347,7 @@ def test_a_model_without_text_is_refused(tmp_path, monkeypatch):
         "pretrained_model_name_or_path": tmp_path / "model",
         "train_data_dir": "nowhere",
         "output_dir": tmp_path / "output",
-        "push_to_hub": True,  # which is not asked for anything before
+        "push_to_hub": True,  # the Hub is not asked before the error
     }
     with pytest.raises(ValueError, match="has no text, but `train_lora.py` trains on captions"):
         main(to_flags({**TRAINING, **arguments}))

@@ -1,0 +1,109 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What `grow.py` checks before it trains."""
+
+import shutil
+from dataclasses import asdict
+
+import pytest
+from accelerate import PartialState
+from transformers import BertConfig
+
+from diffusers_greedy_grow.training.arguments import ModelArguments
+from diffusers_greedy_grow.training.parsing import parse_arguments
+from training_examples import grow
+
+from ..testing_utils import make_core
+from .launching import GROW, assert_same_weights, list_files, run
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"train_data_dir": "nowhere"}, "`train_data_dir='nowhere'` does not exist"),
+        (
+            {"train_data_dir": str(GROW.parent), "high_res_data_dir": "nowhere"},
+            "`high_res_data_dir='nowhere'` does not exist",
+        ),
+        ({"block_out_channels": "8,8,8,8,8"}, "`block_out_channels=.*between 1 and"),
+        ({"core": "nowhere"}, "`core='nowhere'` is no model"),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is no complete checkpoint: progress.json is missing"),
+        ({"aspect_ratio_buckets": "16,16;18,16"}, "`aspect_ratio_buckets='16,16;18,16'`: 18 is no multiple of 4"),
+    ],
+)
+def test_bad_arguments(arguments, message, here, tmp_path):
+    with pytest.raises((ValueError, OSError), match=f"(?s){message}"):
+        here(tmp_path / "output", **arguments)
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(finished, data, here, tmp_path):
+    """A run that cannot start does not replace an earlier one either."""
+    output_dir, _ = finished
+    files = list_files(output_dir)
+    with pytest.raises(ValueError, match="holds an earlier run.*--resume_from_checkpoint latest"):
+        here(output_dir, train_data_dir=data)
+    with pytest.raises(ValueError, match="`attention_backend='flash'`: .* install `flash-attn"):
+        here(output_dir, train_data_dir=data, overwrite_output_dir=True, attention_backend="flash")
+    assert list_files(output_dir) == files
+    (tmp_path / "samples").mkdir()
+    with pytest.raises(ValueError, match="holds samples, which this run would replace"):
+        here(tmp_path, train_data_dir=data, overwrite_output_dir=True)
+
+
+def test_plan_only(data, tmp_path):
+    log = run(tmp_path / "output", train_data_dir=data, plan=True)
+    assert "GFLOP/image" in log and "grown-16-detail" in log
+    assert not (tmp_path / "output").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A given core
+
+
+def test_a_run_does_not_replace_the_core_it_grows(finished, data, here, tmp_path):
+    shutil.copytree(finished[0] / "core", tmp_path / "grown-16")
+    with pytest.raises(
+        ValueError, match="`core=.*grown-16'` would be replaced by this run: name another `output_dir`"
+    ):
+        here(tmp_path, core=tmp_path / "grown-16", train_data_dir=data)
+    assert_same_weights(finished[0] / "core", tmp_path / "grown-16")
+
+
+def test_a_core_without_text_is_refused(tmp_path):
+    make_core(cross_attention_dim=None).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="`core=.*` has no text, but `grow.py` trains on captions"):
+        grow.adopt_core(ModelArguments(core=str(tmp_path)))
+
+
+def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
+    PartialState(cpu=True)  # its loggers need it
+    core, config = finished[0] / "core", finished[0] / "config.yaml"
+    made_it = parse_arguments(["--config", str(config), "--core", str(core)], "")[1]
+    expected = asdict(made_it)
+    grow.adopt_core(made_it)
+    assert asdict(made_it) == {**expected, "text_hidden_size": 32}
+    not_said = ModelArguments(core=str(core), max_sequence_length=64)
+    grow.adopt_core(not_said)
+    assert (not_said.hidden_size, not_said.num_layers, not_said.text_hidden_size) == (16, 1, 32)
+
+    shutil.copytree(core / "text_encoder", tmp_path / "encoder")
+    grow.adopt_core(ModelArguments(core=str(core), text_encoder=str(tmp_path / "encoder")))
+    grow.adopt_core(ModelArguments(core=str(core), text_encoder="cannot/be_read"))
+    BertConfig(hidden_size=32, vocab_size=7).save_pretrained(tmp_path / "bert")
+    for given, message in (
+        ({"hidden_size": 24}, "`hidden_size=24` is not that of `core=.*core'`, which is 16: leave it out"),
+        ({"max_sequence_length": 20}, "`max_sequence_length=20` is not that of .* which is 64"),
+        ({"text_num_layers": 3}, "`text_num_layers=3` is not that of .* which is 1"),
+        ({"text_encoder": str(tmp_path / "bert")}, r"`text_encoder=.*bert'` is not that of .*: its vocab_size is 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grow.adopt_core(ModelArguments(core=str(core), **given))
+
+
+def test_a_core_of_another_resolution(finished, data, here, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"`resolutions=\[16, 32\]` must begin with the resolution of `core=.*which is 8"
+    ):
+        here(tmp_path / "output", core=finished[0] / "core", resolutions=[16, 32], train_data_dir=data)

@@ -1,0 +1,127 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Runs of `grow.py` that are resumed, interrupted or stopped."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ..data_utils import write_image_folder
+from .launching import assert_same_weights, command, environment, read_metrics, refuse, run
+
+
+def test_a_finished_run_resumes_at_its_end(finished, data, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "output")
+    log = run(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest")
+    assert "grown-16-6" in log and "core is done" not in log
+    assert_same_weights(finished[0] / "grown-16", tmp_path / "output" / "grown-16")
+    assert read_metrics(tmp_path / "output") == read_metrics(finished[0])
+    # With another batch size, the remaining steps would see other images.
+    error = refuse(tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", train_batch_size=2)
+    assert re.search(
+        r"grown-16-6 was saved with other arguments: images per step \(.*'grown-16': 4.*'grown-16': 2", error
+    )
+    log = run(
+        tmp_path / "output", train_data_dir=data, resume_from_checkpoint="latest", learning_rate=1e-4, joint_steps=12,
+        resume_with_changes=True, validation_prompts="a cat",
+    )  # fmt: skip
+    assert "grown-16-6" in log
+    step, rate = [(line["step"], line["lr"]) for line in read_metrics(tmp_path / "output") if "lr" in line][-3]
+    assert step == 8 and 0 < rate < 1e-4  # the new rate
+    # Images of earlier captions do not stand above those of the new one.
+    assert (
+        Image.open(finished[0] / "samples.png").height
+        > 3 * 132
+        > 2 * 132
+        > Image.open(tmp_path / "output" / "samples.png").height
+    )
+
+
+def test_other_captions_are_refused_and_keep_the_tokenizer(here, tmp_path):
+    """The small tokenizer is trained on captions: a new one would give words other numbers than the encoder has learned."""
+    folder = write_image_folder(tmp_path / "images", count=60)
+    arguments = {"train_data_dir": folder, "detail_steps": 0, "joint_steps": 0}
+    run(tmp_path / "output", core_steps=4, **arguments)
+    tokenizer = (tmp_path / "output" / "core" / "tokenizer" / "tokenizer.json").read_text()
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(line.replace("image", "painting") for line in lines[10:]))
+    (tmp_path / "output" / "checkpoints" / ".DS_Store").write_text("")  # a stray file is ignored
+    arguments |= {"core_steps": 8, "resume_from_checkpoint": tmp_path / "output" / "checkpoints" / "core-4"}
+    with pytest.raises(ValueError, match=r"core-4 was saved with other arguments: .*captions \(\w+ -> \w+\)"):
+        here(tmp_path / "output", **arguments)
+    run(tmp_path / "output", resume_with_changes=True, **arguments)
+    assert read_metrics(tmp_path / "output")[-1]["step"] == 8
+    assert (tmp_path / "output" / "core" / "tokenizer" / "tokenizer.json").read_text() == tokenizer
+
+
+def test_a_refused_run_keeps_its_checkpoints(finished, data, here, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "output")
+    checkpoints = sorted((tmp_path / "output" / "checkpoints").iterdir())
+    (tmp_path / "output" / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="lacks lines that were there when the checkpoint was saved: put it back"):
+        here(tmp_path / "output", train_data_dir=data, resume_from_checkpoint=checkpoints[0])
+    assert len(checkpoints) > 1 and sorted((tmp_path / "output" / "checkpoints").iterdir()) == checkpoints
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
+    """Run until `after` shows up in the metrics, then send a signal. Return what the run said."""
+    log, metrics = output_dir.with_suffix(".log"), output_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command(output_dir, **arguments), env=environment(), stderr=file, stdout=file, start_new_session=True
+        )
+        while not metrics.exists() or after not in metrics.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.02)
+        # A terminal does the same: the launcher gets the signal and dies at once, and the training gets it too.
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=60) != 0
+        while "Go on with" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+    return log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
+    phase = "grown-16" if number == signal.SIGTERM else "core"
+    steps = {"core_steps": 300 if phase == "core" else 12, "joint_steps": 300, "detail_steps": 2, "logging_steps": 1}
+    arguments = {**steps, "train_data_dir": data, "checkpointing_steps": 1000, "validation_steps": 1000}
+    after = f'"phase": "{phase}", "step": 20' if phase == "core" else f'"phase": "{phase}", "step": 20,'
+    # The loader's workers get the signal too. The current step still needs them.
+    log = interrupt(tmp_path / "output", number, after, dataloader_num_workers=2, **arguments)
+    assert f"of {phase}; saved" in log and "--resume_from_checkpoint latest" in log
+    (checkpoint,) = (tmp_path / "output" / "checkpoints").glob(f"{phase}-[0-9]*")
+    step = int(checkpoint.name.split("-")[-1])
+    assert 20 <= step < 300
+    run(tmp_path / "output", resume_from_checkpoint="latest", **arguments)
+    run(tmp_path / "whole", **arguments)
+    assert_same_weights(tmp_path / "output" / "grown-16", tmp_path / "whole" / "grown-16")
+    resumed, whole = read_metrics(tmp_path / "output"), read_metrics(tmp_path / "whole")
+    assert [(line["phase"], line["step"]) for line in resumed] == [(line["phase"], line["step"]) for line in whole]
+    for a, b in zip(resumed, whole):
+        assert {k: v for k, v in a.items() if "loss" in k} == {k: v for k, v in b.items() if "loss" in k}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    error = refuse(
+        tmp_path / "output", train_data_dir=data, learning_rate=1e20, lr_warmup_steps=0, checkpointing_steps=1,
+        max_grad_norm=1e30, max_skipped_steps=2,
+    )  # fmt: skip
+    assert re.search(r"core stops at step \d+: The gradient's norm was not finite", error)
+    assert re.search(r"for 3 steps in a row; the last one was nan. This batch had the noise levels 0\.\d+", error)
+    assert "The last good checkpoint is" in error and "core-1" in error and "`learning_rate`" in error
