@@ -70,7 +70,7 @@ def held_out_losses(
         with accelerator.autocast():
             conditions = objective.encode([row["caption"] for row in rows])
             losses, low_losses = (
-                flow_loss(module, x0, noise, levels, objective.band_factor, **conditions)
+                flow_loss(module, x0, noise, levels, objective.band_factor, phase.loss_weighting, **conditions)
                 for levels in (sigma, low_sigma)
             )
         if not is_spare:

@@ -111,10 +111,9 @@ class Samples:
         rows = {}
         for name in (phase.name for phase in self.run.phases):
             path = self.folder / f"{name}.png"  # rows of phases that an earlier session finished are there as files
-            strip = Image.open(path) if path.exists() else None
-            if strip is not None and strip.info.get("captions") == captions:  # which may have changed
-                size = strip.height
-                rows[name] = [strip.crop((i * size, 0, (i + 1) * size, size)) for i in range(strip.width // size)]
+            if path.exists() and (row := Image.open(path)).info.get("captions") == captions:  # which may have changed
+                size = row.height
+                rows[name] = [row.crop((i * size, 0, (i + 1) * size, size)) for i in range(row.width // size)]
         draw_grid(rows, self.captions, self.run.output_dir / "samples.png")
 
 

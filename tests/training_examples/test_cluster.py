@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import StateDictType
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.training.checkpoints import read_progress
+from diffusers_greedy_grow.training.checkpoints import Progress
 
 from ..data_utils import write_image_folder
 from .launching import FOLDER, GROW, environment, launch, launch_script, read_metrics, run, weights
@@ -84,7 +84,7 @@ def test_two_processes_follow_one(one, two):
     assert pipeline("image number 3", num_inference_steps=2).images[0].size == (16, 16)
     assert (output_dir / "samples" / "grown-16.png").exists()
     # A resumed run must match these.
-    config = read_progress(output_dir / "checkpoints" / "core-4")["config"]
+    config = Progress.read(output_dir / "checkpoints" / "core-4").config
     assert config["images per step"] == dict.fromkeys(PHASES, 8) and config["FSDP"] == fsdp
     if fsdp:
         checkpoint = output_dir / "checkpoints" / "grown-16-detail-4"

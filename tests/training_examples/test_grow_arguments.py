@@ -11,8 +11,8 @@ from accelerate import PartialState
 from transformers import BertConfig
 
 from diffusers_greedy_grow.training.arguments import ModelArguments
+from diffusers_greedy_grow.training.growing import adopt_core
 from diffusers_greedy_grow.training.parsing import parse_arguments
-from training_examples import grow
 
 from ..testing_utils import make_core
 from .launching import GROW, assert_same_weights, list_files, run
@@ -28,7 +28,7 @@ from .launching import GROW, assert_same_weights, list_files, run
         ),
         ({"block_out_channels": "8,8,8,8,8"}, "`block_out_channels=.*between 1 and"),
         ({"core": "nowhere"}, "`core='nowhere'` is no model"),
-        ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is no complete checkpoint: progress.json is missing"),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is not a complete checkpoint: progress.json is missing"),
         ({"aspect_ratio_buckets": "16,16;18,16"}, "`aspect_ratio_buckets='16,16;18,16'`: 18 is no multiple of 4"),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_run_does_not_replace_the_core_it_grows(finished, data, here, tmp_path
 def test_a_core_without_text_is_refused(tmp_path):
     make_core(cross_attention_dim=None).save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="`core=.*` has no text, but `grow.py` trains on captions"):
-        grow.adopt_core(ModelArguments(core=str(tmp_path)))
+        adopt_core(ModelArguments(core=str(tmp_path)))
 
 
 def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
@@ -82,15 +82,15 @@ def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
     core, config = finished[0] / "core", finished[0] / "config.yaml"
     made_it = parse_arguments(["--config", str(config), "--core", str(core)], "")[1]
     expected = asdict(made_it)
-    grow.adopt_core(made_it)
+    adopt_core(made_it)
     assert asdict(made_it) == {**expected, "text_hidden_size": 32}
     not_said = ModelArguments(core=str(core), max_sequence_length=64)
-    grow.adopt_core(not_said)
+    adopt_core(not_said)
     assert (not_said.hidden_size, not_said.num_layers, not_said.text_hidden_size) == (16, 1, 32)
 
     shutil.copytree(core / "text_encoder", tmp_path / "encoder")
-    grow.adopt_core(ModelArguments(core=str(core), text_encoder=str(tmp_path / "encoder")))
-    grow.adopt_core(ModelArguments(core=str(core), text_encoder="cannot/be_read"))
+    adopt_core(ModelArguments(core=str(core), text_encoder=str(tmp_path / "encoder")))
+    adopt_core(ModelArguments(core=str(core), text_encoder="cannot/be_read"))
     BertConfig(hidden_size=32, vocab_size=7).save_pretrained(tmp_path / "bert")
     for given, message in (
         ({"hidden_size": 24}, "`hidden_size=24` is not that of `core=.*core'`, which is 16: leave it out"),
@@ -99,7 +99,7 @@ def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
         ({"text_encoder": str(tmp_path / "bert")}, r"`text_encoder=.*bert'` is not that of .*: its vocab_size is 7"),
     ):
         with pytest.raises(ValueError, match=message):
-            grow.adopt_core(ModelArguments(core=str(core), **given))
+            adopt_core(ModelArguments(core=str(core), **given))
 
 
 def test_a_core_of_another_resolution(finished, data, here, tmp_path):

@@ -45,7 +45,7 @@ def test_a_killed_run_on_a_stream_is_resumed_bit_for_bit(tmp_path):
     assert len(read_metrics(tmp_path / "killed")) < 120
 
     said = run(tmp_path / "killed", resume_from_checkpoint="latest", **arguments)
-    assert re.search(r"Going on from .*core-\d+", said) and "Images are streamed; 8 held out" in said
+    assert re.search(r"Resuming from .*core-\d+", said) and "Images are streamed; 8 held out" in said
     run(tmp_path / "whole", **arguments)
     resumed, whole = (
         [{key: line[key] for key in line if "loss" in key or key == "step"} for line in read_metrics(tmp_path / name)]
