@@ -32,7 +32,7 @@ from diffusers_greedy_grow.training.data.sources import load_captioned_data
 
 
 NOTE = """
-Held-out images at 128 px, compared with themselves, with other real images, and with themselves as a generator might miss
+Held-out images compared with themselves, with other real images, and with themselves as a generator might miss
 them. *SWD n*: distance at the pyramid level of n px, in thousandths of the real images' standard deviation.
 """.strip()
 
