@@ -813,8 +813,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
                 if callback_on_step_end is not None:
                     names = callback_on_step_end_tensor_inputs
-                    latents, text, is_new = self.run_callback(callback_on_step_end, names, i, t, latents, text)
-                    if is_new:
+                    latents, text, changed = self.run_callback(callback_on_step_end, names, i, t, latents, text)
+                    if changed:
                         texts = self.prepare_texts(text, at_core)
 
                 if i == len(scheduled) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % order == 0):

@@ -177,18 +177,30 @@ def test_a_compiled_model(made, tmp_path):
         assert torch.allclose(draw_one(made), expected, atol=1e-3) == hotswap
 
 
-def test_a_callback_can_change_adapters(made, tmp_path):
+@pytest.mark.parametrize("change", ["load", "disable", "unload"])
+def test_a_callback_can_change_adapters(made, change, tmp_path):
     """The change acts from the next step on, in the text's keys and values, too."""
-    made.load_lora_weights(save_adapter(made.unet, tmp_path))
-
-    def disable(pipe, step, timestep, tensors):
-        pipe.disable_lora()
-        return tensors
-
+    save_adapter(made.unet, tmp_path)
+    actions = {
+        "load": lambda: made.load_lora_weights(tmp_path),
+        "disable": made.disable_lora,
+        "unload": made.unload_lora_weights,
+    }
     images = []
-    for names in (["latents"], ["latents", "prompt_embeds"]):
-        made.enable_lora()
-        images.append(draw_one(made, callback_on_step_end=disable, callback_on_step_end_tensor_inputs=names))
+    for new_text in (False, True):
+        made.unload_lora_weights()
+        if change != "load":
+            made.load_lora_weights(tmp_path)
+        unchanged = draw_one(made)
+
+        def callback(pipe, step, timestep, tensors, new_text=new_text):
+            if step == 0:
+                actions[change]()
+            return {"prompt_embeds": tensors["prompt_embeds"].clone()} if new_text else {}
+
+        kwargs = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        images.append(draw_one(made, **kwargs))
+        assert not torch.allclose(images[-1], unchanged, atol=1e-3)
     assert torch.equal(*images)
 
 
