@@ -98,6 +98,7 @@ def files(tmp_path_factory) -> Path:
 # What is read
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_workers_each_read_every_row_once(files, tmp_path):
     """As `accelerate launch` starts them; and the workers of one process alone would have another order."""
     (tmp_path / "read.py").write_text(READ)
