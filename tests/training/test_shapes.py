@@ -115,7 +115,9 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("num_objects", [1, 2, 3])
-@pytest.mark.parametrize("size,cells", [(64, 16), (128, 16), (128, 32)])
+@pytest.mark.parametrize(
+    "size,cells", [(64, 16), *(pytest.param(128, cells, marks=pytest.mark.slow) for cells in (16, 32))]
+)
 def test_true_images_score(num_objects, size, cells):
     scenes = draw_scenes(num_objects, 150)
     scores = score_images([render(scene, size, cells) for scene in scenes], [s.caption for s in scenes], cells)

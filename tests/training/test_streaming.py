@@ -73,6 +73,7 @@ def read(images: StreamedImages, num_batches: int, num_workers: int = 0, batch_s
 # What is read
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_workers_each_read_every_row_once(files, tmp_path):
     """Processes as `accelerate launch` starts them. Data in order is dealt to them, too: each step has one shape."""
     (tmp_path / "read.py").write_text(READ)

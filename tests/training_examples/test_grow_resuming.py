@@ -99,8 +99,16 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
     phase = "grown-16" if number == signal.SIGTERM else "core"
-    steps = {"core_steps": 300 if phase == "core" else 12, "joint_steps": 300, "detail_steps": 2, "logging_steps": 1}
-    arguments = {**steps, "train_data_dir": data, "checkpointing_steps": 1000, "validation_steps": 1000}
+    # The interrupted phase is long enough for the signal to arrive before its end.
+    steps = {"core_steps": 12, "joint_steps": 12, "core_steps" if phase == "core" else "joint_steps": 300}
+    arguments = {
+        **steps,
+        "detail_steps": 2,
+        "logging_steps": 1,
+        "train_data_dir": data,
+        "checkpointing_steps": 1000,
+        "validation_steps": 1000,
+    }
     after = f'"phase": "{phase}", "step": 20' if phase == "core" else f'"phase": "{phase}", "step": 20,'
     # The loader's workers get the signal too. The current step still needs them.
     log = interrupt(tmp_path / "output", number, after, dataloader_num_workers=2, **arguments)
