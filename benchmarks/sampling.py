@@ -128,6 +128,7 @@ def plain_loop(pipeline: GreedyGrowPipeline, prompts: list[str], latents: torch.
     """Return images in [0, 1] by the usual classifier-free guidance, which runs everything twice in each step."""
     device = latents.device
     text, mask, negative_text, negative_mask = pipeline.encode_prompt(prompts, device)
+    assert mask is not None and negative_text is not None and negative_mask is not None
     text, mask = torch.cat([text, negative_text]), torch.cat([mask, negative_mask])
     pipeline.scheduler.set_timesteps(NUM_STEPS, device=device)
     for t in pipeline.scheduler.timesteps:

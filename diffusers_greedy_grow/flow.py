@@ -19,7 +19,9 @@ move of `-2 log(factor)` in log-SNR (Hoogeboom et al., simple diffusion, 2023, s
 """
 
 import math
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,8 @@ import torch.nn.functional as F
 # The lowest noise level at which diffusers' schedulers call a model. Some of them round it down to 0, where the velocity is
 # undefined.
 SIGMA_MIN = 1e-3
+# Noise levels of any kind.
+Sigma = TypeVar("Sigma", float, np.ndarray, torch.Tensor)
 
 
 def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +42,7 @@ def expand(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 # Noise levels across resolutions
 
 
-def shift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
+def shift_sigma(sigma: Sigma, factor: float) -> Sigma:
     """
     Return the noise level that hides the image at `factor` times the resolution as much as `sigma` does at this one
     (Hoogeboom et al., simple diffusion, 2023, section 3.1). `sigma` is in [0, 1], of any shape, and so is the result.
@@ -46,7 +50,7 @@ def shift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     return factor * sigma / (1 + (factor - 1) * sigma)
 
 
-def unshift_sigma(sigma: torch.Tensor, factor: float) -> torch.Tensor:
+def unshift_sigma(sigma: Sigma, factor: float) -> Sigma:
     """
     Return the noise level of a state pooled by `factor`: the inverse of [`shift_sigma`]. `sigma` is in [0, 1], of any
     shape, and so is the result.

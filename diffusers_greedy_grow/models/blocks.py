@@ -176,6 +176,7 @@ class GreedyGrowAttnProcessor:
         if text_key_value is not None:
             query, (key, value) = attn.to_q(hidden_states), text_key_value
         elif attn.is_cross_attention:
+            assert encoder_hidden_states is not None
             query, (key, value) = attn.to_q(hidden_states), attn.project_text(encoder_hidden_states)
         else:
             if attn.fused_projections:
@@ -321,6 +322,7 @@ class GreedyGrowTransformerBlock(nn.Module):
 
         if self.attn2 is not None:
             if return_text and text_key_value is None:
+                assert encoder_hidden_states is not None
                 text_key_value = self.attn2.project_text(encoder_hidden_states)
             attn_output = self.attn2(
                 self.norm2(hidden_states),
@@ -467,8 +469,8 @@ class GrowthDecoder(nn.Module):
             channels = block_channels
         self.conv_norm_out = GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, out_channels * patch_size**2, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)
         self.gradient_checkpointing = False
 
     def forward(

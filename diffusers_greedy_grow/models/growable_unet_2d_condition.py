@@ -557,9 +557,11 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         batch_size = sample.shape[0]
         embeds, mask = text.encoder_hidden_states, text.encoder_attention_mask
         if negative_text is not None:
-            embeds = torch.cat([embeds, negative_text.encoder_hidden_states])
-            if mask is not None:
-                mask = torch.cat([mask, negative_text.encoder_attention_mask])
+            negative_embeds, negative_mask = negative_text.encoder_hidden_states, negative_text.encoder_attention_mask
+            assert embeds is not None and negative_embeds is not None
+            embeds = torch.cat([embeds, negative_embeds])
+            if mask is not None and negative_mask is not None:
+                mask = torch.cat([mask, negative_mask])
             sample, sigma = torch.cat([sample, sample]), torch.cat([sigma, sigma])
         output = self.core(
             sample,

@@ -455,9 +455,12 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         encoded = [prompt_embeds, prompt_attention_mask, None, None]
         if do_classifier_free_guidance:
             encoded[2:] = negative_prompt_embeds, negative_prompt_attention_mask
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-            for tensor in encoded
+
+        def repeat(tensor: Any) -> Any:
+            return None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = map(
+            repeat, encoded
         )
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 

@@ -116,7 +116,7 @@ def get_handover_sigmas(
         levels = [float(core_first)] * (len(sizes) - 1)
     else:
         raise ValueError(f'`core_first={core_first!r}` must be "auto", a noise level in (0, 1], or None.')
-    sigmas = [shift_sigma(level, sizes[-1] / size) for level, size in zip(levels, sizes[1:])]  # type: ignore
+    sigmas = [shift_sigma(level, sizes[-1] / size) for level, size in zip(levels, sizes[1:])]
     # A stage needs the stages inside it, so none of them may join later than it does.
     return list(accumulate(reversed(sigmas), max))[::-1]
 
