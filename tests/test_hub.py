@@ -170,7 +170,7 @@ def test_loading_a_core_from_the_hub(hub, tmp_path):
     assert len(hub.requests) == before
     with pytest.raises(OSError, match="`core='owner/loading'`"):
         grow(token=STRANGER, cache_dir=tmp_path / "stranger")
-    with pytest.raises(OSError, match="`core='owner/nowhere'` is no model"):
+    with pytest.raises(OSError, match="`core='owner/nowhere'` is not a model"):
         GrowableUNet2DConditionModel.from_core("owner/nowhere", 32)
 
 

@@ -716,7 +716,7 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
             )
         except OSError:
             raise OSError(
-                f"`core={str(path)!r}` is no model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
+                f"`core={str(path)!r}` is not a model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
                 "Pass the folder or repository of a trained core, or of a pipeline around one; for a repository, a `revision` "
                 f"that it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
             ) from error

@@ -535,7 +535,7 @@ def test_a_core_in_eight_bits_is_not_grown(core):
         ({"layers_per_block": 0}, r"`layers_per_block=0` must be a whole number from 1 to 64"),
         ({"init": "zero"}, r"`init='zero'` is unknown: pass \"preserve\" or \"random\""),
         ({"core": 3}, r"`core` must be a ShallowUNet2DModel, .* but is a int"),
-        ({"core": "no/such folder"}, r"`core='no/such folder'` is no model"),
+        ({"core": "no/such folder"}, r"`core='no/such folder'` is not a model"),
     ],
 )
 def test_bad_arguments(core, arguments, message):

@@ -27,9 +27,9 @@ from .launching import GROW, assert_same_weights, list_files, run
             "`high_res_data_dir='nowhere'` does not exist",
         ),
         ({"block_out_channels": "8,8,8,8,8"}, "`block_out_channels=.*between 1 and"),
-        ({"core": "nowhere"}, "`core='nowhere'` is no model"),
+        ({"core": "nowhere"}, "`core='nowhere'` is not a model"),
         ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is not a complete checkpoint: progress.json is missing"),
-        ({"aspect_ratio_buckets": "16,16;18,16"}, "`aspect_ratio_buckets='16,16;18,16'`: 18 is no multiple of 4"),
+        ({"aspect_ratio_buckets": "16,16;18,16"}, "`aspect_ratio_buckets='16,16;18,16'`: 18 is not a multiple of 4"),
     ],
 )
 def test_bad_arguments(arguments, message, here, tmp_path):
