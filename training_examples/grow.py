@@ -56,7 +56,7 @@ logger = get_logger(__name__)
 
 @dataclass
 class Session:
-    """What the phases share."""
+    """Everything that the phases share."""
 
     run: Run
     data_args: DataArguments

@@ -34,7 +34,7 @@ class CheckpointFormatError(ValueError):
 @dataclass
 class Progress:
     """
-    How far a run had come when a checkpoint was saved; `progress.json` in the checkpoint.
+    The progress of a run at a checkpoint; `progress.json` in the checkpoint's folder.
 
     Args:
         phase (`str`), phase_index (`int`): The phase that was training.

@@ -59,7 +59,7 @@ def build_core_pipeline(
     Args:
         model_args (`ModelArguments`): What to build.
         captions (`Iterable[str]`): The captions that a new tokenizer is trained on; only the first ones are read.
-        checkpoint (`Path`, *optional*): A checkpoint whose tokenizer a small text encoder goes on with.
+        checkpoint (`Path`, *optional*): A checkpoint whose tokenizer a small text encoder continues with.
 
     Raises:
         `ValueError`: if `text_hidden_size` is not the named text encoder's.

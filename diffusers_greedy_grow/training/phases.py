@@ -42,7 +42,7 @@ class Phase:
 
     def is_same(self, index: int, name: str) -> bool:
         """
-        Whether a checkpoint of phase `index` and `name` is of this phase. A detail phase has another name if a joint phase was
+        Return whether a checkpoint of phase `index` and `name` is of this phase. A detail phase has another name if a joint phase was
         added behind it, or removed.
         """
         return self.index == index and self.name.removesuffix("-detail") == name.removesuffix("-detail")

@@ -18,7 +18,7 @@ from .plan import PhasePlan
 @dataclass
 class Run:
     """
-    What all phases of a run share.
+    The settings, totals and metrics that all phases share.
 
     Args:
         accelerator (`Accelerator`): The processes and the precision.

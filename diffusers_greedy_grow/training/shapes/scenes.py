@@ -183,7 +183,7 @@ _HELD_OUT_PHRASES = {item.phrase for item in HELD_OUT}
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene has an object with one of the combinations that are never trained on."""
+    """Return whether a scene has an object with one of the combinations that are never trained on."""
     return any(item.phrase in _HELD_OUT_PHRASES for item in scene.objects)
 
 

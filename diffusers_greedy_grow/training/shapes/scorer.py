@@ -92,7 +92,7 @@ def _compare(found: Sequence[ShapeObject | None], truth: Sequence[ShapeObject]) 
 
 
 def _relations_hold(items: Sequence[ShapeObject | None], relations: Sequence[str]) -> bool:
-    """Whether all objects are there and stand in the relations of a [`Scene`]."""
+    """Return whether all objects are there and stand in the relations of a [`Scene`]."""
     if any(item is None for item in items):
         return False
     pairs = [(relations[0], items[0], items[1])]
