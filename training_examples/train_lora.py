@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         check_license(args.hub_license)
 
-    # 2. The model, frozen and in low precision if any, with an adapter; and how its resolution trains
+    # 2. The frozen model in the run's precision, with an adapter; and the noise levels and loss that suit its resolution
     pipeline = load_frozen_pipeline(args, accelerator)
     unet = pipeline.unet
     add_adapter(unet, args)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = prepare_publishing(args)
 
-    # 4. The start. From here on the folder is this run's
+    # 4. The start. `claim_output_dir` makes the folder this run's
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         claim_output_dir(output_dir, run.config, replaced, checkpoint, args.resume_with_changes)
@@ -161,27 +161,30 @@ def check_processes(accelerator: Accelerator) -> None:
     """Raise a `ValueError` under strategies that split a model over processes."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
-            f"An adapter does not train with `{accelerator.distributed_type.value}`, nor does it need to, as small as it is: use "
+            f"An adapter cannot train with `{accelerator.distributed_type.value}`, and is small enough not to need it: use "
             "`accelerate launch --config_file training_examples/accelerate/ddp.yaml`."
         )
 
 
 def load_frozen_pipeline(args: LoraArguments, accelerator: Accelerator) -> GreedyGrowPipeline:
-    """Load the pipeline to adapt. Raise a `ValueError` if it has no text."""
+    """Load the pipeline to adapt. Raise a `ValueError` if it has no text encoder."""
     pipeline = GreedyGrowPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, dtype=compute_dtype(accelerator)
     ).to(accelerator.device)
     if pipeline.text_encoder is None:
         raise ValueError(
-            f"`pretrained_model_name_or_path={args.pretrained_model_name_or_path!r}` has no text, but `train_lora.py` trains "
-            "on captions: name a pipeline with a text encoder."
+            f"`pretrained_model_name_or_path={args.pretrained_model_name_or_path!r}` has no text encoder, but `train_lora.py` trains "
+            "on captions: name a pipeline that has one."
         )
     pipeline.text_encoder.requires_grad_(False)
     return pipeline
 
 
 def make_phase(args: LoraArguments, pipeline: GreedyGrowPipeline) -> Phase:
-    """Return the run's only phase. Noise levels and weighting are grow.py's for a core or for a grown model, where not given."""
+    """
+    Return the run's only phase. Noise levels and weighting that are not given are the defaults of grow.py, for a core or for a
+    grown model.
+    """
     stage = len(pipeline.unet.sample_sizes) - 1
 
     def resolve(name: str):
@@ -224,7 +227,7 @@ def load_data(
 
 def draw(pipeline: GreedyGrowPipeline, prompts: list[str], args: LoraArguments, accelerator: Accelerator) -> list:
     """Draw one image per prompt, from the same noise each time."""
-    generators = sample_generators((args.seed, 1), 0, len(prompts))  # those of training begin with (seed, 0)
+    generators = sample_generators((args.seed, 1), 0, len(prompts))  # the keys of training begin with (seed, 0)
     return draw_in_batches(pipeline, prompts, accelerator, args, generator=generators)
 
 

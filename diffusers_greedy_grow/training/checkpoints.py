@@ -66,7 +66,7 @@ class Progress:
 
         Raises:
             `CheckpointFormatError`: if another version's format was used.
-            `OSError`, `ValueError`, `TypeError`: if the file is missing or cut off.
+            `OSError`, `ValueError`, `KeyError`: if the file is missing or cut off.
         """
         values = json.loads((checkpoint / "progress.json").read_text())
         if values.get("format") != FORMAT:
@@ -95,8 +95,8 @@ def save_checkpoint(
     """
     Save a checkpoint and keep the newest `total_limit` in `folder`. Called on all processes.
 
-    It holds what accelerate has prepared; the moving average by parameter name; the `losses` that no line of metrics tells of
-    yet; `progress`; and the `tokenizer` of a text encoder that trains, since the encoder's embeddings follow the tokenizer's numbers.
+    It holds what accelerate has prepared; the moving average by parameter name; the `losses` that are not in the metrics yet;
+    `progress`; and the `tokenizer` of a text encoder that trains, since the rows of the encoder's embeddings are its token numbers.
     """
     checkpoint = folder / f"{progress.phase}-{progress.step}"
     temporary = folder / f".{checkpoint.name}.tmp"
@@ -144,11 +144,11 @@ def load_checkpoint(
 
     Raises:
         `ValueError`: if the moving average is of other parameters than `named_parameters`, or a run in float16 is to resume from
-            one in another precision, which has no scale of the loss.
+            one in another precision, which has no loss scale.
     """
     if accelerator.scaler is not None and not (checkpoint / SCALER_NAME).exists():
         raise ValueError(
-            f"`mixed_precision='fp16'`: {checkpoint} was saved in another precision and has no scale of the loss. Resume in that "
+            f"`mixed_precision='fp16'`: {checkpoint} was saved in another precision and has no loss scale. Resume in that "
             "precision, or in bf16."
         )
     restore_state(accelerator, checkpoint)
@@ -157,7 +157,7 @@ def load_checkpoint(
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
         if shapes != {name: tuple(parameter.shape) for name, parameter in named_parameters}:
             raise ValueError(f"{checkpoint} has a moving average of other parameters than this phase trains.")
-        # By name: diffusers goes by position.
+        # Matched by name: diffusers matches by position.
         ema.shadow_params = [scatter_as(file.get_tensor(name), parameter) for name, parameter in named_parameters]
     ema.optimization_step = Progress.read(checkpoint).ema_optimization_step
     return ema, load_file(checkpoint / "losses.safetensors")["losses"]

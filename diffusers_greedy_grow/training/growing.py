@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pipelines of a run: around a new core, around somebody's trained core, loaded from a finished phase, and grown."""
+"""The pipelines of a run: around a new core, around a trained core that is given, from a finished phase, and grown."""
 
 import itertools
 from collections.abc import Iterable
@@ -114,7 +114,7 @@ def get_text_hidden_size(model_args: ModelArguments) -> int:
 
 
 def load_pipeline(folder: str | Path, revision: str | None = None) -> GreedyGrowPipeline:
-    """Load a pipeline to train on, and accept nothing less than all of its model's weights."""
+    """Load a pipeline to continue training from. All weights of its model must be there."""
     core = load_core(folder, subfolder="unet", revision=revision)
     return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
 
@@ -124,14 +124,14 @@ def adopt_core(model_args: ModelArguments) -> None:
     Set the arguments that describe a core and its text encoder to those of the pipeline that `core` names.
 
     Raises:
-        `ValueError`: if other values were given, or that pipeline has no text.
+        `ValueError`: if other values were given, or that pipeline has no text encoder.
     """
     core, revision = model_args.core, model_args.core_revision
     assert core is not None
     config = find_core(core, subfolder="unet", revision=revision)[1]
     if config["cross_attention_dim"] is None:
         raise ValueError(
-            f"`core={core!r}` has no text, but `grow.py` trains on captions: name one with a text encoder."
+            f"`core={core!r}` has no text encoder, but `grow.py` trains on captions: name a core that has one."
         )
     text_config = AutoConfig.from_pretrained(core, subfolder="text_encoder", revision=revision).get_text_config()
     names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio")

@@ -96,16 +96,16 @@ def find_finished(output_dir: Path) -> list[str]:
 
 def find_resumed_phase(checkpoint: Path, phases: list[Phase], config: dict, resume_with_changes: bool) -> int:
     """
-    Return the index in `phases` of the one that `checkpoint` is of.
+    Return the index in `phases` of the phase that `checkpoint` belongs to.
 
     Args:
         checkpoint (`Path`): The checkpoint to resume from.
         phases (`list[Phase]`): The phases of this run.
         config (`dict`): The settings that must match for a resumed run to be the same run.
-        resume_with_changes (`bool`): Whether other settings are meant.
+        resume_with_changes (`bool`): Whether different settings are accepted.
 
     Raises:
-        `ValueError`: if this run has no such phase or fewer steps of it, or settings differ.
+        `ValueError`: if this run has no such phase, or fewer steps of it, or if settings differ.
     """
     progress = Progress.read(checkpoint)
     index = next((i for i, phase in enumerate(phases) if phase.is_same(progress.phase_index, progress.phase)), -1)
@@ -120,14 +120,14 @@ def find_resumed_phase(checkpoint: Path, phases: list[Phase], config: dict, resu
 
 
 def check_changes(checkpoint: Path, earlier: dict, now: dict, resume_with_changes: bool) -> None:
-    """Raise a `ValueError` that names the settings that differ from the checkpoint's, unless changes are meant."""
+    """Raise a `ValueError` that names the settings that differ from the checkpoint's, unless changes are accepted."""
     now = json.loads(json.dumps(now))  # with lists for tuples, as they were saved
     names = [name for name in earlier | now if earlier.get(name) != now.get(name)]
     if names and not resume_with_changes:
         changes = ", ".join(f"{name} ({earlier.get(name)} -> {now.get(name)})" for name in names)
         raise ValueError(
-            f"{checkpoint} was saved with other arguments: {changes}. Resume with the same ones, or say by "
-            "`--resume_with_changes` that these are meant."
+            f"{checkpoint} was saved with other arguments: {changes}. Resume with the same ones, or "
+            "pass `--resume_with_changes` if the changes are intended."
         )
 
 
@@ -155,13 +155,13 @@ def truncate_metrics(path: Path, size: int, resume_with_changes: bool) -> None:
     Remove the lines that were written after a checkpoint was saved: they will be written again.
 
     Raises:
-        `ValueError`: if lines from before the checkpoint are missing and no changes are meant.
+        `ValueError`: if lines from before the checkpoint are missing and changes are not accepted.
     """
     found = path.stat().st_size if path.exists() else 0
     if found < size and not resume_with_changes:
         raise ValueError(
-            f"{path} lacks lines that were there when the checkpoint was saved: put it back, or say by "
-            "`--resume_with_changes` that the curves and the card may lack them."
+            f"{path} lacks lines that were there when the checkpoint was saved: put it back, or "
+            "pass `--resume_with_changes` if the curves and the card may lack them."
         )
     if found > size:
         os.truncate(path, size)

@@ -63,7 +63,7 @@ def test_checkpoints(tmp_path, monkeypatch):
         load_checkpoint(accelerator, path, named[1:], 0.9)
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ValueError, match="`mixed_precision='fp16'`.* no scale of the loss"),
+        pytest.raises(ValueError, match="`mixed_precision='fp16'`.* no loss scale"),
     ):
         patch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
         load_checkpoint(accelerator, path, named, 0.9)

@@ -73,7 +73,7 @@ def test_a_run_does_not_replace_the_core_it_grows(finished, data, here, tmp_path
 
 def test_a_core_without_text_is_refused(tmp_path):
     make_core(cross_attention_dim=None).save_pretrained(tmp_path / "unet")
-    with pytest.raises(ValueError, match="`core=.*` has no text, but `grow.py` trains on captions"):
+    with pytest.raises(ValueError, match="`core=.*` has no text encoder, but `grow.py` trains on captions"):
         adopt_core(ModelArguments(core=str(tmp_path)))
 
 

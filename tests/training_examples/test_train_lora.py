@@ -213,7 +213,7 @@ def test_two_processes_follow_one(grown, data, adapter, tmp_path):
 def test_sharding_is_refused(tmp_path):
     arguments = {"output_dir": tmp_path, "pretrained_model_name_or_path": "core", "train_data_dir": tmp_path}
     done = launch_script(TRAIN_LORA, to_flags(arguments), fsdp=True)
-    assert done.returncode != 0 and "An adapter does not train with `FSDP`" in done.stdout, done.stdout[-5000:]
+    assert done.returncode != 0 and "An adapter cannot train with `FSDP`" in done.stdout, done.stdout[-5000:]
 
 
 @pytest.mark.slow
@@ -349,6 +349,6 @@ def test_a_model_without_text_is_refused(tmp_path, monkeypatch):
         "output_dir": tmp_path / "output",
         "push_to_hub": True,  # the Hub is not asked before the error
     }
-    with pytest.raises(ValueError, match="has no text, but `train_lora.py` trains on captions"):
+    with pytest.raises(ValueError, match="has no text encoder, but `train_lora.py` trains on captions"):
         main(to_flags({**TRAINING, **arguments}))
     assert not (tmp_path / "output").exists()
