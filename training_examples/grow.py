@@ -65,7 +65,7 @@ class Session:
     data: TrainingData
     samples: Samples
     interrupt: Interrupt
-    embeddings: TextEmbeddings | None  # of all captions, if they are kept
+    embeddings: TextEmbeddings | None  # of all captions, if they are cached
     publisher: Publisher | None  # on the main process, if the run is published
 
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     warn_of_slow_cpu(accelerator)
 
-    # 2. The folder: whether the run may use it, and the checkpoint to resume from
+    # 2. The folder and the repository: whether the run may use them, and the checkpoint to resume from
     names = [phase.name for phase in phases]
     checkpoint, replaced = find_start(
         output_dir, args, folders=["checkpoints", "samples", "uploads"], pipelines=names, core=model_args.core
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     captions = data_args.validation_prompts or data.validation.captions[:8]
     samples = Samples(run, args, captions, resolution=model_args.resolutions[-1])
 
-    # 4. The start: a new core, a given one, or the last finished phase. From here on the folder is this run's
+    # 4. The start: a new core, a given one, or the last finished phase. `claim_output_dir` makes the folder this run's
     first = 0
     if checkpoint is not None:
         first = find_resumed_phase(checkpoint, phases, run.decisive_config, args.resume_with_changes)
@@ -154,7 +154,7 @@ def load_data(
     accelerator: Accelerator,
     checkpoint: Path | None,
 ) -> tuple[TrainingData, BrokenRows]:
-    """Load the images, or draw captioned shapes where no data is named; and count broken rows from here on."""
+    """Load the images, or draw captioned shapes if no data is named. Also return the counter of broken rows."""
     output_dir, train_data_dir = Path(args.output_dir), data_args.train_data_dir
     if data_args.on_shapes:
         with accelerator.main_process_first():
@@ -192,11 +192,14 @@ def start_pipeline(
 
 
 def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None) -> None:
-    """Train one phase, from `checkpoint` on if there is one, and leave the averaged weights in `pipeline`."""
+    """
+    Train one phase, from `checkpoint` if there is one, and leave the averaged weights in `pipeline`. If a signal interrupts the
+    run, save a checkpoint and exit.
+    """
     run, args, data_args, publisher = session.run, session.args, session.data_args, session.publisher
     accelerator, unet, text_encoder = run.accelerator, pipeline.unet, pipeline.text_encoder
 
-    # 1. What trains: the model, as far as the phase does not freeze it, and a new text encoder along with the core
+    # 1. What trains: the part of the model that the phase does not freeze; in the first phase also a new text encoder
     is_new = session.model_args.text_encoder == "small" and session.model_args.core is None
     trains_text = is_new and phase is run.phases[0]
     text_encoder.to(accelerator.device if session.embeddings is None else "cpu")
@@ -219,7 +222,7 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
         run, phase, args, module, groups, session.interrupt, checkpoint, tokenizer, offload_ema=args.offload_ema
     )
 
-    # 2. On what, and for which loss
+    # 2. The loss and the data
     encode = CaptionEncoder(pipeline, accelerator.device, trains_text, session.embeddings)
     shift = pipeline.scheduler.config.shift
     objective = FlowObjective(phase, accelerator, encode, unet, shift, args.seed, data_args.caption_dropout)

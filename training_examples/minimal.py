@@ -15,7 +15,7 @@ from diffusers_greedy_grow.training.text.small_encoder import build_small_text_e
 
 
 def train(pipe, images, captions, steps, lr, logit_mean, logit_std, sigma_min, batch_size=16):
-    """Train what is not frozen, by flow matching. The loss is the error of the image over sigma, above `sigma_min`."""
+    """Train what is not frozen. The loss is the squared error of the predicted image over `max(sigma, sigma_min) ** 2`."""
     parameters = [p for part in (pipe.unet, pipe.text_encoder) for p in part.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -26,7 +26,7 @@ def train(pipe, images, captions, steps, lr, logit_mean, logit_std, sigma_min, b
         # One caption in ten is left empty: guidance needs the model's answer without a caption.
         texts = ["" if torch.rand(()) < 0.1 else captions[row] for row in rows]
         embeds, mask, _, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
-        # Larger images need more noise to be hidden as much. The pipeline's shift grows with it: 1 for the core, then 4.
+        # Larger images need more noise to be hidden as much. So the shift grows with the resolution: 1 at 16 px, 4 at 64.
         sigma = sample_sigma(batch_size, pipe.scheduler.config.shift, logit_mean, logit_std)
         x = add_noise(x0, torch.randn_like(x0), sigma)
         error = pipe.unet(x, 1000 * sigma, embeds, mask).pred_original_sample - x0
@@ -50,7 +50,7 @@ def main(core_steps=800, stage_steps=400, num_images=8000, output="output/minima
     images = torch.from_numpy(np.stack([render(scene, 64) for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
 
     # 2. The core learns what is where, on images averaged down to 16 px, and the text encoder learns along with it.
-    # Layout is decided at high noise. There, the velocity's error is what counts: the image's, divided by sigma.
+    # Layout is decided at high noise. The error of the velocity counts, which is the image's error over sigma.
     tokenizer = train_small_tokenizer(captions)
     text_encoder = build_small_text_encoder(tokenizer, hidden_size=128, num_layers=1)
     sizes = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 2, "cross_attention_dim": 128}
@@ -61,14 +61,14 @@ def main(core_steps=800, stage_steps=400, num_images=8000, output="output/minima
     pipe.save_pretrained(f"{output}/core")
 
     # 3. Grow: put an encoder and a decoder around the core. They learn the detail while everything else is frozen.
-    # Detail shows at lower noise. The image's own error keeps the lowest noise from outweighing the rest.
+    # Detail shows at lower noise. The error of the image counts, so that the lowest noise does not outweigh the rest.
     grown = GreedyGrowPipeline.from_core(pipe, sample_size=64, block_out_channels=(64,))
     grown.unet.freeze_core()
     grown.text_encoder.requires_grad_(False)
     train(grown, images, captions, stage_steps, lr=1.5e-3, logit_mean=-0.7, logit_std=1.3, sigma_min=1.0)
     grown.save_pretrained(f"{output}/grown-64")
 
-    # 4. Sample both from the same noise. Averaging 4 x 4 pixels divides its standard deviation by 4.
+    # 4. Sample both from the same noise. Averaging 4 x 4 pixels divides the noise's standard deviation by 4.
     prompts = [f"{item.phrase} on a {color} background" for item, color in zip(HELD_OUT, [*BACKGROUNDS, *BACKGROUNDS])]
     noise = torch.randn(len(prompts), 3, 64, 64)
     drawn = pipe(prompts, latents=4 * pool(noise, 4)).images + grown(prompts, latents=noise).images
