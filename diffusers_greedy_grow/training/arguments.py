@@ -9,7 +9,7 @@ The arguments of `training_examples/`: one dataclass per subject, with the defau
 from dataclasses import dataclass, field
 
 
-# The errors by which a phase can train; see `training.objective`.
+# The losses that a phase can train on; see `training.objective`.
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 
 
@@ -36,7 +36,7 @@ class ImageArguments:
     )
     caption_dropout: float = field(
         default=0.1,
-        metadata={"help": "Share of captions that are replaced by the empty one, for classifier-free guidance."},
+        metadata={"help": "Share of captions that are replaced by the empty caption, for classifier-free guidance."},
     )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Number of processes that decode images, per training process."}
@@ -205,7 +205,7 @@ class LoopArguments:
     spike_factor: float = field(
         default=20.0,
         metadata={
-            "help": "Skip a step whose gradient norm is more than this many times the median of the last 100 steps."
+            "help": "Skip a step whose gradient norm is more than this many times the median of the last 100 accepted ones."
         },
     )
     max_skipped_steps: int = field(
@@ -232,7 +232,7 @@ class LoopArguments:
     seed: int = field(
         default=0, metadata={"help": "Seed of the weights, the data order, the noise and the caption dropout."}
     )
-    num_inference_steps: int = field(default=20, metadata={"help": "Number of steps in which samples are drawn."})
+    num_inference_steps: int = field(default=20, metadata={"help": "Number of denoising steps per sample."})
     guidance_scale: float = field(default=3.0, metadata={"help": "Scale of classifier-free guidance for samples."})
     logging_steps: int = field(default=50, metadata={"help": "Number of steps between lines in metrics.jsonl."})
     validation_steps: int = field(default=1000, metadata={"help": "Number of steps between held-out losses."})
@@ -259,7 +259,7 @@ class LoopArguments:
     report_to: str | None = field(
         default=None,
         metadata={
-            "help": "Tracker of accelerate to report to: tensorboard, wandb, trackio, or all that are installed."
+            "help": "Tracker of accelerate to report to, such as tensorboard, wandb or trackio; or all, for every installed one."
         },
     )
 
@@ -318,7 +318,7 @@ class TrainingArguments(LoopArguments):
     loss_weighting: list[str] = field(
         default_factory=lambda: ["velocity", "clean"],
         metadata={
-            "help": f"Error, or weight of noise levels, by which each resolution trains: {', '.join(WEIGHTINGS)}."
+            "help": f"Loss that each resolution trains on, an error or a weighting of noise levels: {', '.join(WEIGHTINGS)}."
         },
     )
     sample_steps: int | None = field(
@@ -380,7 +380,7 @@ class LoraArguments(ImageArguments, LoopArguments):
     loss_weighting: str | None = field(
         default=None,
         metadata={
-            "help": f"Error, or weight of noise levels, to train by: {', '.join(WEIGHTINGS)}. By default, it is that of grow.py, which "
+            "help": f"Loss to train on, an error or a weighting of noise levels: {', '.join(WEIGHTINGS)}. By default, it is that of grow.py, which "
             "depends on the resolution."
         },
     )
