@@ -20,9 +20,9 @@ from .sharding import reshard
 from .trained_model import TrainedModel
 
 
-# The random numbers of held-out losses, in the place of a phase's index: these are small.
+# Takes the place of the phase's index in the keys of random numbers. Phases have small indices, so no keys are equal.
 VALIDATION = 1000
-# Noise levels at which grain shows. Training sees them seldom.
+# Noise levels at which grain shows. Training draws them rarely.
 LOW_NOISE = 0.02, 0.3
 
 
@@ -37,7 +37,7 @@ def held_out_losses(
 ) -> dict[str, float]:
     """
     Return the held-out loss, spread over the processes. All runs use the same images with the same noise. The noise levels are
-    evenly spaced quantiles of one distribution for all phases, so that phases compare; and again levels in `LOW_NOISE`.
+    evenly spaced quantiles of one distribution for all phases, so that phases compare; a second pass uses levels in `LOW_NOISE`.
 
     Args:
         objective (`FlowObjective`): The phase's objective.

@@ -61,12 +61,15 @@ class Step:
     interrupted: bool
 
     def due(self, every: int | None) -> bool:
-        """Return whether something is due that happens `every` so many steps, or never."""
+        """Return whether something that happens once per `every` steps is due. With None, it never is."""
         return every is not None and self.number % every == 0
 
 
 class Clock:
-    """Measures training speed. Time spent on anything else, and on the first steps (which start workers and compile), does not count."""
+    """
+    Measures training speed. The first steps do not count, since they start workers and compile. Between logged steps, time spent
+    on validation, checkpoints and samples does not count either.
+    """
 
     def __init__(self, step: int, steps: int, images_per_step: int):
         self.images_per_step = images_per_step
@@ -79,7 +82,7 @@ class Clock:
         self.first_step = self.lap_step = step
 
     def total_rate(self, step: int) -> float:
-        """Return the images per second since the start."""
+        """Return the images per second since the first steps."""
         return (step - self.first_step) * self.images_per_step / (time.perf_counter() - self.started)
 
     def lap_rate(self, step: int) -> float:
@@ -99,7 +102,7 @@ class TrainingLoop:
         run (`Run`): The run that the phase belongs to.
         phase (`Phase`): What is trained, and how.
         args (`LoopArguments`): The arguments of every training loop.
-        module (`torch.nn.Module`): What trains, frozen as far as it does not.
+        module (`torch.nn.Module`): The module to train. Parameters that do not train are frozen.
         groups (`list[dict]`): The optimizer's parameter groups, each with its peak `lr`.
         interrupt (`Interrupt`): Catches the signals that stop the run.
         checkpoint (`Path`, *optional*): A checkpoint of this phase to resume from.
@@ -192,7 +195,7 @@ class TrainingLoop:
             sigma (`torch.Tensor` of shape `(B,)`): The batch's noise levels, for the error.
 
         Raises:
-            `FloatingPointError`: if the guard rejects too many steps in a row; says what to do.
+            `FloatingPointError`: if the guard rejects too many steps in a row. The message says what to do.
         """
         accelerator, name = self.accelerator, self.phase.name
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
@@ -215,6 +218,7 @@ class TrainingLoop:
             accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
 
     def update_average(self) -> None:
+        """Take a step of the moving average, on the device that trains."""
         if self.offload_ema:
             self.ema.to(self.accelerator.device)
         self.ema.step(self.parameters)
@@ -225,7 +229,7 @@ class TrainingLoop:
         """Return what is due after the step that was just taken."""
         args, number = self.args, self.step
         last = number == self.phase.steps
-        # Several processes ask each other seldom, or where they wait for the GPU anyway.
+        # Several processes ask each other rarely, and where they wait for the GPU anyway.
         times = (10, args.logging_steps, args.validation_steps, args.checkpointing_steps)
         interrupted = self.interrupt.noted(self.accelerator, ask=last or any(number % steps == 0 for steps in times))
         # No checkpoint while steps are skipped: what made them bad may be in the weights.
@@ -305,7 +309,7 @@ class TrainingLoop:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Return this process's memory in GB: the most so far of a GPU's, or the present use of the CPU's."""
+    """Return the memory that this process uses, in GB: on a GPU the peak so far, on a CPU the present use."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30

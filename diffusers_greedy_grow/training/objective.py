@@ -46,7 +46,7 @@ def draw_noise(
         first (`int`), total (`int`): The first image's place in the whole batch, and the number of images in that batch.
         shape (`torch.Size`): `(B, C, H, W)` of this process's images.
         shift (`float`), logit_mean (`float`), logit_std (`float`): The distribution of noise levels, see [`sample_sigma`].
-        device (`torch.device`): Where noise is drawn. For large images a CPU would take longer to draw it than a GPU for the step.
+        device (`torch.device`): Where noise is drawn. For large images, a CPU takes longer to draw it than a GPU takes for the whole step.
         caption_dropout (`float`): The share of captions to leave empty.
 
     Returns:
@@ -102,8 +102,8 @@ def flow_loss(
     Return the mean squared error of the predicted flow velocity, weighted by noise level. The velocity's error is the clean
     image's error over `max(sigma, SIGMA_MIN_OF_LOSS)` (Li & He, JiT, 2025, section 4).
 
-    Weighting by the error of the `"clean"` image gives low noise less weight. At low noise the detail is in the stage's input: by
-    the velocity's error, learning to copy it drowns out learning what the text and the core say about it.
+    The error of the `"clean"` image gives low noise less weight. At low noise, a stage's input already shows the detail. With the
+    velocity's error, learning to copy it would outweigh learning the detail from the text and the core.
 
     Args:
         model: A [`ShallowUNet2DModel`], a [`GrowableUNet2DConditionModel`], or either prepared by accelerate.
@@ -165,7 +165,7 @@ class FlowObjective:
     ):
         self.phase, self.accelerator, self.encode = phase, accelerator, encode
         self.shift, self.seed, self.caption_dropout = shift, seed, caption_dropout
-        # A core has no stage whose detail could be separated: its bands are those of factor 2.
+        # A core has no growth factor: its bands are separated by factor 2.
         self.band_factor = unet.sample_sizes[-1] // unet.sample_sizes[-2] if len(unet.sample_sizes) > 1 else 2
 
     def __call__(self, model: torch.nn.Module, batch: dict, step: int, micro_step: int) -> FlowLoss:

@@ -300,7 +300,7 @@ def format_plan(
         lines.append(f"An image at {last.resolution} px costs {ratio:.1f} times one at {first.resolution} px.")
         if ratio < 2:
             lines.append(
-                "Warning: below about 2, growing gains little: training at the high resolution from the start costs "
+                "Warning: below about 2 times, growing gains little: training at the high resolution from the start costs "
                 "little more. A deeper core, or a larger step in resolution, makes the ratio larger."
             )
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from .run import Run
 from .seeds import sample_generators
 
 
-# The random numbers of samples, in the place of a phase's index: these are small.
+# Takes the place of the phase's index in the keys of random numbers. Phases have small indices, so no keys are equal.
 SAMPLES = 1001
 
 
@@ -95,10 +95,8 @@ class Samples:
                 step_of_run = self.run.total_steps(phase, step)
                 tracker.log_images({f"{phase.name}/samples": arrays}, step=step_of_run, **kwargs)
         pipeline.unet.train()
-        for (
-            name,
-            component,
-        ) in components.items():  # a text encoder that training does not need, a copy of sharded weights
+        # Training needs neither the text encoder of cached embeddings nor a whole copy of sharded weights on the GPU.
+        for name, component in components.items():
             component.to(devices[name])
 
     def add_row(self, phase: Phase, pipeline: GreedyGrowPipeline) -> None:

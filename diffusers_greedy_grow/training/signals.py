@@ -50,7 +50,7 @@ class Interrupt:
 def leave_signals_to_the_parent(worker_id: int) -> None:
     """
     Make a data loader's worker ignore the signals that stop a run. Ctrl-C, and SIGTERM to a job, reach all of its processes, but
-    the training process still needs its workers to finish the step. They end by a SIGTERM from the training process.
+    the training process still needs its workers to finish the step. A SIGTERM from the training process ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal

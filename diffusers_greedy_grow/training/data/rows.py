@@ -66,9 +66,8 @@ class BrokenRows:
             return 0
         rows = set()
         for line in self.path.read_text().splitlines():
-            with contextlib.suppress(
-                ValueError
-            ):  # on a network drive, the lines of several processes may mix after all
+            # On a network drive, the lines of several processes may mix after all.
+            with contextlib.suppress(ValueError):
                 rows.add(json.loads(line)["row"])
         return len(rows)
 

@@ -43,7 +43,7 @@ def load_splits(
 ) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """
     Load the splits of a source, each with the columns `image` and `text`. Images stay undecoded, as `bytes` or `path`, so
-    that a broken image does not stop whoever reads its row.
+    that a broken image does not stop the reading of its row.
 
     Args:
         dataset_name (`str`, *optional*):
