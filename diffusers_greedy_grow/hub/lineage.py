@@ -34,7 +34,7 @@ def find_source(model) -> dict[str, str]:
 
 def add_to_lineage(model, **entry: Any) -> None:
     """
-    Append an entry to a model's lineage. Its values must be serialisable as JSON. An entry with the `phase` of the last one
+    Append an entry to a model's lineage. Its values must be serializable as JSON. An entry with the `phase` of the last one
     replaces it.
     """
     lineage = get_lineage(model)

@@ -204,7 +204,7 @@ class GreedyGrowAttnProcessor:
 
 class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
     """
-    Multi-head attention with normalised queries and keys (Dehghani et al., 2023). Without `cross_attention_dim` it is
+    Multi-head attention with normalized queries and keys (Dehghani et al., 2023). Without `cross_attention_dim` it is
     self-attention over image tokens `(B, N, query_dim)`, with it attention from image tokens to text tokens
     `(B, L, cross_attention_dim)`.
     """

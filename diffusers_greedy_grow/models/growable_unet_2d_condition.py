@@ -304,7 +304,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         Raises:
             `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or if it has adapters or is
-                quantised.
+                quantized.
             `TypeError`: if there are `kwargs` although `core` is a loaded model, or arguments of a push without one.
             `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
@@ -672,7 +672,7 @@ def get_stage_patch_size(
 
 
 def check_unmodified(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> None:
-    """Raise a `ValueError` if a core has adapters, is quantised, or is offloaded or cast to eight bits."""
+    """Raise a `ValueError` if a core has adapters, is quantized, or is offloaded or cast to eight bits."""
     if getattr(core, "peft_config", None):
         raise ValueError(
             f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "

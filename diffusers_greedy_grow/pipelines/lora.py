@@ -82,7 +82,7 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
             hotswap (`bool`, defaults to `False`):
                 Whether to replace the adapter of that name in place, so that compiled blocks stay compiled.
             low_cpu_mem_usage (`bool`, defaults to `False`):
-                Whether to create the layers without initialising them with random numbers first.
+                Whether to create the layers without initializing them with random numbers first.
 
         Raises:
             `ValueError`: if the tensors are not LoRA layers, or belong to layers that the `unet` does not have. Layers of

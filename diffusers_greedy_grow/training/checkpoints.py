@@ -44,7 +44,7 @@ class Progress:
         data_state (`dict`, *optional*): The state of a stream of images.
         metrics_size (`int`): The size of `metrics.jsonl` in bytes.
         ema_optimization_step (`int`): How many steps the moving average has taken.
-        sizes (`dict[str, int]`): The checkpoint's files and their sizes in bytes, by which a damaged one is recognised.
+        sizes (`dict[str, int]`): The checkpoint's files and their sizes in bytes, by which a damaged one is recognized.
         format (`int`): The version of this format.
     """
 

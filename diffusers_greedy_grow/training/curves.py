@@ -51,7 +51,7 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
 
 
 def _draw_curve(axis, records: list[dict], key: str | None, label: str, val_key: str) -> None:
-    """Plot `key` as a curve and `val_key` as dots in its colour, or `val_key` alone as a dotted line."""
+    """Plot `key` as a curve and `val_key` as dots in its color, or `val_key` alone as a dotted line."""
     points = [(record["step"], record[key]) for record in records if key in record]
     held_out = [(record["step"], record[val_key]) for record in records if val_key in record]
     color = axis.plot(*zip(*points), label=label, linewidth=1)[0].get_color() if points else None

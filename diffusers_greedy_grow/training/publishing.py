@@ -28,7 +28,7 @@ def prepare_publishing(args: LoopArguments) -> str:
     Make sure that the run's repository exists and may be written to, and return its full name.
 
     Raises:
-        `ValueError`: if the Hub does not know the licence.
+        `ValueError`: if the Hub does not know the license.
         `HfHubHTTPError`: if the token is missing or wrong, or may not write there.
     """
     disable_progress_bars()  # those of uploads would mix with those of training
@@ -42,7 +42,7 @@ class Publisher:
     Uploads to the Hub in the background, one thing after the other. A failed upload is logged and does not stop the run.
 
     Args:
-        args (`LoopArguments`): The repository, its licence, and `output_dir`.
+        args (`LoopArguments`): The repository, its license, and `output_dir`.
         on_branch (`bool`): Whether weights are also published during a phase, on the branch `training`.
     """
 

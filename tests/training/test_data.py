@@ -127,7 +127,7 @@ def test_images_are_cropped_scaled_and_upright():
     wide.paste("blue", (30, 0, 60, 30))
     pixels = to_pixel_values(wide, 16)
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
-    assert (pixels[2] > 200).all() and (pixels[0] < 50).all()  # the centre
+    assert (pixels[2] > 200).all() and (pixels[0] < 50).all()  # the center
 
     same = to_pixel_values(make_image(0), 32)
     assert np.array_equal(same.permute(1, 2, 0).numpy(), make_image(0))

@@ -23,7 +23,7 @@ def test_sample_grid(tmp_path):
 
 
 def test_loss_curves(tmp_path, monkeypatch):
-    """Each is what its label says, and dots have the colour of the curve whose held-out loss they are."""
+    """Each is what its label says, and dots have the color of the curve whose held-out loss they are."""
     figures, savefig = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *args, **kw: figures.append(figure) or savefig(figure, *args, **kw)

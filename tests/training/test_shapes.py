@@ -154,7 +154,7 @@ def test_only_texture_is_lost_at_the_cores_resolution(num_objects, method):
     scores = score_images([shrink_and_enlarge(render(scene, 64), 16, method) for scene in scenes], captions)
     assert abs(scores["texture"] - CHANCE["texture"]) < 0.08, scores
     assert min(scores[name] for name in ("color", "size", "count", "background")) > 0.9, scores
-    # Two objects on 16 x 16 pixels leave 4 pixels for a small star: even a human recognises only half of the shapes.
+    # Two objects on 16 x 16 pixels leave 4 pixels for a small star: even a human recognizes only half of the shapes.
     assert scores["shape"] > (0.85 if num_objects == 1 else 2.2 * CHANCE["shape"]), scores
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From the bytes of an image file to pixels: decode, crop, scale, and convert colours."""
+"""From the bytes of an image file to pixels: decode, crop, scale, and convert colors."""
 
 import functools
 import warnings
@@ -40,7 +40,7 @@ def open_image(image: dict | None) -> PILImage.Image:
 
 def to_pixel_values(image: PILImage.Image, height: int, width: int | None = None) -> torch.Tensor:
     """
-    Convert an image to a tensor `(3, height, width)`, uint8: upright, transparent parts white, the centre cropped to the
+    Convert an image to a tensor `(3, height, width)`, uint8: upright, transparent parts white, the center cropped to the
     aspect ratio (square without `width`), scaled with antialiasing. Warns once if an image must be enlarged.
     """
     image = ImageOps.exif_transpose(image)

@@ -4,9 +4,9 @@
 """
 Captioned shapes: a synthetic dataset that is small enough to learn in minutes, and that tests alignment and rendering apart.
 
-An example of a caption: "a large red striped circle above a small blue plain square on a white background". Shapes, colours,
+An example of a caption: "a large red striped circle above a small blue plain square on a white background". Shapes, colors,
 sizes, relations and backgrounds test alignment: they show at the core's resolution. Textures test rendering: their pattern
-repeats once per pixel of the core and averages to the object's colour there, so only the grown model can see and draw them.
+repeats once per pixel of the core and averages to the object's color there, so only the grown model can see and draw them.
 """
 
 import io
@@ -21,7 +21,7 @@ from PIL import Image
 
 SIZES = ("small", "large")
 
-# Mean colours. Textures brighten and darken them by up to 40 %, so the brightest channel leaves room for it.
+# Mean colors. Textures brighten and darken them by up to 40 %, so the brightest channel leaves room for it.
 COLORS = {
     "red": (178, 24, 30),
     "green": (24, 138, 52),
@@ -51,7 +51,7 @@ _CONTRAST = 0.4
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """An object: its attributes, its centre `(x, y)`, and half of its extent, as shares of the image's width and height."""
+    """An object: its attributes, its center `(x, y)`, and half of its extent, as shares of the image's width and height."""
 
     size: str
     color: str
@@ -161,7 +161,7 @@ def sample_scene(rng: np.random.Generator, num_objects: int = 1, first_object: S
 
 
 def _place(relation: str, middle: float, near: float) -> np.ndarray:
-    """Return the centre of the first (`near=0.25`) or the second (`near=0.75`) object of a relation."""
+    """Return the center of the first (`near=0.25`) or the second (`near=0.75`) object of a relation."""
     if relation in ("right of", "below"):
         near = 1 - near
     return np.array([near, middle] if relation in ("left of", "right of") else [middle, near])

@@ -128,7 +128,7 @@ def read_image(pixels: np.ndarray, num_objects: int, texture_cells: int) -> tupl
     for label in np.argsort(-areas)[:6] + 1:
         if areas[label - 1] >= smallest:
             mask = labels == label
-            # The outline is where an object covers half of a pixel; its colour is that of the inside.
+            # The outline is where an object covers half of a pixel; its color is that of the inside.
             contrast = pixels[erode(mask, 1)].mean(axis=0) - background_color
             coverage = (pixels - background_color) @ contrast / (contrast @ contrast)
             mask = mask & close_gaps(coverage > 0.5, gap)
@@ -218,7 +218,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
-    """Return the name of the nearest colour."""
+    """Return the name of the nearest color."""
     return min(palette, key=lambda name: np.linalg.norm(color - np.array(palette[name])))
 
 

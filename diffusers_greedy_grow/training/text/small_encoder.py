@@ -39,7 +39,7 @@ def build_small_text_encoder(
     """
     Build a T5 encoder of `num_layers` layers and `hidden_size` channels with random weights.
 
-    Its word embeddings start three times as large as T5's, so that each word remains recognisable after the layers. The encoder
+    Its word embeddings start three times as large as T5's, so that each word remains recognizable after the layers. The encoder
     trains with the core only, which learns nothing from words for details that show at higher resolutions ("striped"), but the
     stages that grow later need these words.
     """
