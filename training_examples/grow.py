@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Grows a text-to-image model in pixel space, from captioned images to a pipeline:
+Grows a text-to-image model in pixel space, from captioned images to a pipeline.
 
     accelerate launch training_examples/grow.py                                       # captioned shapes, 16 -> 64 px
     accelerate launch training_examples/grow.py --train_data_dir my_images --resolutions 32 128

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """
-Trains a LoRA, a small change to a frozen model, from captioned images:
+Trains a LoRA, a small change to a frozen model, from captioned images.
 
     accelerate launch training_examples/train_lora.py --pretrained_model_name_or_path output/core \
         --train_data_dir my_images
