@@ -70,7 +70,7 @@ def test_every_phase_is_published(hub, data, tmp_path):
         "| grown-16-detail | 16 | the new stage | 6 | 24 | 0 |",
         "| grown-16 | 16 | everything | 6 | 24 | 0 |",
         "![Samples](samples.png)",
-        "This is the state of the tag `grown-16`",
+        "This card describes the tag `grown-16`",
     ):
         assert text in card.text, text
     assert hub.files(repo_id)["samples.png"] == (output_dir / "samples.png").read_bytes()
