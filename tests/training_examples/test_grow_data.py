@@ -77,7 +77,7 @@ def test_other_images_above_the_cores_resolution(data, tmp_path, known):
         dataloader_num_workers=1, **arguments,
     )  # fmt: skip
     assert "30 images to train the core on, 23 to train on above its resolution; 1 held out" in log
-    assert ("Of 1 held-out images the caption is in the core's data, too" in log) == known
+    assert ("The captions of 1 held-out images are in the core's data, too" in log) == known
     (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances
     assert 0 < variance < 1e-4
     lines = read_metrics(tmp_path / "output")

@@ -89,7 +89,7 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
         # A terminal does the same: the launcher gets the signal and dies at once, and the training gets it too.
         os.killpg(process.pid, number)
         assert process.wait(timeout=60) != 0
-        while "Go on with" not in log.read_text():
+        while "Resume with the same arguments" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
     return log.read_text()

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.hub import get_lineage
+from diffusers_greedy_grow.hub.lineage import get_lineage
 
 from ..testing_utils import run_in_a_shell
 from .launching import GROW, assert_same_weights, grow_flags, launch_script, run, run_script, weights
@@ -52,7 +52,7 @@ def test_every_phase_is_published(hub, data, tmp_path):
         assert all(value.equal(published[name]) for name, value in weights(output_dir / phase).items())
     titles = [commit.title for commit in HfApi().list_repo_commits(repo_id, revision="training")]
     assert "core, step 5" in titles
-    left_out = re.findall(r"(\S+): step (\d+) is not published, since the upload before", done.stdout)
+    left_out = re.findall(r"(\S+): step (\d+) is not published, since the previous upload", done.stdout)
     for phase, step in (("core", 5), ("core", 10), ("grown-16-detail", 5), ("grown-16", 5)):
         assert (f"{phase}, step {step}" in titles) != ((phase, str(step)) in left_out)
     assert not any((output_dir / "uploads").iterdir())
@@ -111,7 +111,7 @@ def test_failed_uploads_do_not_stop_a_run(hub, data, tmp_path):
 
     # The command in the message uploads the rest.
     hub.faults.clear()
-    for command_of_phase in re.findall("Go on with `(.*?)`", done.stdout):
+    for command_of_phase in re.findall("Upload them with `(.*?)`", done.stdout):
         run_in_a_shell(command_of_phase)
     assert list_tags(repo_id).keys() == {*PHASES}
     assert load(hub.files(repo_id, "core")[WEIGHTS]).keys() == weights(output_dir / "core").keys()
