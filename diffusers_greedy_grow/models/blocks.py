@@ -139,6 +139,15 @@ class TextInputs:
         embeds = self.encoder_hidden_states.to(dtype)
         return TextInputs(embeds, self.encoder_attention_mask, self.cross_attention_kwargs, self.cache)
 
+    def sum_tokens(self) -> torch.Tensor | None:
+        """Return the sum of the tokens that the mask keeps, `(B, cross_attention_dim)`, in float32: float16 overflows on some encoders."""
+        embeds = self.encoder_hidden_states
+        if embeds is None:
+            return None
+        if self.encoder_attention_mask is not None:
+            embeds = embeds * self.encoder_attention_mask.to(embeds.dtype).unsqueeze(-1)
+        return embeds.sum(dim=1, dtype=torch.float32)
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "TextInputs":
         """
         Return the same text on `device`, with the same cache, so that what a stage adds to it stays. Device maps and

@@ -72,20 +72,22 @@ class GrowthStage(nn.Module):
             cross_attention_dim,
         )
 
-    def embed(self, timestep: torch.Tensor, text: TextInputs, dtype: torch.dtype) -> torch.Tensor:
-        """Return the conditioning of the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the text."""
+    def embed(
+        self, timestep: torch.Tensor, text_sum: torch.Tensor | None, dtype: torch.dtype, cache: TextCache | None = None
+    ) -> torch.Tensor:
+        """
+        Return the conditioning of the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the sum of the text's
+        tokens, see [`TextInputs.sum_tokens`].
+        """
         time_dtype = get_parameter_dtype(self.time_embedding)
         temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
-        embeds, cache = text.encoder_hidden_states, text.cache
-        if embeds is None:
+        if text_sum is None:
             return temb
         if cache is not None and (cached := cache.values.get(self.text_proj)):
             return temb + cached[0]
-        if text.encoder_attention_mask is not None:
-            embeds = embeds * text.encoder_attention_mask.to(dtype).unsqueeze(-1)
-        # The norm makes the sum as good as a mean. The sum is in float32: float16 overflows on some encoders' outliers.
-        # This is diffusers' norm, since torch's warns about float32 inputs beside float16 weights.
-        projected = self.text_proj(self.norm_text(embeds.sum(dim=1, dtype=torch.float32)).to(dtype))
+        # The norm makes the sum as good as a mean. It is diffusers' norm, since torch's warns about float32 inputs beside
+        # float16 weights.
+        projected = self.text_proj(self.norm_text(text_sum).to(dtype))
         if cache is not None:
             cache.values[self.text_proj] = (projected,)
         return temb + projected
@@ -95,6 +97,7 @@ class GrowthStage(nn.Module):
         sample: torch.Tensor,
         sigma: torch.Tensor,
         text: TextInputs,
+        text_sum: torch.Tensor | None,
         dtype: torch.dtype,
         inner_image: torch.Tensor | None,
         inner_features: torch.Tensor | None,
@@ -104,7 +107,8 @@ class GrowthStage(nn.Module):
         Args:
             sample (`torch.Tensor` of shape `(B, C, H, W)`): The state at this stage's resolution.
             sigma (`torch.Tensor` of shape `(B,)`): Its noise level.
-            text ([`TextInputs`]): The text.
+            text ([`TextInputs`]): The text, with its embeddings in `dtype`.
+            text_sum (`torch.Tensor` of shape `(B, cross_attention_dim)`, *optional*): The sum of its tokens, in float32.
             dtype (`torch.dtype`): The dtype to compute in.
             inner_image (`torch.Tensor`, *optional*): The clean image that the inner model predicts, at its own resolution.
             inner_features (`torch.Tensor`, *optional*): The inner model's features.
@@ -114,8 +118,8 @@ class GrowthStage(nn.Module):
         Returns:
             The clean image `(B, C, H, W)` and the stage's features.
         """
-        text, cache = text.cast(dtype), text.cache
-        temb = self.embed(1000 * sigma, text, dtype)
+        cache = text.cache
+        temb = self.embed(1000 * sigma, text_sum, dtype, cache)
 
         # 1. The encoder, around the inner model. With a device map, that may be on another device.
         if self.preserves:
@@ -513,7 +517,9 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
             states.append(descend(*states[-1], stage.factor))
         (core_sample, core_sigma), *stage_states = reversed(states)
 
-        # 2. The core
+        # 2. The core; before it, what the stages read of the text, the same for all
+        stage_text = text.cast(dtype)
+        text_sum = stage_text.sum_tokens()
         run_core = partial(self.run_core, core_sample, core_sigma, text, negative_text, guide)
         if self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
@@ -525,7 +531,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
         # 3. Outwards: the stages that take part add detail, from the innermost to the outermost
         for stage, state in zip(self.stages[:num_stages], stage_states):
             with torch.set_grad_enabled(grad_enabled if stage is self.stages[-1] else inner_grad_enabled):
-                image, features = stage(*state, text, dtype, image, features, run_core)
+                image, features = stage(*state, stage_text, text_sum, dtype, image, features, run_core)
         assert image is not None
 
         # Stages that are left out enlarge by `U`, not `S`: the state gets no high band at all until they join.

@@ -49,8 +49,8 @@ def test_a_stage_hears_all_of_a_long_text_in_float16():
     """Its sum is too large for float16."""
     stage = make_grown().stages[0]
     text, mask = 600 * (1 + torch.rand(1, 128, TEXT_DIM)), torch.ones(1, 128, dtype=torch.bool)
-    expected = stage.embed(torch.tensor([500.0]), TextInputs(text, mask), torch.float32)
-    temb = stage.half().embed(torch.tensor([500.0]), TextInputs(text.half(), mask), torch.float16)
+    expected = stage.embed(torch.tensor([500.0]), TextInputs(text, mask).sum_tokens(), torch.float32)
+    temb = stage.half().embed(torch.tensor([500.0]), TextInputs(text.half(), mask).sum_tokens(), torch.float16)
     assert temb.dtype == torch.float16
     torch.testing.assert_close(temb.float(), expected, atol=5e-3, rtol=5e-3)
 
@@ -106,7 +106,9 @@ def test_guidance_at_the_core(num_stages):
     else:  # the stage continues from the guided image, and from the core's features for the text
         text = TextInputs(inputs["encoder_hidden_states"], inputs["encoder_attention_mask"])
         sigma, features = inputs["timestep"] / 1000, grown(**inputs, num_stages=0).features
-        expected, _ = grown.stages[0](inputs["sample"], sigma, text, torch.float32, expected, features)
+        expected, _ = grown.stages[0](
+            inputs["sample"], sigma, text, text.sum_tokens(), torch.float32, expected, features
+        )
     torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -117,7 +119,7 @@ def test_a_stage_sees_the_image_so_far():
     details = []
     for image in (torch.zeros(2, 3, 16, 16), make_inputs(seed=1)["sample"]):
         state, features = (inputs["sample"], inputs["timestep"] / 1000), torch.zeros(2, 32, 4, 4)
-        answer, _ = stage(*state, text, torch.float32, image, features)
+        answer, _ = stage(*state, text, text.sum_tokens(), torch.float32, image, features)
         details.append(answer - enlarge(image, 2))
     assert (details[0] - details[1]).abs().mean() > 0.01
 
