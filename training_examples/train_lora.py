@@ -10,7 +10,7 @@ Trains a LoRA, a small change to a frozen model, from captioned images.
         --train_data_dir my_images
 
 A LoRA that was trained on a core, which is cheap, loads into every model grown from it. `output_dir` then holds
-`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output_dir)`, and what a repository on the Hub needs besides.
+`pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output_dir)`, and the other files of a repository on the Hub.
 """
 
 import sys

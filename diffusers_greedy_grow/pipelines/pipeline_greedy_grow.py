@@ -30,7 +30,7 @@ from ..models.blocks import TextCache, check_sizes
 from ..models.growable_unet_2d_condition import check_unmodified, find_core
 from ..models.shallow_unet_2d import check_mask
 from .lora import GreedyGrowLoraLoaderMixin
-from .prompts import find_cut, max_tokens, tokenize
+from .prompts import find_truncated, max_tokens, tokenize
 from .schedules import (
     INTEGER,
     NUMBER,
@@ -214,7 +214,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             if pipeline.config.detail_variances is None:
                 raise ValueError(
                     f"`detail_variance={detail_variance}` needs those of the stages inside, which `core` lacks: leave it out, or "
-                    "set `core.register_to_config(detail_variances=[...])`, one for each of its stages, first."
+                    "set `core.register_to_config(detail_variances=[...])`, one per stage, first."
                 )
             variances = [*pipeline.config.detail_variances, detail_variance]
         if push is not None:
@@ -343,8 +343,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         # Some schedulers round them.
         if timesteps is not None and not np.allclose(made.tolist(), timesteps, rtol=0, atol=1):
             raise ValueError(
-                f"`timesteps={list(timesteps)}` become {made.tolist()} by `scheduler`: pass `num_inference_steps`, or set a "
-                "scheduler with its shift in its config, without `shift_terminal` and other sigmas, such as Karras'."
+                f"`scheduler` changes `timesteps={list(timesteps)}` to {made.tolist()}: pass `num_inference_steps`, or a scheduler "
+                "that has its shift in its config, no `shift_terminal`, and no sigmas of its own, such as Karras'."
             )
         self.scheduler.set_begin_index(0)  # otherwise the first step searches for it, which waits for the GPU
         return made, num_inference_steps, schedule
@@ -443,9 +443,11 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 prompts = prompts + list(negatives)
             tokens = tokenize(self.tokenizer, prompts, self.config.max_sequence_length)
             length = tokens["input_ids"].shape[1]
-            may_be_cut = length == max_tokens(self.tokenizer, self.config.max_sequence_length)
-            if may_be_cut and (cut := find_cut(self.tokenizer, prompts, self.config.max_sequence_length)):
-                logger.warning(f"Only the first {length} tokens of these prompts are read: {cut}")
+            may_be_truncated = length == max_tokens(self.tokenizer, self.config.max_sequence_length)
+            if may_be_truncated and (
+                truncated := find_truncated(self.tokenizer, prompts, self.config.max_sequence_length)
+            ):
+                logger.warning(f"Only the first {length} tokens of these prompts are read: {truncated}")
             attention_mask = tokens["attention_mask"].to(device)
             embeds = self.text_encoder(tokens["input_ids"].to(device), attention_mask=attention_mask).last_hidden_state
             prompt_embeds, negative_prompt_embeds = embeds[:batch_size], embeds[batch_size:]

@@ -14,7 +14,7 @@ def max_tokens(tokenizer: PreTrainedTokenizerBase, max_sequence_length: int) -> 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> BatchEncoding:
     """
     Return `input_ids` and `attention_mask`, both `(B, L)`, padded to the longest prompt. Long prompts are truncated; see
-    [`find_cut`].
+    [`find_truncated`].
     """
     max_length = max_tokens(tokenizer, max_sequence_length)
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
@@ -23,7 +23,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequenc
     return tokens
 
 
-def find_cut(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> list[str]:
+def find_truncated(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_sequence_length: int) -> list[str]:
     """Return the prompts that [`tokenize`] truncates."""
     max_length = max_tokens(tokenizer, max_sequence_length)
     return [text for text, ids in zip(prompts, tokenizer(prompts)["input_ids"]) if len(ids) > max_length]

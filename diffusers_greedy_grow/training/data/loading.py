@@ -48,7 +48,7 @@ class TrainingData:
 
     @property
     def measured(self) -> CaptionedImages:
-        """The images whose detail is measured when a stage is grown. A stream has no first images: there the held-out ones."""
+        """The images whose detail is measured when a stage is grown; for a stream, these are the held-out images."""
         return self.high_res if isinstance(self.high_res, CaptionedImages) else self.validation
 
     @cached_property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...pipelines import GreedyGrowPipeline
-from ...pipelines.prompts import find_cut, tokenize
+from ...pipelines.prompts import find_truncated, tokenize
 
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def encode_captions(
 def warn_of_truncated_captions(pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
     """Warn of captions with more tokens than are read. Called once, before training: the steps truncate without a warning."""
     length = pipeline.config.max_sequence_length
-    if truncated := find_cut(pipeline.tokenizer, captions, length):
+    if truncated := find_truncated(pipeline.tokenizer, captions, length):
         warnings.warn(
             f"{len(truncated)} of {len(captions)} captions are longer than the `max_sequence_length={length}` tokens that are "
             f"read, such as {truncated[0][:200]!r}.",
