@@ -67,8 +67,8 @@ class Step:
 
 class Clock:
     """
-    Measures training speed. The first steps do not count, since they start workers and compile. Between logged steps, time spent
-    on validation, checkpoints and samples does not count either.
+    Measures training speed. The first steps do not count, since they start workers and compile; nor does time spent on
+    validation, checkpoints and samples.
     """
 
     def __init__(self, step: int, steps: int, images_per_step: int):
@@ -80,6 +80,12 @@ class Clock:
     def restart(self, step: int) -> None:
         self.started = self.lap_started = time.perf_counter()
         self.first_step = self.lap_step = step
+
+    def resume(self, paused: float) -> None:
+        """Leave out the time since `paused`, as `time.perf_counter` told it. A lap may have started since."""
+        now = time.perf_counter()
+        self.started += now - paused
+        self.lap_started += now - max(paused, self.lap_started)
 
     def total_rate(self, step: int) -> float:
         """Return the images per second since the first steps."""
@@ -182,7 +188,7 @@ class TrainingLoop:
                 logger.info(f"{phase.name}: {rate:.1f} images/s; about {minutes:.0f} min of training left.")
             paused = time.perf_counter()
             yield step
-            self.clock.lap_started += time.perf_counter() - max(paused, self.clock.lap_started)
+            self.clock.resume(paused)
             if step.number == self.clock.warmed_up:
                 self.clock.restart(step.number)
         self.bar.close()

@@ -125,6 +125,15 @@ def test_the_clock_counts_training_only(monkeypatch):
     assert clock.lap_rate(4) == 16.0 and clock.total_rate(4) == 16.0
     clock.restart(5)
     now[0] += 1
-    clock.lap_started += 0.5  # spent on something else
-    assert clock.lap_rate(10) == 80.0
+    paused = now[0]
+    now[0] += 0.5
+    clock.resume(paused)  # half a second was spent on something else
+    assert clock.lap_rate(10) == clock.total_rate(10) == 40.0
+    now[0] += 1
+    paused, now[0] = now[0], now[0] + 0.25
+    assert clock.lap_rate(20) == 64.0  # asked for during a pause, whose first part counts
+    now[0] += 5
+    clock.resume(paused)
+    now[0] += 1
+    assert clock.lap_rate(30) == 80.0
     assert Clock(step=98, steps=100, images_per_step=8).warmed_up == 99
