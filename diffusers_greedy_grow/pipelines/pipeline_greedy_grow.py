@@ -30,7 +30,7 @@ from ..models.blocks import TextCache, check_sizes
 from ..models.growable_unet_2d_condition import check_unmodified, find_core
 from ..models.shallow_unet_2d import check_mask
 from .lora import GreedyGrowLoraLoaderMixin
-from .prompts import find_truncated, max_tokens, tokenize
+from .prompts import find_truncated, max_tokens, repeat_per_image, tokenize
 from .schedules import (
     INTEGER,
     NUMBER,
@@ -457,12 +457,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         encoded = [prompt_embeds, prompt_attention_mask, None, None]
         if do_classifier_free_guidance:
             encoded[2:] = negative_prompt_embeds, negative_prompt_attention_mask
-
-        def repeat(tensor: Any) -> Any:
-            return None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)
-
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = map(
-            repeat, encoded
+        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
+            repeat_per_image(tensor, num_images_per_prompt, device) for tensor in encoded
         )
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 

@@ -1,8 +1,11 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""From prompts to tokens."""
+"""From prompts to tokens, and their embeddings per image."""
 
+from typing import Any
+
+import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
@@ -27,3 +30,8 @@ def find_truncated(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_s
     """Return the prompts that [`tokenize`] truncates."""
     max_length = max_tokens(tokenizer, max_sequence_length)
     return [text for text, ids in zip(prompts, tokenizer(prompts)["input_ids"]) if len(ids) > max_length]
+
+
+def repeat_per_image(tensor: Any, num_images_per_prompt: int, device: torch.device | None) -> Any:
+    """Return a tensor `(B, ...)` on `device` with each prompt's row repeated, `(B * num_images_per_prompt, ...)`; None stays None."""
+    return None if tensor is None else tensor.to(device).repeat_interleave(num_images_per_prompt, dim=0)

@@ -5,6 +5,7 @@ import inspect
 import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -451,7 +452,8 @@ def test_growing_with_a_dtype_for_each_component(pipeline, name, tmp_path):
         ({"default": torch.float16}, (torch.float16, torch.float16)),
         ({"text_encoder": torch.bfloat16}, (torch.float32, torch.bfloat16)),
     ):
-        grown = GreedyGrowPipeline.from_core(tmp_path, 32, block_out_channels=(8,), **{name: dtypes})
+        with pytest.warns(FutureWarning, match="`torch_dtype`") if name == "torch_dtype" else nullcontext():
+            grown = GreedyGrowPipeline.from_core(tmp_path, 32, block_out_channels=(8,), **{name: dtypes})
         assert (grown.unet.dtype, grown.text_encoder.dtype) == expected
 
 
