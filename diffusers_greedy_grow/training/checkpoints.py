@@ -68,7 +68,7 @@ class Progress:
             `CheckpointFormatError`: if another version's format was used.
             `OSError`, `ValueError`, `TypeError`: if the file is missing or cut off.
         """
-        values = json.loads((checkpoint / "progress.json").read_text())
+        values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
             raise CheckpointFormatError(
                 f"{checkpoint} was saved by another version of diffusers-greedy-grow, in checkpoint format {values.get('format', 0)}; "
@@ -120,7 +120,7 @@ def save_checkpoint(
         files = [path for path in temporary.rglob("*") if path.is_file()]
         progress.sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
         progress.ema_optimization_step = ema.optimization_step
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
+        (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if checkpoint.exists():

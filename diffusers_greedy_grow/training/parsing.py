@@ -66,7 +66,7 @@ def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tupl
     config.add_argument("--config")
     path = config.parse_known_args(argv)[0].config
     if path is not None:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         unknown = set(values) - {action.dest for action in parser._actions}
         if unknown:
             parser.error(f"{path} has unknown arguments: {sorted(unknown)}")

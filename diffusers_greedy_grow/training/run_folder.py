@@ -87,7 +87,7 @@ def find_finished(output_dir: Path) -> list[str]:
     """Return the names of the phases that an earlier run has finished in `output_dir`, according to its `config.yaml`."""
     if not (output_dir / "config.yaml").exists():
         return []
-    config = yaml.safe_load((output_dir / "config.yaml").read_text()) or {}
+    config = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8")) or {}
     names = [f"grown-{size}{end}" for size in config.get("resolutions", [])[1:] for end in ("-detail", "")]
     if config.get("core") is None:
         names.append("core")
@@ -147,7 +147,7 @@ def claim_output_dir(
     else:
         truncate_metrics(metrics_path, Progress.read(checkpoint).metrics_size, resume_with_changes)
         remove_newer(output_dir / "checkpoints", checkpoint)
-    write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def truncate_metrics(path: Path, size: int, resume_with_changes: bool) -> None:

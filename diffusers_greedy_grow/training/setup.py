@@ -3,9 +3,11 @@
 
 """The start of a training script: the `Accelerator`, log lines, trackers, and warnings about slow settings."""
 
+import io
 import logging
 import os
 import platform
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,6 +40,8 @@ def set_up(args: LoopArguments) -> Accelerator:
         # The other processes wait while the main process draws samples.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale, a caption in a log line would end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler()])
     for name in ("accelerate", "httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -79,7 +79,7 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
     """Run until `after` shows up in the metrics, then send a signal. Return what the run said."""
     log, metrics = output_dir.with_suffix(".log"), output_dir / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command(output_dir, **arguments), env=environment(), stderr=file, stdout=file, start_new_session=True
         )
