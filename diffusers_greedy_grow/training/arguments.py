@@ -391,6 +391,19 @@ class LoraArguments(ImageArguments, LoopArguments):
 OF_ONE_LAUNCH = {"overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "plan"}
 
 
+# Arguments that are, or may be, paths: `~` and `$VAR` are expanded in them.
+PATHS = {
+    "train_data_dir",
+    "high_res_data_dir",
+    "text_embeddings_dir",
+    "core",
+    "text_encoder",
+    "pretrained_model_name_or_path",
+    "output_dir",
+    "resume_from_checkpoint",
+}
+
+
 # Arguments that may differ when a run resumes: they change neither what is trained nor how.
 FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "output_dir",

@@ -4,22 +4,26 @@
 """
 Reads the arguments of `training_examples/`, from flags over a YAML file over defaults, and stops with a message of the parser
 at values that cannot work, alone or together.
+
+Libraries that import torch are imported where they are needed, so that `--help` and a misspelt flag are answered at once.
 """
 
 import argparse
+import dataclasses
 import math
+import os
+import re
+import types
+import typing
 import warnings
 from pathlib import Path
+from typing import Any
 
 import yaml
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.optimization import SchedulerType
-from diffusers.training_utils import parse_buckets_string
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from .arguments import (
+    PATHS,
     WEIGHTINGS,
     DataArguments,
     ImageArguments,
@@ -66,19 +70,130 @@ def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tupl
     config.add_argument("--config")
     path = config.parse_known_args(argv)[0].config
     if path is not None:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        unknown = set(values) - {action.dest for action in parser._actions}
-        if unknown:
-            parser.error(f"{path} has unknown arguments: {sorted(unknown)}")
-        flags = []
-        for name, value in values.items():
-            if isinstance(value, list) and value:
-                flags += [f"--{name}", *map(str, value)]
-            elif value is not None and value != []:
-                flags.append(f"--{name}={value}")
-        argv = [*flags, *argv]  # of several flags with the same name, the last one wins
-    *instances, _ = parser.parse_args_into_dataclasses(argv)
+        try:
+            values = read_config(Path(expand_path(path)), classes)
+        except (OSError, ValueError) as error:
+            parser.error(f"--config {path}: {error}")
+        parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+    *instances, _, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    for instance in instances:
+        for name in PATHS & {field.name for field in dataclasses.fields(instance)}:
+            if getattr(instance, name) is not None:
+                try:
+                    setattr(instance, name, expand_path(getattr(instance, name)))
+                except ValueError as error:
+                    parser.error(f"--{name} {getattr(instance, name)}: {error}")
     return parser, instances
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration files
+
+
+class Null(str):
+    """An entry that YAML reads as null, as it is written: None for a field that may be None, text in a list of texts."""
+
+
+class TextLoader(yaml.SafeLoader):
+    """Reads each scalar as its text: what `no` or `1e-3` is depends on the field. Refuses a key that is there twice."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, regexp) for tag, regexp in resolvers if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key} is there {keys.count(key)} times.")
+        return super().construct_document(node)
+
+
+TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: Null(node.value))
+
+
+def read_config(path: Path, classes: tuple) -> dict[str, Any]:
+    """
+    Return the values of a YAML file, each with the type of its field.
+
+    Raises:
+        `OSError`, `ValueError`: if the file cannot be read, or has unknown arguments or values of other types.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), TextLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"this is not YAML: {error}") from error
+    if values is None or isinstance(values, Null):
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError("write one argument and its value per line, such as `seed: 1`.")
+    types_ = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
+    unknown = set(values) - set(types_)
+    if unknown:
+        raise ValueError(f"the file has unknown arguments: {sorted(map(str, unknown))}")
+    typed = {}
+    for name, value in values.items():
+        kinds = split_type(types_[name])
+        if not isinstance(value, Null):
+            typed[name] = convert(name, value, kinds[0])
+        elif types.NoneType in kinds:
+            typed[name] = None  # and for a field that cannot be None, the default
+    return typed
+
+
+def split_type(kind: Any) -> tuple:
+    """Return the members of a union such as `int | None`, or the type itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """Return the text `value` of a YAML file, or a list of texts, as the `kind` of its field."""
+    if typing.get_origin(kind) is list:
+        (inner,) = typing.get_args(kind)
+        return [convert(name, one, inner) for one in (value if isinstance(value, list) else [value])]
+    if isinstance(value, (list, dict)) or value is None:
+        raise ValueError(f"{name} takes a single value, not {value}.")
+    text = str(value)
+    try:
+        if kind is bool:
+            return (
+                {"on": True, "off": False}.get(text.lower()) if text.lower() in ("on", "off") else string_to_bool(text)
+            )
+        if kind is int:
+            return int(text, 0) if re.match(r"[+-]?0[xob]", text) else int(text)
+        if kind is float:
+            return float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", text, flags=re.IGNORECASE))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{name}: {text!r} is not {wanted}.") from error
+    return text
+
+
+def expand_path(path: str) -> str:
+    """
+    Return a path with `~` and `$VAR` expanded.
+
+    Raises:
+        `ValueError`: if a variable is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    missing = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    if missing is not None and not os.path.exists(expanded):
+        raise ValueError(f"the environment variable {missing[0]} is not set.")
+    return expanded
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text with a form of its own
 
 
 def parse_channels(channels: str) -> tuple[int, ...]:
@@ -94,6 +209,8 @@ def parse_buckets(buckets: str) -> list[tuple[int, int]]:
         `ValueError`: if the text has another form.
     """
     with warnings.catch_warnings():
+        from diffusers.training_utils import parse_buckets_string
+
         # diffusers warns of sides that are not a multiple of 8; the models' own condition is checked with the models.
         warnings.simplefilter("ignore")
         return parse_buckets_string(buckets)
@@ -134,6 +251,18 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
         (loop, "lr_warmup_steps", 0, math.inf),
         (loop, "adam_weight_decay", 0, math.inf),
     )
+    check_library_choices(parser, loop)
+    if loop.hub_private_repo and not loop.push_to_hub:
+        parser.error("--hub_private_repo needs --push_to_hub.")
+
+
+def check_library_choices(parser: HfArgumentParser, loop: TrainingArguments | LoraArguments) -> None:
+    """Stop at a value that diffusers or accelerate does not know."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+    from diffusers.models.attention_dispatch import AttentionBackendName
+    from diffusers.optimization import SchedulerType
+
     choices = {
         # `piecewise_constant` needs a schedule of its own, which no argument can give.
         "lr_scheduler": [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
@@ -145,8 +274,6 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
             parser.error(f"--{name} {getattr(loop, name)}: choose one of {', '.join(values)}.")
     if loop.report_to not in (None, "all", *(tracker.value for tracker in get_available_trackers())):
         parser.error(f"--report_to {loop.report_to}: install the package {loop.report_to}, or leave this out.")
-    if loop.hub_private_repo and not loop.push_to_hub:
-        parser.error("--hub_private_repo needs --push_to_hub.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 """A run's `output_dir`: whether a run may use it, what it replaces there, and where it resumes."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -147,7 +148,22 @@ def claim_output_dir(
     else:
         truncate_metrics(metrics_path, Progress.read(checkpoint).metrics_size, resume_with_changes)
         remove_newer(output_dir / "checkpoints", checkpoint)
-    write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_text(output_dir / "config.yaml", dump_config(config))
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes and escapes text with control characters: PyYAML reads a line break of Unicode as a space otherwise."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+ConfigDumper.add_representer(str, ConfigDumper.represent_str)
+
+
+def dump_config(config: dict) -> str:
+    """Return the text of `config.yaml`, which reads back to the same arguments."""
+    return yaml.dump(config, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def truncate_metrics(path: Path, size: int, resume_with_changes: bool) -> None:
