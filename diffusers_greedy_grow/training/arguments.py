@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 # The errors by which a phase can train; see `training.objective`.
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
+# The precisions to compute in.
+PRECISIONS = ("no", "bf16", "fp16")
+# Arguments for which infinity means "off".
+UNLIMITED = {"max_grad_norm", "spike_factor"}
 
 
 @dataclass

@@ -24,6 +24,8 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from .arguments import (
     PATHS,
+    PRECISIONS,
+    UNLIMITED,
     WEIGHTINGS,
     DataArguments,
     ImageArguments,
@@ -42,6 +44,7 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     parser, (data, model, training) = parse_dataclasses(classes, argv, description)
     check_resolutions(parser, model)
     fill_lists(parser, model, training)
+    check_texts_and_numbers(parser, data, model, training)
     check_common(parser, data, training)
     if training.core_lr_scale is None:
         training.core_lr_scale = 0.3 if model.core is not None or training.core_steps else 1.0
@@ -55,10 +58,15 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
 def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
     """Return the arguments of `train_lora.py`, checked as far as they can be without data or models."""
     parser, (args,) = parse_dataclasses((LoraArguments,), argv, description)
+    check_texts_and_numbers(parser, args)
     check_common(parser, args, args)
+    check_seed(parser, args.seed)
     check_ranges(parser, *((args, name, 1, math.inf) for name in ("rank", "max_train_steps", "resolution")))
     if args.loss_weighting not in (None, *WEIGHTINGS):
         parser.error(f"--loss_weighting {args.loss_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
+    if args.lora_alpha == 0:
+        parser.error("--lora_alpha 0.0: must not be 0, by which the adapter's output is multiplied.")
+    args.lora_layers = args.lora_layers or None
     return args
 
 
@@ -227,6 +235,36 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
             parser.error(f"--{name} {value}: must be {span}.")
 
 
+def check_texts_and_numbers(parser: HfArgumentParser, *instances: Any) -> None:
+    """Stop at an empty text, and at a number that is not finite where that means nothing."""
+    for instance in instances:
+        for field in dataclasses.fields(instance):
+            value = getattr(instance, field.name)
+            if isinstance(value, str) and not value.strip():
+                parser.error(f"--{field.name} {value!r}: must not be empty.")
+            numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, float)]
+            if field.name not in UNLIMITED and not all(map(math.isfinite, numbers)):
+                parser.error(f"--{field.name} {value}: must be finite.")
+
+
+def check_seed(parser: HfArgumentParser, seed: int, num_stages: int = 0) -> None:
+    """Stop at a seed that NumPy does not take. A stage that grows is seeded by the seed plus its number."""
+    largest = 2**32 - 1 - num_stages
+    if not 0 <= seed <= largest:
+        parser.error(f"--seed {seed}: must be from 0 to {largest}.")
+
+
+def check_folder(parser: HfArgumentParser, name: str, path: str) -> None:
+    """Stop at a folder that can be neither used nor made."""
+    found = Path(path).absolute()
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    if not found.is_dir():
+        parser.error(f"--{name} {path}: {found} is a file, not a folder.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        parser.error(f"--{name} {path}: you may not write to {found}.")
+
+
 def check_common(parser: HfArgumentParser, images: ImageArguments, loop: TrainingArguments | LoraArguments) -> None:
     """Stop at a value that neither script can train with."""
     check_ranges(
@@ -251,6 +289,21 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
         (loop, "lr_warmup_steps", 0, math.inf),
         (loop, "adam_weight_decay", 0, math.inf),
     )
+    if loop.adam_beta2 == 1:
+        parser.error("--adam_beta2 1.0: must be below 1.")
+    if loop.mixed_precision not in (None, *PRECISIONS):
+        parser.error(f"--mixed_precision {loop.mixed_precision}: choose one of {', '.join(PRECISIONS)}.")
+    if images.image_column == images.caption_column:
+        parser.error(f"--image_column and --caption_column {images.caption_column}: name two columns.")
+    if images.dataset_name is not None and images.train_data_dir is not None:
+        parser.error(
+            f"--dataset_name {images.dataset_name} and --train_data_dir {images.train_data_dir}: name only one."
+        )
+    rates = loop.learning_rate if isinstance(loop.learning_rate, list) else [loop.learning_rate]
+    if loop.lr_scheduler == "polynomial" and min(rates) <= 1e-7:
+        parser.error(f"--learning_rate {loop.learning_rate}: with --lr_scheduler polynomial it must be above 1e-7.")
+    if not getattr(loop, "plan", False):
+        check_folder(parser, "output_dir", loop.output_dir)
     check_library_choices(parser, loop)
     if loop.hub_private_repo and not loop.push_to_hub:
         parser.error("--hub_private_repo needs --push_to_hub.")
@@ -262,6 +315,7 @@ def check_library_choices(parser: HfArgumentParser, loop: TrainingArguments | Lo
     from accelerate.utils import LoggerType
     from diffusers.models.attention_dispatch import AttentionBackendName
     from diffusers.optimization import SchedulerType
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     choices = {
         # `piecewise_constant` needs a schedule of its own, which no argument can give.
@@ -274,12 +328,19 @@ def check_library_choices(parser: HfArgumentParser, loop: TrainingArguments | Lo
             parser.error(f"--{name} {getattr(loop, name)}: choose one of {', '.join(values)}.")
     if loop.report_to not in (None, "all", *(tracker.value for tracker in get_available_trackers())):
         parser.error(f"--report_to {loop.report_to}: install the package {loop.report_to}, or leave this out.")
+    if loop.hub_model_id is not None:
+        try:
+            validate_repo_id(loop.hub_model_id)
+        except HFValidationError as error:
+            parser.error(f"--hub_model_id {loop.hub_model_id}: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rules for grow.py
 def check_resolutions(parser: HfArgumentParser, model: ModelArguments) -> None:
     """Stop unless each resolution is a larger multiple of the one before."""
+    if not model.resolutions:
+        parser.error("--resolutions: name that of the core, at least.")
     for smaller, larger in zip(model.resolutions, model.resolutions[1:]):
         if smaller < 1 or larger <= smaller or larger % smaller:
             parser.error(f"--resolutions {model.resolutions}: {larger} is not a larger multiple of {smaller}.")
@@ -302,6 +363,7 @@ def fill_lists(parser: HfArgumentParser, model: ModelArguments, training: Traini
         given, default = getattr(owner, name), getattr(type(owner)(), name)
         if len(given) > count and given != default:
             parser.error(f"--{name} {given}: with --resolutions {model.resolutions} it takes at most {count}.")
+        given = given or default  # a run without stages writes an empty list to its configuration
         setattr(owner, name, (given + given[-1:] * count)[:count])
 
 
@@ -309,14 +371,18 @@ def check_grow_ranges(
     parser: HfArgumentParser, data: DataArguments, model: ModelArguments, training: TrainingArguments
 ) -> None:
     """Stop at a value of `grow.py` that is out of its range."""
+    check_seed(parser, training.seed, num_stages=len(model.resolutions) - 1)
     check_ranges(
         parser,
         (data, "shapes_objects", 1, 3),
+        (data, "shapes_images", 1, math.inf),
         (data, "num_high_res_images", 1, math.inf),
         (data, "num_validation_images", 0, math.inf),
         (data, "num_scored_images", 0, math.inf),
         (data, "shuffle_buffer_size", 1, math.inf),
         (model, "resolutions", 1, math.inf),
+        *((model, name, 1, math.inf) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")),
+        (model, "layers_per_block", 1, math.inf),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
@@ -347,6 +413,8 @@ def check_data(parser: HfArgumentParser, data: DataArguments, model: ModelArgume
         parser.error(
             "--text_embeddings_dir needs a text encoder that does not train: name a pretrained --text_encoder, or a --core."
         )
+    if data.text_embeddings_dir is not None:
+        check_folder(parser, "text_embeddings_dir", data.text_embeddings_dir)
     if data.aspect_ratio_buckets is not None:
         try:
             parse_buckets(data.aspect_ratio_buckets)

@@ -19,7 +19,7 @@ from diffusers_greedy_grow.training.arguments import (
     ModelArguments,
     TrainingArguments,
 )
-from diffusers_greedy_grow.training.parsing import parse_arguments, read_config, split_type
+from diffusers_greedy_grow.training.parsing import parse_arguments, parse_lora_arguments, read_config, split_type
 from diffusers_greedy_grow.training.run_folder import claim_output_dir
 
 
@@ -267,3 +267,75 @@ def test_a_config_that_a_run_writes_reads_back_to_the_same_arguments(classes, tm
         config = {name: draw_value(rng, kind) for name, kind in kinds.items()}
         claim_output_dir(tmp_path, config, [], None, False)
         assert read_config(tmp_path / "config.yaml", classes) == config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What would fail later fails at the start
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--seed -1", "--seed -1: must be from 0 to 4294967294"),
+        ("--seed 4294967295", "--seed 4294967295: must be from 0 to 4294967294"),  # seeds the stage by one more
+        ("--seed 4294967294 --resolutions 8 16 32", "must be from 0 to 4294967293"),
+        ("--seed 4294967296 --resolutions 8", "must be from 0 to 4294967295"),
+        ("--adam_beta2 1", "--adam_beta2 1.0: must be below 1"),
+        ("--mixed_precision False", "--mixed_precision False: choose one of no, bf16, fp16"),
+        ("--lr_scheduler polynomial --learning_rate 1e-3 0", "with --lr_scheduler polynomial it must be above 1e-7"),
+        ("--learning_rate inf", r"--learning_rate \[inf, inf\]: must be finite"),
+        ("--logit_mean 0 nan", r"--logit_mean \[0.0, nan\]: must be finite"),
+        ("--guidance_scale nan", "--guidance_scale nan: must be finite"),
+        ("--core_lr_scale inf", "--core_lr_scale inf: must be finite"),
+        ("--max_grad_norm nan", "--max_grad_norm nan: must be"),
+        ("--shapes_images 0", "--shapes_images 0: must be at least 1"),
+        ("--layers_per_block 0", "--layers_per_block 0: must be at least 1"),
+        ("--hub_model_id a//b", "--hub_model_id a//b: "),
+        ("--image_column text", "--image_column and --caption_column text: name two columns"),
+        ("--dataset_name a --train_data_dir b", "--dataset_name a and --train_data_dir b: name only one"),
+        ("--output_dir FILE/run", "--output_dir .*FILE/run: .*FILE is a file, not a folder"),
+        ("--text_encoder x --text_embeddings_dir FILE", "--text_embeddings_dir .*FILE: .*FILE is a file"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_the_start(flags, message, tmp_path, capsys):
+    (tmp_path / "FILE").write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(flags.replace("FILE", str(tmp_path / "FILE")).split(), "")
+    assert stopped.value.code == 2 and re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_the_largest_seeds_are_accepted():
+    assert parse_arguments(["--seed", str(2**32 - 2)], "")[2].seed == 2**32 - 2
+    assert parse_arguments(["--seed", str(2**32 - 1), "--resolutions", "8"], "")[2].seed == 2**32 - 1
+    assert parse_arguments(["--max_grad_norm", "inf"], "")[2].max_grad_norm == float("inf")
+
+
+@pytest.mark.parametrize("cls", [DataArguments, ModelArguments, TrainingArguments])
+def test_no_text_may_be_empty(cls, capsys):
+    for name, kind in get_type_hints(cls).items():
+        if str in split_type(kind):
+            with pytest.raises(SystemExit):
+                parse_arguments([f"--{name}", " "], "")
+            assert f"--{name} ' ': must not be empty" in capsys.readouterr().err
+
+
+def test_a_run_without_stages_grows_from_its_own_config(tmp_path):
+    """Its lists with a value per stage are empty; with a stage, they have their defaults again."""
+    training = read(tmp_path, "resolutions: [16]\ndetail_steps: []\n", "--resolutions", "16", "64")[2]
+    assert training.detail_steps == [600]
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--seed 4294967296", "--seed 4294967296: must be from 0 to 4294967295"),
+        ("--lora_alpha 0", "--lora_alpha 0.0: must not be 0"),
+        ("--learning_rate inf", "--learning_rate inf: must be finite"),
+        ("--logit_std -1", "--logit_std -1.0: must be at least 0"),
+        ("--lr_scheduler polynomial --learning_rate 0", "it must be above 1e-7"),
+    ],
+)
+def test_what_would_fail_later_in_train_lora(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_lora_arguments(["--pretrained_model_name_or_path", "x", *flags.split()], "")
+    assert message in capsys.readouterr().err

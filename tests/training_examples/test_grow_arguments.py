@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 import pytest
 from accelerate import PartialState
-from transformers import BertConfig
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from diffusers_greedy_grow.training.arguments import ModelArguments
-from diffusers_greedy_grow.training.growing import adopt_core
+from diffusers_greedy_grow.training.growing import adopt_core, build_core_pipeline
 from diffusers_greedy_grow.training.parsing import parse_arguments
 
 from ..testing_utils import make_core
@@ -100,6 +100,19 @@ def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             adopt_core(ModelArguments(core=str(core), **given))
+
+
+def test_a_text_encoder_that_cannot_read_as_many_tokens(finished, tmp_path):
+    encoder = BertModel(
+        BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=9)
+    )
+    encoder.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(finished[0] / "core" / "tokenizer").save_pretrained(tmp_path)
+    model_args = ModelArguments(text_encoder=str(tmp_path), max_sequence_length=10)
+    with pytest.raises(ValueError, match="`max_sequence_length=10`: `text_encoder=.*` reads at most 9 tokens"):
+        build_core_pipeline(model_args, captions=[])
+    model_args.max_sequence_length = 9
+    assert build_core_pipeline(model_args, captions=[]).config.max_sequence_length == 9
 
 
 def test_a_core_of_another_resolution(finished, data, here, tmp_path):
