@@ -185,7 +185,9 @@ class LoopArguments:
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": 'Checkpoint folder to resume from, or "latest" for the newest one, if there is any.'},
+        metadata={
+            "help": 'Checkpoint to resume from: a folder, the name of one of this run such as "core-400", or "latest" for the newest one, if there is any.'
+        },
     )
     resume_with_changes: bool = field(
         default=False, metadata={"help": "Resume although arguments differ from those of the checkpoint."}

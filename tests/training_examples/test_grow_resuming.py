@@ -89,16 +89,17 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
         # A terminal does the same: the launcher gets the signal and dies at once, and the training gets it too.
         os.killpg(process.pid, number)
         assert process.wait(timeout=60) != 0
-        while "Go on with" not in log.read_text():
+        while "--resume_from_checkpoint latest" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
     return log.read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
-    phase = "grown-16" if number == signal.SIGTERM else "core"
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, name):
+    number = getattr(signal, name)
+    phase = "grown-16" if number in (signal.SIGTERM, signal.SIGUSR1) else "core"
     # The interrupted phase is long enough for the signal to arrive before its end.
     steps = {"core_steps": 12, "joint_steps": 12, "core_steps" if phase == "core" else "joint_steps": 300}
     arguments = {
@@ -116,7 +117,8 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
     (checkpoint,) = (tmp_path / "output" / "checkpoints").glob(f"{phase}-[0-9]*")
     step = int(checkpoint.name.split("-")[-1])
     assert 20 <= step < 300
-    run(tmp_path / "output", resume_from_checkpoint="latest", **arguments)
+    by_name = number in (signal.SIGHUP, signal.SIGUSR1)
+    run(tmp_path / "output", resume_from_checkpoint=checkpoint.name if by_name else "latest", **arguments)
     run(tmp_path / "whole", **arguments)
     assert_same_weights(tmp_path / "output" / "grown-16", tmp_path / "whole" / "grown-16")
     resumed, whole = read_metrics(tmp_path / "output"), read_metrics(tmp_path / "whole")
