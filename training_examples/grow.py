@@ -38,10 +38,10 @@ from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.phases import Phase, list_phases
-from diffusers_greedy_grow.training.plan import plan_phases
+from diffusers_greedy_grow.training.plan import PhasePlan, plan_phases
 from diffusers_greedy_grow.training.publishing import Publisher, write_phase_card
 from diffusers_greedy_grow.training.run import Run
-from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start
+from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start, hold_output_dir
 from diffusers_greedy_grow.training.samples import Samples
 from diffusers_greedy_grow.training.setup import set_attention_backend, set_up, start_trackers, warn_of_slow_cpu
 from diffusers_greedy_grow.training.sharding import consolidate, set_up_sharding, shard
@@ -71,7 +71,6 @@ class Session:
 
 def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
-    output_dir = Path(args.output_dir)
     accelerator = set_up(args)
     set_up_sharding(accelerator, args)
 
@@ -84,8 +83,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return
     warn_of_slow_cpu(accelerator)
+    with hold_output_dir(Path(args.output_dir), accelerator):
+        train(accelerator, data_args, model_args, args, phases, plans)
 
+
+def train(
+    accelerator: Accelerator,
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    phases: list[Phase],
+    plans: list[PhasePlan],
+) -> None:
+    """Train the `phases`, from the checkpoint that the arguments name on."""
     # 2. The folder: whether the run may use it, and the checkpoint to resume from
+    output_dir = Path(args.output_dir)
     names = [phase.name for phase in phases]
     checkpoint, replaced = find_start(
         output_dir, args, folders=["checkpoints", "samples", "uploads"], pipelines=names, core=model_args.core

@@ -41,7 +41,7 @@ from diffusers_greedy_grow.training.parsing import parse_lora_arguments
 from diffusers_greedy_grow.training.phases import Phase
 from diffusers_greedy_grow.training.publishing import prepare_publishing, publish_files
 from diffusers_greedy_grow.training.run import Run
-from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start
+from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start, hold_output_dir
 from diffusers_greedy_grow.training.samples import draw_grid, draw_in_batches
 from diffusers_greedy_grow.training.seeds import sample_generators
 from diffusers_greedy_grow.training.setup import (
@@ -62,10 +62,16 @@ SAMPLES = "samples.png"
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_lora_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
-    output_dir = Path(args.output_dir)
     accelerator = set_up(args)
     check_processes(accelerator)
     warn_of_slow_cpu(accelerator)
+    with hold_output_dir(Path(args.output_dir), accelerator):
+        train(args, accelerator)
+
+
+def train(args: LoraArguments, accelerator: Accelerator) -> None:
+    """Train the adapter, from the checkpoint that the arguments name on."""
+    output_dir = Path(args.output_dir)
 
     # 1. The folder: whether the run may use it, and the checkpoint to resume from
     if (output_dir / "model_index.json").exists():

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,17 @@ import pytest
 from PIL import Image
 
 from ..data_utils import write_image_folder
-from .launching import assert_same_weights, command, environment, read_metrics, refuse, run
+from .launching import (
+    GROW,
+    assert_same_weights,
+    command,
+    environment,
+    grow_flags,
+    list_files,
+    read_metrics,
+    refuse,
+    run,
+)
 
 
 def test_a_finished_run_resumes_at_its_end(finished, data, tmp_path):
@@ -125,6 +136,35 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, name):
     assert [(line["phase"], line["step"]) for line in resumed] == [(line["phase"], line["step"]) for line in whole]
     for a, b in zip(resumed, whole):
         assert {k: v for k, v in a.items() if "loss" in k} == {k: v for k, v in b.items() if "loss" in k}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
+    """As when a scheduler requeues a job whose first try is still at work. A run that was killed holds nothing."""
+    output_dir, arguments = tmp_path / "output", {"train_data_dir": data, "core_steps": 100_000, "logging_steps": 1}
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(GROW), *grow_flags(output_dir, **arguments)],
+            env=environment(),
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not list((output_dir / "checkpoints").glob("core-*")):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        files = list_files(output_dir / "core")
+        error = refuse(output_dir, resume_from_checkpoint="latest", **arguments)
+        assert f"is in use by process {process.pid} on " in error and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert list_files(output_dir / "core") == files
+    steps = [line["step"] for line in read_metrics(output_dir)]
+    assert steps == sorted(steps)
+    (newest, *_) = sorted((output_dir / "checkpoints").glob("core-*"), key=lambda path: -int(path.name[5:]))
+    step = int(newest.name[5:])
+    run(output_dir, resume_from_checkpoint="latest", resume_with_changes=True, **{**arguments, "core_steps": step + 2})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
