@@ -14,7 +14,20 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+
+
+if __name__ == "__main__" and "diffusers_greedy_grow" not in sys.modules:
+    # Read the arguments before torch is imported, which takes seconds: `--help` and a misspelt flag are answered at once.
+    spec = find_spec("diffusers_greedy_grow")
+    assert spec is not None and spec.loader is not None
+    package = sys.modules[spec.name] = module_from_spec(spec)
+    from diffusers_greedy_grow.training.arguments import DataArguments, ModelArguments, TrainingArguments
+    from diffusers_greedy_grow.training.parsing import parse_dataclasses
+
+    parse_dataclasses((DataArguments, ModelArguments, TrainingArguments), sys.argv[1:], __doc__.splitlines()[1])
+    spec.loader.exec_module(package)
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -25,6 +38,7 @@ from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.loading import TrainingData, load_training_data, make_loader
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import write_shapes_once
+from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.evaluation import format_scores, held_out_losses, score_shapes
 from diffusers_greedy_grow.training.files import save_pipeline
 from diffusers_greedy_grow.training.growing import (
@@ -312,4 +326,4 @@ def finish_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline) -
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

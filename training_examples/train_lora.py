@@ -14,7 +14,20 @@ A LoRA that was trained on a core, which is cheap, loads into every model grown 
 """
 
 import sys
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+
+
+if __name__ == "__main__" and "diffusers_greedy_grow" not in sys.modules:
+    # Read the arguments before torch is imported, which takes seconds: `--help` and a misspelt flag are answered at once.
+    spec = find_spec("diffusers_greedy_grow")
+    assert spec is not None and spec.loader is not None
+    package = sys.modules[spec.name] = module_from_spec(spec)
+    from diffusers_greedy_grow.training.arguments import LoraArguments
+    from diffusers_greedy_grow.training.parsing import parse_dataclasses
+
+    parse_dataclasses((LoraArguments,), sys.argv[1:], __doc__.splitlines()[1])
+    spec.loader.exec_module(package)
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -35,6 +48,7 @@ from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.parsing import parse_lora_arguments
@@ -250,4 +264,4 @@ def write_lora_card(args: LoraArguments, run: Run, phase: Phase, repo_id: str, p
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

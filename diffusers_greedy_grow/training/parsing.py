@@ -17,7 +17,7 @@ import types
 import typing
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
@@ -70,10 +70,18 @@ def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
     return args
 
 
+class Parser(HfArgumentParser):
+    """Stops with one line at an error, and not with all flags there are above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tuple[HfArgumentParser, list]:
     """Read flags over the YAML file that `--config` names over the defaults, and return an instance of each class."""
-    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser = Parser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments. Flags override it.")
+    parser.add_argument("--debug", action="store_true", help="Show where in the code an error happened.")
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     path = config.parse_known_args(argv)[0].config

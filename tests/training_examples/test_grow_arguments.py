@@ -4,6 +4,8 @@
 """What `grow.py` checks before it trains."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -15,7 +17,7 @@ from diffusers_greedy_grow.training.growing import adopt_core, build_core_pipeli
 from diffusers_greedy_grow.training.parsing import parse_arguments
 
 from ..testing_utils import make_core
-from .launching import GROW, assert_same_weights, list_files, run
+from .launching import GROW, TRAIN_LORA, assert_same_weights, grow_flags, list_files, run, run_script
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,48 @@ def test_a_core_of_another_resolution(finished, data, here, tmp_path):
         ValueError, match=r"`resolutions=\[16, 32\]` must begin with the resolution of `core=.*which is 8"
     ):
         here(tmp_path / "output", core=finished[0] / "core", resolutions=[16, 32], train_data_dir=data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quiet and quick
+
+
+WITHOUT_TORCH = """
+import runpy
+import sys
+
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("script", [GROW, TRAIN_LORA], ids=["grow", "train_lora"])
+def test_arguments_are_read_before_torch_is_imported(script, tmp_path):
+    (tmp_path / "config.yaml").write_text("sed: 1", encoding="utf-8")
+    for flags, code, text in (
+        (["--help"], 0, "--debug"),
+        (["--sed", "1"], 2, "error: unrecognized arguments: --sed 1\n"),
+        (["--config", str(tmp_path / "config.yaml")], 2, "the file has unknown arguments: ['sed']\n"),
+    ):
+        needed = ["--pretrained_model_name_or_path", "x"] if script == TRAIN_LORA else []
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, str(script), *needed, *flags], capture_output=True, encoding="utf-8"
+        )
+        assert done.returncode == code and text in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert code == 0 or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_mistake_ends_in_one_line(tmp_path):
+    flags = grow_flags(tmp_path / "output", train_data_dir=tmp_path / "nowhere")
+    done = run_script(GROW, flags)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert done.stdout.splitlines()[-1] == f"error: `train_data_dir='{tmp_path}/nowhere'` does not exist."
+    assert "Traceback" in run_script(GROW, [*flags, "--debug"]).stdout
+
+
+def test_a_run_says_nothing_of_its_libraries(finished):
+    for noise in ("[RANK", "experimental", "Removed shared tensor", "torchvision", "torchao"):
+        assert noise not in finished[1]
