@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 import types
 import typing
 import warnings
@@ -74,7 +75,8 @@ class Parser(HfArgumentParser):
     """Stops with one line at an error, and not with all flags there are above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tuple[HfArgumentParser, list]:
