@@ -31,7 +31,7 @@ NUM_IMAGES, NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 96, 20, 3.0
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def make_noise(count: int, size: int, seed: int = 0) -> torch.Tensor:

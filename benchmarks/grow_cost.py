@@ -135,7 +135,7 @@ def prepare(folder: Path, size: str, dtype: torch.dtype) -> int:
     grown = GrowableUNet2DConditionModel.from_core(core, 256, block_out_channels=channels)
     del core
     grown.save_pretrained(folder / "grown")
-    (folder / "channels").write_text(",".join(map(str, channels)))
+    (folder / "channels").write_text(",".join(map(str, channels)), encoding="utf-8")
     return grown.num_parameters()
 
 

@@ -380,7 +380,7 @@ def draw_last_images(jobs: list[Job], args: argparse.Namespace, path: Path, num_
         if not (folder / "result.json").exists():
             continue
         if job.script == GROW:
-            last = list(json.loads((folder / "result.json").read_text())["scores"])[-1]
+            last = list(json.loads((folder / "result.json").read_text(encoding="utf-8"))["scores"])[-1]
             images = draw_images(GreedyGrowPipeline.from_pretrained(folder / last), captions, bfloat16)
         else:
             assert job.core is not None

@@ -103,7 +103,7 @@ def activity(output_dir: Path) -> str:
     if any(output_dir.glob("*.tmp*")):
         return "saving a pipeline or images"
     path = output_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     try:
         return f"training {json.loads(lines[-1])['phase']}" if lines else "before the first line of metrics"
     except ValueError:
@@ -116,7 +116,7 @@ def fingerprint(output_dir: Path) -> dict[str, str]:
     for pattern in ("*/*/*.safetensors", "checkpoints/*/optimizer.bin", "checkpoints/*/scheduler.bin"):
         for path in sorted(output_dir.glob(pattern)):
             prints[str(path.relative_to(output_dir))] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for i, line in enumerate((output_dir / "metrics.jsonl").read_text().splitlines()):
+    for i, line in enumerate((output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         values = {name: value for name, value in json.loads(line).items() if name not in TIMES}
         prints[f"line {i} of metrics"] = json.dumps(values)
     return prints

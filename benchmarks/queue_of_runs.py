@@ -377,7 +377,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, Record]:
             print(f"{time.strftime('%H:%M')} {job.name} is done, {left} to go.", flush=True)
 
     work_dir.mkdir(parents=True, exist_ok=True)
-    with open(work_dir / ".queue", "w") as at_work, ThreadPoolExecutor(args.workers) as pool:
+    with open(work_dir / ".queue", "w", encoding="utf-8") as at_work, ThreadPoolExecutor(args.workers) as pool:
         try:
             fcntl.flock(at_work, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -401,7 +401,7 @@ def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], precisio
     resumes, origin = bool(sorted_checkpoints(folder / "checkpoints")), folder / "made_by.json"
     if not (resumes and origin.exists()):
         write_json(origin, {"machine": describe_machine(), "mixed_precision": precision, "commit": describe_commit()})
-    made_by = json.loads(origin.read_text())
+    made_by = json.loads(origin.read_text(encoding="utf-8"))
     arguments = {
         **job.arguments,
         "train_data_dir": str(job.data),
@@ -433,7 +433,7 @@ def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], precisio
     evaluate = [sys.executable, "-m", "benchmarks.evaluate", str(folder), str(job.data)]
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log:
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
         for command in [train, [*evaluate, f"--mixed_precision={precision}"]] if job.script == GROW else [train]:
             finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             if finished.returncode:
@@ -441,7 +441,7 @@ def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], precisio
     core = folders[job.core or job.name] / "core"
     if core.exists():
         made_by["core_weights"] = digest_weights(core / "unet")
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return {"name": job.name, "keys": job.keys, "arguments": inputs, **made_by, **result}
 
 

@@ -302,7 +302,7 @@ def print_memory(name: str, resolution: int, batch_size: int) -> None:
 
 def resident() -> int:
     """Return the resident memory of this process in bytes."""
-    return resource.getpagesize() * int(open("/proc/self/statm").read().split()[1])
+    return resource.getpagesize() * int(open("/proc/self/statm", encoding="utf-8").read().split()[1])
 
 
 def compare_models(args: argparse.Namespace, device: torch.device) -> list[Row]:

@@ -89,14 +89,14 @@ def split_columns(rows: list[Row], num_keys: int, most: int = MOST_COLUMNS) -> l
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, or `None` if the file does not exist."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_json(path: Path, content: dict | list) -> None:
     """Write a JSON file aside and rename it, so that an interrupted write leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -195,7 +195,7 @@ def write_reports(reports: dict[Path, str]) -> None:
     """Write reports to their files and print them."""
     for path, text in reports.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         print(f"{text}\nWritten to {path}.")
 
 
@@ -234,7 +234,7 @@ def describe_machine() -> str:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        models = [line for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        models = [line for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("model name")]
         name = models[0].split(":")[1].strip() if models else platform.processor()
         device = f"{os.cpu_count()} cores of {name}"
     return f"{device}, torch {torch.__version__}, diffusers {diffusers.__version__}"

@@ -3,13 +3,22 @@
 
 """Greedy growing for diffusers: high-resolution text-to-image models in pixel space."""
 
-# Exported for diffusers, which looks up `ModelMixin` in the package that `model_index.json` names.
-from diffusers import ModelMixin
+import logging as _logging
 
-from .models import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from .pipelines import GreedyGrowPipeline
-from .registration import register
-from .version import __version__
+
+# transformers and diffusers warn while they are imported of packages that this one does not need.
+_disabled = _logging.root.manager.disable
+_logging.disable(max(_disabled, _logging.WARNING))
+try:
+    # Exported for diffusers, which looks up `ModelMixin` in the package that `model_index.json` names.
+    from diffusers import ModelMixin
+
+    from .models import GrowableUNet2DConditionModel, ShallowUNet2DModel
+    from .pipelines import GreedyGrowPipeline
+    from .registration import register
+    from .version import __version__
+finally:
+    _logging.disable(_disabled)
 
 
 __all__ = ["GreedyGrowPipeline", "GrowableUNet2DConditionModel", "ModelMixin", "ShallowUNet2DModel"]

@@ -60,7 +60,9 @@ def test_readme_code(published):
     run(quickstart + grow + fast)
     assert (published / "circle.png").exists() and (published / "soft.png").exists()
     assert DiffusionPipeline.from_pretrained("owner/shapes-256").unet.sample_sizes == (16, 32, 256)
-    assert "license: apache-2.0" in Path(HfApi().hf_hub_download("owner/shapes-256", "README.md")).read_text()
+    assert "license: apache-2.0" in Path(HfApi().hf_hub_download("owner/shapes-256", "README.md")).read_text(
+        encoding="utf-8"
+    )
     assert HfApi().model_info("owner/unet-512").private
 
 

@@ -21,7 +21,7 @@ from .testing_utils import make_core, make_grown, make_pipeline, peak_memory
 
 
 def edit(path: Path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
 @pytest.fixture

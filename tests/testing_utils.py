@@ -22,7 +22,7 @@ CAPTIONS = ["a large red circle on a white background", "a small blue square", "
 
 def peak_memory() -> int:
     """The most that this process has held, in bytes. Not `ru_maxrss`, which begins with that of the process that started this one."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

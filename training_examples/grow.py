@@ -14,7 +14,20 @@ is inside it (`joint`). After each phase `output_dir` holds one more complete pi
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+
+
+if __name__ == "__main__" and "diffusers_greedy_grow" not in sys.modules:
+    # Read the arguments before torch is imported, which takes seconds: `--help` and a misspelt flag are answered at once.
+    spec = find_spec("diffusers_greedy_grow")
+    assert spec is not None and spec.loader is not None
+    package = sys.modules[spec.name] = module_from_spec(spec)
+    from diffusers_greedy_grow.training.arguments import DataArguments, ModelArguments, TrainingArguments
+    from diffusers_greedy_grow.training.parsing import parse_dataclasses
+
+    parse_dataclasses((DataArguments, ModelArguments, TrainingArguments), sys.argv[1:], __doc__.splitlines()[1])
+    spec.loader.exec_module(package)
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -25,6 +38,7 @@ from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.loading import TrainingData, load_training_data, make_loader
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import write_shapes_once
+from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.evaluation import format_scores, held_out_losses, score_shapes
 from diffusers_greedy_grow.training.files import save_pipeline
 from diffusers_greedy_grow.training.growing import (
@@ -38,10 +52,10 @@ from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.phases import Phase, list_phases
-from diffusers_greedy_grow.training.plan import plan_phases
+from diffusers_greedy_grow.training.plan import PhasePlan, plan_phases
 from diffusers_greedy_grow.training.publishing import Publisher, write_phase_card
 from diffusers_greedy_grow.training.run import Run
-from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start
+from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start, hold_output_dir
 from diffusers_greedy_grow.training.samples import Samples
 from diffusers_greedy_grow.training.setup import set_attention_backend, set_up, start_trackers, warn_of_slow_cpu
 from diffusers_greedy_grow.training.sharding import consolidate, set_up_sharding, shard
@@ -71,7 +85,6 @@ class Session:
 
 def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
-    output_dir = Path(args.output_dir)
     accelerator = set_up(args)
     set_up_sharding(accelerator, args)
 
@@ -84,8 +97,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return
     warn_of_slow_cpu(accelerator)
+    with hold_output_dir(Path(args.output_dir), accelerator):
+        train(accelerator, data_args, model_args, args, phases, plans)
 
+
+def train(
+    accelerator: Accelerator,
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    phases: list[Phase],
+    plans: list[PhasePlan],
+) -> None:
+    """Train the `phases`, from the checkpoint that the arguments name on."""
     # 2. The folder and the repository: whether the run may use them, and the checkpoint to resume from
+    output_dir = Path(args.output_dir)
     names = [phase.name for phase in phases]
     checkpoint, replaced = find_start(
         output_dir, args, folders=["checkpoints", "samples", "uploads"], pipelines=names, core=model_args.core
@@ -303,4 +329,4 @@ def finish_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline) -
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,7 +14,20 @@ A LoRA that was trained on a core, which is cheap, loads into every model grown 
 """
 
 import sys
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+
+
+if __name__ == "__main__" and "diffusers_greedy_grow" not in sys.modules:
+    # Read the arguments before torch is imported, which takes seconds: `--help` and a misspelt flag are answered at once.
+    spec = find_spec("diffusers_greedy_grow")
+    assert spec is not None and spec.loader is not None
+    package = sys.modules[spec.name] = module_from_spec(spec)
+    from diffusers_greedy_grow.training.arguments import LoraArguments
+    from diffusers_greedy_grow.training.parsing import parse_dataclasses
+
+    parse_dataclasses((LoraArguments,), sys.argv[1:], __doc__.splitlines()[1])
+    spec.loader.exec_module(package)
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -35,13 +48,14 @@ from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.parsing import parse_lora_arguments
 from diffusers_greedy_grow.training.phases import Phase
 from diffusers_greedy_grow.training.publishing import prepare_publishing, publish_files
 from diffusers_greedy_grow.training.run import Run
-from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start
+from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start, hold_output_dir
 from diffusers_greedy_grow.training.samples import draw_grid, draw_in_batches
 from diffusers_greedy_grow.training.seeds import sample_generators
 from diffusers_greedy_grow.training.setup import (
@@ -62,10 +76,16 @@ SAMPLES = "samples.png"
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_lora_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
-    output_dir = Path(args.output_dir)
     accelerator = set_up(args)
     check_processes(accelerator)
     warn_of_slow_cpu(accelerator)
+    with hold_output_dir(Path(args.output_dir), accelerator):
+        train(args, accelerator)
+
+
+def train(args: LoraArguments, accelerator: Accelerator) -> None:
+    """Train the adapter, from the checkpoint that the arguments name on."""
+    output_dir = Path(args.output_dir)
 
     # 1. The folder: whether the run may use it, and the checkpoint to resume from
     if (output_dir / "model_index.json").exists():
@@ -247,4 +267,4 @@ def write_lora_card(args: LoraArguments, run: Run, phase: Phase, repo_id: str, p
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

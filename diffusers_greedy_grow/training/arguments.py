@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 # The losses that a phase can train on; see `training.objective`.
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
+# The precisions to compute in.
+PRECISIONS = ("no", "bf16", "fp16")
+# Arguments for which infinity means "off".
+UNLIMITED = {"max_grad_norm", "spike_factor"}
 
 
 @dataclass
@@ -181,7 +185,9 @@ class LoopArguments:
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": 'Checkpoint folder to resume from, or "latest" for the newest one, if there is any.'},
+        metadata={
+            "help": 'Checkpoint to resume from: a folder, the name of one of this run such as "core-400", or "latest" for the newest one, if there is any.'
+        },
     )
     resume_with_changes: bool = field(
         default=False, metadata={"help": "Resume although arguments differ from those of the checkpoint."}
@@ -389,6 +395,19 @@ class LoraArguments(ImageArguments, LoopArguments):
 
 # Arguments of a single launch. `config.yaml` leaves them out: a later launch with that file must not remove a finished run.
 OF_ONE_LAUNCH = {"overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "plan"}
+
+
+# Arguments that are, or may be, paths: `~` and `$VAR` are expanded in them.
+PATHS = {
+    "train_data_dir",
+    "high_res_data_dir",
+    "text_embeddings_dir",
+    "core",
+    "text_encoder",
+    "pretrained_model_name_or_path",
+    "output_dir",
+    "resume_from_checkpoint",
+}
 
 
 # Arguments that may differ when a run resumes: they change neither what is trained nor how.

@@ -68,7 +68,7 @@ class Progress:
             `CheckpointFormatError`: if another version's format was used.
             `OSError`, `ValueError`, `KeyError`: if the file is missing or cut off.
         """
-        values = json.loads((checkpoint / "progress.json").read_text())
+        values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
             raise CheckpointFormatError(
                 f"{checkpoint} was saved by another version of diffusers-greedy-grow, in checkpoint format {values.get('format', 0)}; "
@@ -120,7 +120,7 @@ def save_checkpoint(
         files = [path for path in temporary.rglob("*") if path.is_file()]
         progress.sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
         progress.ema_optimization_step = ema.optimization_step
-        (temporary / "progress.json").write_text(json.dumps(asdict(progress)))
+        (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if checkpoint.exists():
@@ -230,7 +230,7 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | None:
     """
     Return the checkpoint that `resume_from_checkpoint` names: with `"latest"` the newest complete one, or None if there are no
-    checkpoints; otherwise that folder.
+    checkpoints; with a name such as `"core-400"` that one of the run; otherwise that folder.
 
     Raises:
         `ValueError`: if the folder is not a complete checkpoint, or if there are checkpoints for `"latest"` but none is complete.
@@ -245,10 +245,15 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str) -> Path | Non
             )
         return complete[-1] if complete else None
     checkpoint = Path(resume_from_checkpoint)
+    own = output_dir / "checkpoints" / checkpoint
+    if len(checkpoint.parts) == 1 and own.exists():
+        checkpoint = own
     damage = find_damage(checkpoint)
     if damage is not None:
+        names = sorted(path.name for path in own.parent.glob("[!.]*")) if len(checkpoint.parts) == 1 else []
+        others = f" {output_dir} has {', '.join(names)}." if names else ""
         raise ValueError(
-            f"`resume_from_checkpoint={resume_from_checkpoint!r}` is not a complete checkpoint: {damage}."
+            f"`resume_from_checkpoint={resume_from_checkpoint!r}` is not a complete checkpoint: {damage}.{others}"
         )
     return checkpoint
 

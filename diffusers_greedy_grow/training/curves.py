@@ -19,7 +19,7 @@ def draw_losses(metrics_path: str | Path, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     phases: dict[str, list[dict]] = {}
-    for line in Path(metrics_path).read_text().splitlines():
+    for line in Path(metrics_path).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         phases.setdefault(record["phase"], []).append(record)
     if not phases:

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 def write_text(path: Path, text: str) -> None:
     """Replace a small file."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -62,7 +62,7 @@ def build_core_pipeline(
         checkpoint (`Path`, *optional*): A checkpoint whose tokenizer a small text encoder continues with.
 
     Raises:
-        `ValueError`: if `text_hidden_size` is not the named text encoder's.
+        `ValueError`: if `text_hidden_size` is not the named text encoder's, or it cannot read `max_sequence_length` tokens.
     """
     if model_args.text_encoder == "small":
         if checkpoint is not None:
@@ -79,6 +79,12 @@ def build_core_pipeline(
             raise ValueError(
                 f"`text_hidden_size={model_args.text_hidden_size}` is not that of "
                 f"`text_encoder={model_args.text_encoder!r}`, which is {text_encoder.config.hidden_size}: leave it out."
+            )
+        longest = getattr(text_encoder.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and model_args.max_sequence_length > longest:
+            raise ValueError(
+                f"`max_sequence_length={model_args.max_sequence_length}`: `text_encoder={model_args.text_encoder!r}` reads at "
+                f"most {longest} tokens."
             )
     return GreedyGrowPipeline(
         unet=build_core(model_args, text_encoder.config.hidden_size),

@@ -4,22 +4,29 @@
 """
 Reads the arguments of `training_examples/`, from flags over a YAML file over defaults, and stops with a message of the parser
 at values that cannot work, alone or together.
+
+Libraries that import torch are imported where they are needed, so that `--help` and a misspelt flag are answered at once.
 """
 
 import argparse
+import dataclasses
 import math
+import os
+import re
+import sys
+import types
+import typing
 import warnings
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.optimization import SchedulerType
-from diffusers.training_utils import parse_buckets_string
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from .arguments import (
+    PATHS,
+    PRECISIONS,
+    UNLIMITED,
     WEIGHTINGS,
     DataArguments,
     ImageArguments,
@@ -38,6 +45,7 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     parser, (data, model, training) = parse_dataclasses(classes, argv, description)
     check_resolutions(parser, model)
     fill_lists(parser, model, training)
+    check_texts_and_numbers(parser, data, model, training)
     check_common(parser, data, training)
     if training.core_lr_scale is None:
         training.core_lr_scale = 0.3 if model.core is not None or training.core_steps else 1.0
@@ -51,34 +59,159 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
 def parse_lora_arguments(argv: list[str], description: str) -> LoraArguments:
     """Return the arguments of `train_lora.py`, checked as far as they can be without data or models."""
     parser, (args,) = parse_dataclasses((LoraArguments,), argv, description)
+    check_texts_and_numbers(parser, args)
     check_common(parser, args, args)
+    check_seed(parser, args.seed)
     check_ranges(parser, *((args, name, 1, math.inf) for name in ("rank", "max_train_steps", "resolution")))
     if args.loss_weighting not in (None, *WEIGHTINGS):
         parser.error(f"--loss_weighting {args.loss_weighting}: choose one of {', '.join(WEIGHTINGS)}.")
+    if args.lora_alpha == 0:
+        parser.error("--lora_alpha 0.0: must not be 0, by which the adapter's output is multiplied.")
+    args.lora_layers = args.lora_layers or None
     return args
+
+
+class Parser(HfArgumentParser):
+    """Stops with one line at an error, and not with all flags there are above it."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tuple[HfArgumentParser, list]:
     """Read flags over the YAML file that `--config` names over the defaults, and return an instance of each class."""
-    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser = Parser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments. Flags override it.")
+    parser.add_argument("--debug", action="store_true", help="Show where in the code an error happened.")
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     path = config.parse_known_args(argv)[0].config
     if path is not None:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-        unknown = set(values) - {action.dest for action in parser._actions}
-        if unknown:
-            parser.error(f"{path} has unknown arguments: {sorted(unknown)}")
-        flags = []
-        for name, value in values.items():
-            if isinstance(value, list) and value:
-                flags += [f"--{name}", *map(str, value)]
-            elif value is not None and value != []:
-                flags.append(f"--{name}={value}")
-        argv = [*flags, *argv]  # of several flags with the same name, the last one wins
-    *instances, _ = parser.parse_args_into_dataclasses(argv)
+        try:
+            values = read_config(Path(expand_path(path)), classes)
+        except (OSError, ValueError) as error:
+            parser.error(f"--config {path}: {error}")
+        parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+    *instances, _, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    for instance in instances:
+        for name in PATHS & {field.name for field in dataclasses.fields(instance)}:
+            if getattr(instance, name) is not None:
+                try:
+                    setattr(instance, name, expand_path(getattr(instance, name)))
+                except ValueError as error:
+                    parser.error(f"--{name} {getattr(instance, name)}: {error}")
     return parser, instances
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration files
+
+
+class Null(str):
+    """An entry that YAML reads as null, as it is written: None for a field that may be None, text in a list of texts."""
+
+
+class TextLoader(yaml.SafeLoader):
+    """Reads each scalar as its text: what `no` or `1e-3` is depends on the field. Refuses a key that is there twice."""
+
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, regexp) for tag, regexp in resolvers if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"{key} is there {keys.count(key)} times.")
+        return super().construct_document(node)
+
+
+TextLoader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: Null(node.value))
+
+
+def read_config(path: Path, classes: tuple) -> dict[str, Any]:
+    """
+    Return the values of a YAML file, each with the type of its field.
+
+    Raises:
+        `OSError`, `ValueError`: if the file cannot be read, or has unknown arguments or values of other types.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), TextLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"this is not YAML: {error}") from error
+    if values is None or isinstance(values, Null):
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError("write one argument and its value per line, such as `seed: 1`.")
+    types_ = {name: kind for cls in classes for name, kind in typing.get_type_hints(cls).items()}
+    unknown = set(values) - set(types_)
+    if unknown:
+        raise ValueError(f"the file has unknown arguments: {sorted(map(str, unknown))}")
+    typed = {}
+    for name, value in values.items():
+        kinds = split_type(types_[name])
+        if not isinstance(value, Null):
+            typed[name] = convert(name, value, kinds[0])
+        elif types.NoneType in kinds:
+            typed[name] = None  # and for a field that cannot be None, the default
+    return typed
+
+
+def split_type(kind: Any) -> tuple:
+    """Return the members of a union such as `int | None`, or the type itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """Return the text `value` of a YAML file, or a list of texts, as the `kind` of its field."""
+    if typing.get_origin(kind) is list:
+        (inner,) = typing.get_args(kind)
+        return [convert(name, one, inner) for one in (value if isinstance(value, list) else [value])]
+    if isinstance(value, (list, dict)) or value is None:
+        raise ValueError(f"{name} takes a single value, not {value}.")
+    text = str(value)
+    try:
+        if kind is bool:
+            return (
+                {"on": True, "off": False}.get(text.lower()) if text.lower() in ("on", "off") else string_to_bool(text)
+            )
+        if kind is int:
+            return int(text, 0) if re.match(r"[+-]?0[xob]", text) else int(text)
+        if kind is float:
+            return float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", text, flags=re.IGNORECASE))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{name}: {text!r} is not {wanted}.") from error
+    return text
+
+
+def expand_path(path: str) -> str:
+    """
+    Return a path with `~` and `$VAR` expanded.
+
+    Raises:
+        `ValueError`: if a variable is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    missing = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    if missing is not None and not os.path.exists(expanded):
+        raise ValueError(f"the environment variable {missing[0]} is not set.")
+    return expanded
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text with a form of its own
 
 
 def parse_channels(channels: str) -> tuple[int, ...]:
@@ -94,6 +227,8 @@ def parse_buckets(buckets: str) -> list[tuple[int, int]]:
         `ValueError`: if the text has another form.
     """
     with warnings.catch_warnings():
+        from diffusers.training_utils import parse_buckets_string
+
         # diffusers warns of sides that are not a multiple of 8; the models' own condition is checked with the models.
         warnings.simplefilter("ignore")
         return parse_buckets_string(buckets)
@@ -108,6 +243,36 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
         if not all(one is None or low <= one <= high for one in (value if isinstance(value, list) else [value])):
             span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             parser.error(f"--{name} {value}: must be {span}.")
+
+
+def check_texts_and_numbers(parser: HfArgumentParser, *instances: Any) -> None:
+    """Stop at an empty text, and at a number that is not finite where that means nothing."""
+    for instance in instances:
+        for field in dataclasses.fields(instance):
+            value = getattr(instance, field.name)
+            if isinstance(value, str) and not value.strip():
+                parser.error(f"--{field.name} {value!r}: must not be empty.")
+            numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, float)]
+            if field.name not in UNLIMITED and not all(map(math.isfinite, numbers)):
+                parser.error(f"--{field.name} {value}: must be finite.")
+
+
+def check_seed(parser: HfArgumentParser, seed: int, num_stages: int = 0) -> None:
+    """Stop at a seed that NumPy does not take. A stage that grows is seeded by the seed plus its number."""
+    largest = 2**32 - 1 - num_stages
+    if not 0 <= seed <= largest:
+        parser.error(f"--seed {seed}: must be from 0 to {largest}.")
+
+
+def check_folder(parser: HfArgumentParser, name: str, path: str) -> None:
+    """Stop at a folder that can be neither used nor made."""
+    found = Path(path).absolute()
+    while not found.exists() and found != found.parent:
+        found = found.parent
+    if not found.is_dir():
+        parser.error(f"--{name} {path}: {found} is a file, not a folder.")
+    if not os.access(found, os.W_OK | os.X_OK):
+        parser.error(f"--{name} {path}: you may not write to {found}.")
 
 
 def check_common(parser: HfArgumentParser, images: ImageArguments, loop: TrainingArguments | LoraArguments) -> None:
@@ -134,6 +299,34 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
         (loop, "lr_warmup_steps", 0, math.inf),
         (loop, "adam_weight_decay", 0, math.inf),
     )
+    if loop.adam_beta2 == 1:
+        parser.error("--adam_beta2 1.0: must be below 1.")
+    if loop.mixed_precision not in (None, *PRECISIONS):
+        parser.error(f"--mixed_precision {loop.mixed_precision}: choose one of {', '.join(PRECISIONS)}.")
+    if images.image_column == images.caption_column:
+        parser.error(f"--image_column and --caption_column {images.caption_column}: name two columns.")
+    if images.dataset_name is not None and images.train_data_dir is not None:
+        parser.error(
+            f"--dataset_name {images.dataset_name} and --train_data_dir {images.train_data_dir}: name only one."
+        )
+    rates = loop.learning_rate if isinstance(loop.learning_rate, list) else [loop.learning_rate]
+    if loop.lr_scheduler == "polynomial" and min(rates) <= 1e-7:
+        parser.error(f"--learning_rate {loop.learning_rate}: with --lr_scheduler polynomial it must be above 1e-7.")
+    if not getattr(loop, "plan", False):
+        check_folder(parser, "output_dir", loop.output_dir)
+    check_library_choices(parser, loop)
+    if loop.hub_private_repo and not loop.push_to_hub:
+        parser.error("--hub_private_repo needs --push_to_hub.")
+
+
+def check_library_choices(parser: HfArgumentParser, loop: TrainingArguments | LoraArguments) -> None:
+    """Stop at a value that diffusers or accelerate does not know."""
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+    from diffusers.models.attention_dispatch import AttentionBackendName
+    from diffusers.optimization import SchedulerType
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     choices = {
         # `piecewise_constant` needs a schedule of its own, which no argument can give.
         "lr_scheduler": [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
@@ -145,14 +338,19 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
             parser.error(f"--{name} {getattr(loop, name)}: choose one of {', '.join(values)}.")
     if loop.report_to not in (None, "all", *(tracker.value for tracker in get_available_trackers())):
         parser.error(f"--report_to {loop.report_to}: install the package {loop.report_to}, or leave this out.")
-    if loop.hub_private_repo and not loop.push_to_hub:
-        parser.error("--hub_private_repo needs --push_to_hub.")
+    if loop.hub_model_id is not None:
+        try:
+            validate_repo_id(loop.hub_model_id)
+        except HFValidationError as error:
+            parser.error(f"--hub_model_id {loop.hub_model_id}: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rules for grow.py
 def check_resolutions(parser: HfArgumentParser, model: ModelArguments) -> None:
     """Stop unless each resolution is a larger multiple of the one before."""
+    if not model.resolutions:
+        parser.error("--resolutions: name that of the core, at least.")
     for smaller, larger in zip(model.resolutions, model.resolutions[1:]):
         if smaller < 1 or larger <= smaller or larger % smaller:
             parser.error(f"--resolutions {model.resolutions}: {larger} is not a larger multiple of {smaller}.")
@@ -175,6 +373,7 @@ def fill_lists(parser: HfArgumentParser, model: ModelArguments, training: Traini
         given, default = getattr(owner, name), getattr(type(owner)(), name)
         if len(given) > count and given != default:
             parser.error(f"--{name} {given}: with --resolutions {model.resolutions} it takes at most {count}.")
+        given = given or default  # a run without stages writes an empty list to its configuration
         setattr(owner, name, (given + given[-1:] * count)[:count])
 
 
@@ -182,14 +381,18 @@ def check_grow_ranges(
     parser: HfArgumentParser, data: DataArguments, model: ModelArguments, training: TrainingArguments
 ) -> None:
     """Stop at a value of `grow.py` that is out of its range."""
+    check_seed(parser, training.seed, num_stages=len(model.resolutions) - 1)
     check_ranges(
         parser,
         (data, "shapes_objects", 1, 3),
+        (data, "shapes_images", 1, math.inf),
         (data, "num_high_res_images", 1, math.inf),
         (data, "num_validation_images", 0, math.inf),
         (data, "num_scored_images", 0, math.inf),
         (data, "shuffle_buffer_size", 1, math.inf),
         (model, "resolutions", 1, math.inf),
+        *((model, name, 1, math.inf) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")),
+        (model, "layers_per_block", 1, math.inf),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
@@ -220,6 +423,8 @@ def check_data(parser: HfArgumentParser, data: DataArguments, model: ModelArgume
         parser.error(
             "--text_embeddings_dir needs a text encoder that does not train: name a pretrained --text_encoder, or a --core."
         )
+    if data.text_embeddings_dir is not None:
+        check_folder(parser, "text_embeddings_dir", data.text_embeddings_dir)
     if data.aspect_ratio_buckets is not None:
         try:
             parse_buckets(data.aspect_ratio_buckets)

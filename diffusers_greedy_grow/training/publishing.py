@@ -129,7 +129,7 @@ def write_phase_card(
     """
     datasets = [name for name in (data_args.dataset_name, data_args.high_res_dataset_name) if name is not None]
     held_out = data_args.high_res_dataset_name if data_args.has_high_res_data else data_args.dataset_name
-    lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
     losses = [line for line in lines if line["phase"] == folder.name and "val_loss" in line]
     names = {"loss": "held-out loss", "loss_low": "held-out loss, low band", "loss_high": "held-out loss, high band"}
     figures = {("loss", label): losses[-1][f"val_{name}"] for name, label in names.items() if losses}

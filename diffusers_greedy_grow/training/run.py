@@ -94,7 +94,7 @@ class Run:
         """Write a line to `metrics.jsonl` and tell the trackers. `flops` and the trackers' steps count over all phases."""
         if self.accelerator.is_main_process:
             flops = {"flops": self.total_flops(phase, step)} if self.plans else {}
-            with open(self.metrics_path, "a") as file:
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"phase": phase.name, "step": step, **flops, **values}) + "\n")
         self.accelerator.log(
             {f"{phase.name}/{name}": value for name, value in values.items()}, step=self.total_steps(phase, step)

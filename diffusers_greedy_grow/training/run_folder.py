@@ -3,12 +3,19 @@
 
 """A run's `output_dir`: whether a run may use it, what it replaces there, and where it resumes."""
 
+import contextlib
+import errno
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 import yaml
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from .arguments import LoopArguments
@@ -17,7 +24,102 @@ from .files import remove_folder, write_text
 from .phases import Phase
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
 logger = get_logger(__name__)
+
+LOCK = ".lock"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run at a time
+
+
+@contextlib.contextmanager
+def hold_output_dir(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """
+    Keep other runs out of `output_dir` until this one ends, in whatever way: the system releases the lock of a process that
+    dies. The main process holds it. A folder that is still empty at the end is removed.
+
+    Raises:
+        `ValueError`: if another run holds the folder; says which.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_file(output_dir / LOCK, f"`output_dir={str(output_dir)!r}`"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, name: str) -> Iterator[None]:
+    """
+    Hold the lock of the file `path`, which says who holds it, and remove the file afterwards. `lockf` and not `flock`: it works on
+    more network drives, and processes that this one forks do not keep it.
+
+    Raises:
+        `ValueError`: if another process holds it. `name` names what is locked.
+    """
+    file = open_locked(path, name)
+    try:
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)  # while it is locked: see `open_locked`
+            file.close()
+
+
+def open_locked(path: Path, name: str) -> IO[str] | None:
+    """Open and lock the file `path` for [`lock_file`], and write who holds it. Return None where files cannot be locked."""
+    if fcntl is None:
+        return None
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = describe_holder(file.read())
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"{name} is in use by {holder}. Wait for that run or stop it, or name another folder."
+                ) from None
+            logger.warning(f"{name} cannot be locked ({error.strerror}): start no second run in it.")
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
+        file.close()  # the holder removed the file after this process had opened it
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": now}))
+    file.flush()
+    return file
+
+
+def describe_holder(text: str) -> str:
+    """Return who holds a lock, from the text of its file."""
+    try:
+        holder = json.loads(text)
+        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):  # that process has locked the file, but not written to it yet
+        return "another process"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where a run starts
 
 
 def find_start(
@@ -87,7 +189,7 @@ def find_finished(output_dir: Path) -> list[str]:
     """Return the names of the phases that an earlier run has finished in `output_dir`, according to its `config.yaml`."""
     if not (output_dir / "config.yaml").exists():
         return []
-    config = yaml.safe_load((output_dir / "config.yaml").read_text()) or {}
+    config = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8")) or {}
     names = [f"grown-{size}{end}" for size in config.get("resolutions", [])[1:] for end in ("-detail", "")]
     if config.get("core") is None:
         names.append("core")
@@ -147,7 +249,22 @@ def claim_output_dir(
     else:
         truncate_metrics(metrics_path, Progress.read(checkpoint).metrics_size, resume_with_changes)
         remove_newer(output_dir / "checkpoints", checkpoint)
-    write_text(output_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(output_dir / "config.yaml", dump_config(config))
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes and escapes text with control characters: PyYAML reads a line break of Unicode as a space otherwise."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+ConfigDumper.add_representer(str, ConfigDumper.represent_str)
+
+
+def dump_config(config: dict) -> str:
+    """Return the text of `config.yaml`, which reads back to the same arguments."""
+    return yaml.dump(config, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def truncate_metrics(path: Path, size: int, resume_with_changes: bool) -> None:

@@ -4,7 +4,6 @@
 """Sample images: drawn from the same noise in all phases, and laid out as a grid with their captions."""
 
 import json
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,13 @@ import torch
 from accelerate import Accelerator
 from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..flow import descend
 from ..pipelines import GreedyGrowPipeline
 from .arguments import LoopArguments
+from .labels import LINE_HEIGHT, draw_lines, wrap
 from .phases import Phase
 from .run import Run
 from .seeds import sample_generators
@@ -25,6 +25,8 @@ from .seeds import sample_generators
 
 # Takes the place of the phase's index in the keys of random numbers. Phases have small indices, so no keys are equal.
 SAMPLES = 1001
+# The most lines of a caption in a grid, which is cut with an ellipsis.
+CAPTION_LINES = 4
 
 
 def draw_in_batches(
@@ -126,22 +128,20 @@ def draw_grid(rows: dict[str, list[Image.Image]], captions: list[str], path: str
         path (`str` or `Path`): The PNG to write.
     """
     image_size = max(128, *(image.width for images in rows.values() for image in images))
-    font = ImageFont.load_default(size=11)
-    texts = ["\n".join(textwrap.wrap(caption, image_size // 6)) for caption in captions]
-    lines = max(text.count("\n") + 1 for text in texts)
+    texts = [wrap(caption, image_size - 2, CAPTION_LINES) for caption in captions]
+    lines = max(1, *map(len, texts))
     margin, gap = 96, 4
     width = margin + len(captions) * (image_size + gap)
-    height = len(rows) * (image_size + gap) + lines * 14 + 2 * gap
+    height = len(rows) * (image_size + gap) + lines * LINE_HEIGHT + 2 * gap
     grid = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(grid)
     for row, (name, images) in enumerate(rows.items()):
         top = row * (image_size + gap)
-        draw.multiline_text((4, top + image_size // 2 - 7), "\n".join(textwrap.wrap(name, 15)), "black", font)
+        draw_lines(grid, 4, top + image_size // 2 - 7, wrap(name, margin - 8, CAPTION_LINES))
         for column, image in enumerate(images):
             image = image.convert("RGB").resize((image_size, image_size), Image.Resampling.NEAREST)
             grid.paste(image, (margin + column * (image_size + gap), top))
     for column, text in enumerate(texts):
-        draw.multiline_text((margin + column * (image_size + gap), height - lines * 14 - gap), text, "black", font)
+        draw_lines(grid, margin + column * (image_size + gap) + 1, height - lines * LINE_HEIGHT - gap, text)
     temporary = Path(path).with_suffix(".tmp.png")
     grid.save(temporary)
     temporary.replace(path)

@@ -3,9 +3,11 @@
 
 """The start of a training script: the `Accelerator`, log lines, trackers, and warnings about slow settings."""
 
+import io
 import logging
 import os
 import platform
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,9 +40,13 @@ def set_up(args: LoopArguments) -> Accelerator:
         # The other processes wait while the main process draws samples.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
-    logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler()])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale, a caption in a log line would end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler(accelerator.num_processes)])
     for name in ("accelerate", "httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns in each checkpoint of weights that are tied on purpose.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(args.seed)
     if accelerator.mixed_precision == "bf16":
         # Otherwise torch's own attention (`_native_math`, the fastest on a CPU) converts to float32 and back.
@@ -91,17 +97,28 @@ def set_attention_backend(model: ModelMixin, backend: str | None) -> None:
         `ValueError`: if the backend is not installed.
     """
     if backend is not None:
+        library = logging.getLogger("diffusers.models.modeling_utils")
+        level = library.level
+        library.setLevel(logging.ERROR)  # it warns of its "experimental" backends each time
         try:
             model.set_attention_backend(backend)
         except (ImportError, OSError, RuntimeError) as error:
             raise ValueError(f"`attention_backend={backend!r}`: {error}") from error
+        finally:
+            library.setLevel(level)
 
 
 class TqdmHandler(logging.Handler):
-    """Prints log lines above the progress bar."""
+    """Prints log lines above the progress bar, and with one process without the number that accelerate puts before them."""
+
+    def __init__(self, num_processes: int = 1):
+        super().__init__()
+        self.num_processes = num_processes
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
+        if self.num_processes == 1:
+            text = text.removeprefix("[RANK 0] ")
         try:
             tqdm.write(text)
         except RuntimeError:  # an upload in another thread has just opened or closed a bar of its own

@@ -3,6 +3,7 @@
 
 """Signals that stop a run: the current step is finished and a checkpoint is saved."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,21 +13,34 @@ import threading
 from accelerate import Accelerator
 
 
+# A closed terminal, and Slurm's warning (`#SBATCH --signal=USR1@120`).
+WARNINGS = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)]  # Windows has neither
+
+
 class Interrupt:
-    """Catches Ctrl-C and SIGTERM, so that the loop can finish its step and save a checkpoint."""
+    """Catches Ctrl-C, SIGTERM, SIGHUP and SIGUSR1, so that the loop can finish its step and save a checkpoint."""
 
     def __init__(self):
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
+        for number in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
+            # `nohup` ignores SIGHUP: then the run continues when the terminal closes.
+            if number not in WARNINGS or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
         """Handle a signal: remember the first, and stop at once at a second Ctrl-C."""
+        for terminal in self.terminals:
+            if not os.isatty(terminal):  # it has been closed, and a log line would end the run
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, terminal)
+                os.close(nowhere)
         if self.signal is None:
             self.signal = number
             text = "a checkpoint is saved after the next training step, then the run stops. Ctrl-C again stops it at once."
             # `os.write` and not `print`: the signal may have interrupted a `print`.
-            os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
+            with contextlib.suppress(OSError):  # stderr may be a closed pipe
+                os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
         elif number == signal.SIGINT:  # a second SIGTERM comes from a scheduler, passed on by the launcher
             sys.exit(128 + number)
 
@@ -49,10 +63,11 @@ class Interrupt:
 
 def leave_signals_to_the_parent(worker_id: int) -> None:
     """
-    Make a data loader's worker ignore the signals that stop a run. Ctrl-C, and SIGTERM to a job, reach all of its processes, but
+    Make a data loader's worker ignore the signals that stop a run. Ctrl-C, and a signal to a job, reach all of its processes, but
     the training process still needs its workers to finish the step. A SIGTERM from the training process ends them.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *WARNINGS):
+        signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -225,7 +225,7 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, queue_argume
     made_by.write_text(json.dumps({**json.loads(made_by.read_text()), "commit": "earlier"}))
     path = tmp_path / "results" / "runs.json"
     path.write_text(json.dumps([records[core.name]]))
-    with open(tmp_path / ".queue", "w") as at_work:
+    with open(tmp_path / ".queue", "w", encoding="utf-8") as at_work:
         fcntl.flock(at_work, fcntl.LOCK_EX)
         with pytest.raises(RuntimeError, match="Another queue runs jobs in"):
             run_queue([core, growth], args)

@@ -77,6 +77,9 @@ def test_checkpoints(tmp_path, monkeypatch):
     assert find_checkpoint(tmp_path, "latest").name == "grown-32-5"
     assert find_checkpoint(tmp_path, str(path.with_name("grown-32-4"))).name == "grown-32-4"
     assert find_checkpoint(tmp_path / "elsewhere", "latest") is None
+    assert find_checkpoint(tmp_path, "grown-32-4") == tmp_path / "checkpoints" / "grown-32-4"  # by its name
+    with pytest.raises(ValueError, match="'core-99'` is not a complete .* has grown-32-4, grown-32-5"):
+        find_checkpoint(tmp_path, "core-99")
 
     # Files that are copied have other times.
     os.utime(path.with_name("grown-32-4") / "progress.json", (2e9, 2e9))

@@ -181,7 +181,9 @@ def run_script(script: Path, flags: list[str], hub: bool = False, **variables: s
             "filters": warning_filters,
         }
         code = start_server(hub).run(request)
-        return subprocess.CompletedProcess([str(script), *flags], code, Path(log.name).read_text(errors="replace"))
+        return subprocess.CompletedProcess(
+            [str(script), *flags], code, Path(log.name).read_text(encoding="utf-8", errors="replace")
+        )
 
 
 def run(output_dir: Path, **arguments) -> str:

@@ -176,7 +176,7 @@ def test_a_given_core_and_several_stages(finished, tmp_path):
     images = {line["phase"]: line["images"] for line in read_metrics(tmp_path / "output") if "images" in line}
     assert images == {"grown-16": 24, "grown-32-detail": 12, "grown-32": 6}
     if platform.system() == "Linux" and platform.machine() == "x86_64":
-        is_slow = not {"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+        is_slow = not {"amx_bf16", "avx512_bf16"} & set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
         assert ("This CPU has no instructions for bfloat16" in log) == is_slow
 
 

@@ -4,18 +4,20 @@
 """What `grow.py` checks before it trains."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
 from accelerate import PartialState
-from transformers import BertConfig
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from diffusers_greedy_grow.training.arguments import ModelArguments
-from diffusers_greedy_grow.training.growing import adopt_core
+from diffusers_greedy_grow.training.growing import adopt_core, build_core_pipeline
 from diffusers_greedy_grow.training.parsing import parse_arguments
 
 from ..testing_utils import make_core
-from .launching import GROW, assert_same_weights, list_files, run
+from .launching import GROW, TRAIN_LORA, assert_same_weights, grow_flags, list_files, run, run_script
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,66 @@ def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
             adopt_core(ModelArguments(core=str(core), **given))
 
 
+def test_a_text_encoder_that_cannot_read_as_many_tokens(finished, tmp_path):
+    encoder = BertModel(
+        BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=9)
+    )
+    encoder.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(finished[0] / "core" / "tokenizer").save_pretrained(tmp_path)
+    model_args = ModelArguments(text_encoder=str(tmp_path), max_sequence_length=10)
+    with pytest.raises(ValueError, match="`max_sequence_length=10`: `text_encoder=.*` reads at most 9 tokens"):
+        build_core_pipeline(model_args, captions=[])
+    model_args.max_sequence_length = 9
+    assert build_core_pipeline(model_args, captions=[]).config.max_sequence_length == 9
+
+
 def test_a_core_of_another_resolution(finished, data, here, tmp_path):
     with pytest.raises(
         ValueError, match=r"`resolutions=\[16, 32\]` must begin with the resolution of `core=.*which is 8"
     ):
         here(tmp_path / "output", core=finished[0] / "core", resolutions=[16, 32], train_data_dir=data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quiet and quick
+
+
+WITHOUT_TORCH = """
+import runpy
+import sys
+
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("script", [GROW, TRAIN_LORA], ids=["grow", "train_lora"])
+def test_arguments_are_read_before_torch_is_imported(script, tmp_path):
+    (tmp_path / "config.yaml").write_text("sed: 1", encoding="utf-8")
+    for flags, code, text in (
+        (["--help"], 0, "--debug"),
+        (["--sed", "1"], 2, "error: unrecognized arguments: --sed 1\n"),
+        (["--config", str(tmp_path / "config.yaml")], 2, "the file has unknown arguments: ['sed']\n"),
+    ):
+        needed = ["--pretrained_model_name_or_path", "x"] if script == TRAIN_LORA else []
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, str(script), *needed, *flags], capture_output=True, encoding="utf-8"
+        )
+        assert done.returncode == code and text in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert code == 0 or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_mistake_ends_in_one_line(tmp_path):
+    flags = grow_flags(tmp_path / "output", train_data_dir=tmp_path / "nowhere")
+    done = run_script(GROW, flags)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
+    assert done.stdout.splitlines()[-1] == f"error: `train_data_dir='{tmp_path}/nowhere'` does not exist."
+    assert "Traceback" in run_script(GROW, [*flags, "--debug"]).stdout
+
+
+def test_a_run_says_nothing_of_its_libraries(finished):
+    for noise in ("[RANK", "experimental", "Removed shared tensor", "torchvision", "torchao"):
+        assert noise not in finished[1]

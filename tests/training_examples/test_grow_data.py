@@ -32,7 +32,7 @@ def test_a_killed_run_on_a_stream_is_resumed_bit_for_bit(tmp_path):
         "dataloader_num_workers": 2, "aspect_ratio_buckets": "16,16;8,24", "core_steps": 120, "max_broken_share": 0.2, "detail_steps": 0,
         "joint_steps": 0, "logging_steps": 1, "checkpointing_steps": 7, "validation_steps": 1000,
     }  # fmt: skip
-    log = open(tmp_path / "killed.log", "w")
+    log = open(tmp_path / "killed.log", "w", encoding="utf-8")
     metrics = tmp_path / "killed" / "metrics.jsonl"
     process = subprocess.Popen(
         command(tmp_path / "killed", **arguments), env=environment(), stdout=log, stderr=log, start_new_session=True

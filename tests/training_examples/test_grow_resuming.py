@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,17 @@ import pytest
 from PIL import Image
 
 from ..data_utils import write_image_folder
-from .launching import assert_same_weights, command, environment, read_metrics, refuse, run
+from .launching import (
+    GROW,
+    assert_same_weights,
+    command,
+    environment,
+    grow_flags,
+    list_files,
+    read_metrics,
+    refuse,
+    run,
+)
 
 
 def test_a_finished_run_resumes_at_its_end(finished, data, tmp_path):
@@ -79,7 +90,7 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
     """Run until `after` shows up in the metrics, then send a signal. Return what the run said."""
     log, metrics = output_dir.with_suffix(".log"), output_dir / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command(output_dir, **arguments), env=environment(), stderr=file, stdout=file, start_new_session=True
         )
@@ -89,16 +100,17 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
         # A terminal does the same: the launcher gets the signal and dies at once, and the training gets it too.
         os.killpg(process.pid, number)
         assert process.wait(timeout=60) != 0
-        while "Resume with the same arguments" not in log.read_text():
+        while "--resume_from_checkpoint latest" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
     return log.read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
-    phase = "grown-16" if number == signal.SIGTERM else "core"
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, name):
+    number = getattr(signal, name)
+    phase = "grown-16" if number in (signal.SIGTERM, signal.SIGUSR1) else "core"
     # The interrupted phase is long enough for the signal to arrive before its end.
     steps = {"core_steps": 12, "joint_steps": 12, "core_steps" if phase == "core" else "joint_steps": 300}
     arguments = {
@@ -116,13 +128,43 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, number):
     (checkpoint,) = (tmp_path / "output" / "checkpoints").glob(f"{phase}-[0-9]*")
     step = int(checkpoint.name.split("-")[-1])
     assert 20 <= step < 300
-    run(tmp_path / "output", resume_from_checkpoint="latest", **arguments)
+    by_name = number in (signal.SIGHUP, signal.SIGUSR1)
+    run(tmp_path / "output", resume_from_checkpoint=checkpoint.name if by_name else "latest", **arguments)
     run(tmp_path / "whole", **arguments)
     assert_same_weights(tmp_path / "output" / "grown-16", tmp_path / "whole" / "grown-16")
     resumed, whole = read_metrics(tmp_path / "output"), read_metrics(tmp_path / "whole")
     assert [(line["phase"], line["step"]) for line in resumed] == [(line["phase"], line["step"]) for line in whole]
     for a, b in zip(resumed, whole):
         assert {k: v for k, v in a.items() if "loss" in k} == {k: v for k, v in b.items() if "loss" in k}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
+    """As when a scheduler requeues a job whose first try is still at work. A run that was killed holds nothing."""
+    output_dir, arguments = tmp_path / "output", {"train_data_dir": data, "core_steps": 100_000, "logging_steps": 1}
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(GROW), *grow_flags(output_dir, **arguments)],
+            env=environment(),
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not list((output_dir / "checkpoints").glob("core-*")):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.1)
+        files = list_files(output_dir / "core")
+        error = refuse(output_dir, resume_from_checkpoint="latest", **arguments)
+        assert f"is in use by process {process.pid} on " in error and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert list_files(output_dir / "core") == files
+    steps = [line["step"] for line in read_metrics(output_dir)]
+    assert steps == sorted(steps)
+    (newest, *_) = sorted((output_dir / "checkpoints").glob("core-*"), key=lambda path: -int(path.name[5:]))
+    step = int(newest.name[5:])
+    run(output_dir, resume_from_checkpoint="latest", resume_with_changes=True, **{**arguments, "core_steps": step + 2})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):

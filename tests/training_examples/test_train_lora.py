@@ -167,7 +167,7 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(grown, data, adapter, tmp_pat
         {"pretrained_model_name_or_path": grown / "core", "train_data_dir": data},
     )
     log, deadline = tmp_path / "log", time.monotonic() + 240
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [sys.executable, str(TRAIN_LORA), *lora_flags(output_dir, dataloader_num_workers=2, **arguments)],
             env=environment(),
@@ -185,7 +185,7 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(grown, data, adapter, tmp_pat
             time.sleep(0.1)
     (checkpoint,) = (output_dir / "checkpoints").glob("lora-*")
     assert 10 <= int(checkpoint.name.split("-")[-1]) < 100 and not (output_dir / WEIGHTS).exists()
-    with open(output_dir / "metrics.jsonl", "a") as file:
+    with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"phase": "lora", "step": 101}\n')  # a step after the checkpoint
     train(output_dir, resume_from_checkpoint="latest", **arguments)
     resumed, whole = load_file(output_dir / WEIGHTS), load_file(adapter / WEIGHTS)

@@ -50,7 +50,7 @@ class BrokenRows:
         self.broken += 1
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"row": name, "reason": str(reason)}) + "\n")
         if self.broken > self.max_share * max(self.read, 1000):
             raise ValueError(
@@ -65,7 +65,7 @@ class BrokenRows:
         if self.path is None or not self.path.exists():
             return 0
         rows = set()
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             # On a network drive, the lines of several processes may mix after all.
             with contextlib.suppress(ValueError):
                 rows.add(json.loads(line)["row"])

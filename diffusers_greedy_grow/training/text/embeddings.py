@@ -54,7 +54,7 @@ class TextEmbeddings:
         # Per caption, sorted by hash: the hash, the part, where its tokens begin in the part, and how many there are.
         columns = [[np.empty(0, dtype)] for dtype in (np.uint64, np.int32, np.int64, np.int64)]
         for index in sorted(self.folder.glob("[0-9a-f]*/index.json")):
-            about, part = json.loads(index.read_text()), index.parent
+            about, part = json.loads(index.read_text(encoding="utf-8")), index.parent
             hashes, starts, counts = (np.load(part / f"{name}.npy") for name in ("hashes", "starts", "counts"))
             numbers = np.full(len(hashes), len(self.data), np.int32)
             for column, values in zip(columns, (hashes, numbers, starts, counts)):
@@ -148,7 +148,7 @@ class TextEmbeddings:
     def mark(self, source: dict) -> None:
         """Note that all captions of a source are there. Must be called after all processes have added theirs."""
         temporary = self.folder / f".{uuid.uuid4().hex}.tmp"  # several runs may write the same marker at once
-        temporary.write_text(json.dumps(source, indent=1))
+        temporary.write_text(json.dumps(source, indent=1), encoding="utf-8")
         temporary.replace(self.marker(source))
 
 
@@ -176,7 +176,7 @@ def write_part(
         np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64)[order])
         np.save(folder / "starts.npy", starts[order])
         np.save(folder / "counts.npy", np.array(counts)[order])
-        (folder / "index.json").write_text(json.dumps(about))
+        (folder / "index.json").write_text(json.dumps(about), encoding="utf-8")
     return len(hashes)
 
 

@@ -1,0 +1,62 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""How a script ends that cannot continue: by one line that says why, unless the fault is ours."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+
+# What libraries that write files without Python's own functions say of a full disk.
+DISK_IS_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "os error 28",
+    "PytorchStreamWriter failed writing file",
+)
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """
+    Run the `main` of a script. An error that a user can mend ends in one line, `error: ...`, and exit code 2; with `--debug`, and
+    for other errors, in a traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        text = describe(error)
+        if text is None or "--debug" in sys.argv:
+            raise
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def describe(error: BaseException) -> str | None:
+    """Return an error that a user can mend as one line, or None for another one."""
+    if is_disk_full(error):
+        return (
+            f"The disk is full: {join_lines(error)}. Free some space, or lower `--checkpoints_total_limit`, and resume with the same "
+            "arguments and `--resume_from_checkpoint latest`."
+        )
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return join_lines(error) or type(error).__name__
+    return None
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether a full disk is the cause of an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if isinstance(error, Exception) and any(text in str(error) for text in DISK_IS_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def join_lines(error: BaseException) -> str:
+    return " ".join(str(error).split())
