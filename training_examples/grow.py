@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             if found := broken.found():
                 logger.warning(f"{found} broken rows were left out so far: {broken.path} names them.")
+            if ignored := broken.found("ignored"):
+                logger.warning(f"{ignored} images have colour profiles that cannot be used: {broken.path} names them.")
             scores[phase.name] = finish_phase(session, phase, pipeline)
         accelerator.wait_for_everyone()
         if accelerator.is_fsdp2 and phase is not phases[-1]:  # the weights are whole on the main process only

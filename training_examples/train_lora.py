@@ -217,8 +217,9 @@ def load_data(
     if checkpoint is None and accelerator.is_main_process:
         broken.forget()
     accelerator.wait_for_everyone()
-    train_data = CaptionedImages(train_rows, resolution, broken=broken).at(phase.resolution)
-    shown = CaptionedImages(validation_rows, resolution, broken=broken) if len(validation_rows) else train_data
+    options: dict = {"broken": broken, "max_image_pixels": args.max_image_pixels}
+    train_data = CaptionedImages(train_rows, resolution, **options).at(phase.resolution)
+    shown = CaptionedImages(validation_rows, resolution, **options) if len(validation_rows) else train_data
     return train_data, args.validation_prompts or list(dict.fromkeys(shown.captions))[:8]
 
 

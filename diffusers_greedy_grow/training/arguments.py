@@ -34,6 +34,13 @@ class ImageArguments:
             "and named in broken_rows.jsonl."
         },
     )
+    max_image_pixels: int = field(
+        default=178_956_970,  # the limit from which PIL itself refuses an image
+        metadata={
+            "help": "Most pixels that an image may have; larger ones count as broken. JPEGs of more than half the default are "
+            "decoded at a fraction of their size, so that they need little memory."
+        },
+    )
     caption_dropout: float = field(
         default=0.1,
         metadata={"help": "Share of captions that are replaced by the empty one, for classifier-free guidance."},

@@ -128,6 +128,7 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
         (images, "caption_dropout", 0, 1),
         (images, "dataloader_num_workers", 0, math.inf),
         (images, "max_broken_share", 0, 0.99),
+        (images, "max_image_pixels", 1, math.inf),
         (loop, "max_grad_norm", 0, math.inf),
         (loop, "spike_factor", 1, math.inf),
         (loop, "max_skipped_steps", 0, math.inf),

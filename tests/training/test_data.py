@@ -3,11 +3,12 @@
 
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile
 
 from diffusers_greedy_grow.flow import pool
@@ -19,11 +20,20 @@ from diffusers_greedy_grow.training.data.images import (
     warn_of_small_images,
 )
 from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
-from diffusers_greedy_grow.training.data.rows import BrokenRows
+from diffusers_greedy_grow.training.data.rows import BrokenRow, BrokenRows
 from diffusers_greedy_grow.training.data.sources import check_data_dir, load_captioned_data, load_splits
 from diffusers_greedy_grow.training.seeds import sample_generators
 
-from ..data_utils import BROKEN, make_image, make_rows, to_bytes, write_image_folder, write_parquet, write_rows
+from ..data_utils import (
+    BROKEN,
+    make_bomb,
+    make_image,
+    make_rows,
+    to_bytes,
+    write_image_folder,
+    write_parquet,
+    write_rows,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,6 +273,138 @@ def test_the_core_sees_what_a_grown_model_pools():
     large = normalize(pixels, 1)
     assert large.min() == -1 and large.max() == 1
     torch.testing.assert_close(normalize(pixels, 4), pool(large, 4))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Colours
+
+
+def make_profile(primaries: dict[str, tuple[float, ...]], gamma: float | None = None) -> bytes:
+    """An ICC profile with sRGB's tags but other primaries (D50) and, with `gamma`, another curve."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for i in range(struct.unpack(">I", profile[128:132])[0]):
+        tag, offset, _ = struct.unpack(">4sII", profile[132 + 12 * i : 144 + 12 * i])
+        if tag.decode() in primaries:
+            values = (round(value * 65536) for value in primaries[tag.decode()])
+            profile[offset + 8 : offset + 20] = struct.pack(">3i", *values)
+        if gamma is not None and tag in (b"rTRC", b"gTRC", b"bTRC"):
+            curve = struct.pack(">4s4xHHi", b"para", 0, 0, round(gamma * 65536))
+            profile[offset : offset + len(curve)] = curve
+    return bytes(profile)
+
+
+DISPLAY_P3 = make_profile(
+    {"rXYZ": (0.51512, 0.24120, -0.00105), "gXYZ": (0.29198, 0.69225, 0.04189), "bXYZ": (0.15710, 0.06657, 0.78407)}
+)
+ADOBE_RGB = make_profile(
+    {"rXYZ": (0.60974, 0.31111, 0.01947), "gXYZ": (0.20528, 0.62567, 0.06087), "bXYZ": (0.14919, 0.06322, 0.74457)},
+    gamma=2.19922,
+)
+GREEN = (40, 160, 60)
+
+
+def write_wide(profile: bytes, format: str = "PNG", mode: str = "RGB", **options) -> bytes:
+    """The file of a green image whose colours are written by a profile."""
+    srgb, opened = ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    wide = ImageCms.profileToProfile(Image.new("RGB", (64, 64), GREEN), srgb, opened)
+    assert np.abs(np.array(wide)[0, 0].astype(int) - GREEN).max() > 20
+    buffer = io.BytesIO()
+    wide = wide.convert(mode, palette=Image.Palette.ADAPTIVE)  # without dithering
+    wide.save(buffer, format=format, icc_profile=profile, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("profile", [DISPLAY_P3, ADOBE_RGB], ids=["display p3", "adobe rgb"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"format": "JPEG", "quality": 100, "subsampling": 0},
+        {},
+        {"mode": "RGBA"},
+        {"mode": "P"},
+        {"format": "WEBP", "lossless": True},
+    ],
+    ids=["jpeg", "png", "transparency", "palette", "webp"],
+)
+def test_colour_profiles_are_converted(profile, kind):
+    images = CaptionedImages(make_rows([write_wide(profile, **kind)] * 2), 16)
+    pixels = images[0]["pixel_values"].int()
+    assert (pixels - torch.tensor(GREEN)[:, None, None]).abs().max() <= 3 and not images.broken.ignored
+
+
+def test_transparent_parts_are_white_behind_a_profile():
+    image = Image.open(io.BytesIO(write_wide(DISPLAY_P3, mode="RGBA")))
+    image.putalpha(Image.new("L", image.size, 0))
+    image.info["icc_profile"] = DISPLAY_P3
+    assert (to_pixel_values(image, 16) == 255).all()
+
+
+def test_gray_images_with_profiles():
+    """The profile of colours that was left in a gray image says what the gray is."""
+    gray = Image.new("L", (16, 16), 100)
+    for profile, expected in ((DISPLAY_P3, 100), (ADOBE_RGB, 99)):
+        gray.info["icc_profile"] = profile
+        assert abs(int(to_pixel_values(gray, 16)[0, 0, 0]) - expected) <= 1
+        assert int(to_pixel_values(gray, 16).float().std(dim=0).max()) == 0
+
+
+def test_images_in_srgb_stay_as_they_are():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = make_image(0)
+    image.info["icc_profile"] = srgb
+    assert np.array_equal(to_pixel_values(image, 32).permute(1, 2, 0).numpy(), make_image(0))
+
+
+def test_broken_profiles_are_ignored_and_counted(tmp_path):
+    profiles = [b"garbage", DISPLAY_P3[:200], b"\0" * 500, DISPLAY_P3]
+    files = []
+    for profile in profiles:
+        make_image(0).save(buffer := io.BytesIO(), format="PNG", icc_profile=profile)
+        files.append(buffer.getvalue())
+    cmyk = make_image(0).convert("CMYK")
+    cmyk.save(buffer := io.BytesIO(), format="JPEG", icc_profile=DISPLAY_P3)  # of other colours than the image
+    images = CaptionedImages(make_rows([*files, buffer.getvalue()]), 32, broken=BrokenRows(tmp_path / "rows.jsonl"))
+    with pytest.warns(UserWarning, match="row 0 of 5.* a colour profile that cannot be used"):
+        pixels = [images[i]["pixel_values"] for i in range(5)]
+    assert all(np.array_equal(pixels[i].permute(1, 2, 0), make_image(0)) for i in range(3))
+    assert images.broken.ignored == images.broken.found("ignored") == 4
+    assert images.broken.broken == images.broken.found() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Large images
+
+
+def test_large_photos_are_decoded_small(tmp_path):
+    """102 megapixels, which PIL only warns of, are decoded at a fraction of their size."""
+    photo = Image.new("RGB", (11_648, 8_736), (200, 50, 50))
+    photo.paste((50, 50, 200), (0, 0, 11_648, 4_368))
+    photo.save(tmp_path / "photo.jpg", quality=60)
+    del photo
+    decoded = open_image({"bytes": None, "path": str(tmp_path / "photo.jpg")}, 64)
+    assert decoded.width * decoded.height < 4e6 and min(decoded.size) >= 128
+    rows = make_rows([(tmp_path / "photo.jpg").read_bytes()] * 2)
+    images = CaptionedImages(rows, 64, [(64, 64), (48, 64)])
+    assert images.shapes.tolist() == [1, 1]  # read from the header
+    pixels = images[0]["pixel_values"]
+    assert (pixels[2, :20] > 180).all() and (pixels[0, 28:] > 180).all() and not images.broken.broken
+
+
+def test_the_limit_of_pixels_can_be_moved():
+    with pytest.raises(BrokenRow, match="20000 x 10000 pixels.* raise `max_image_pixels=178956970`"):
+        open_image({"bytes": make_bomb(), "path": None})
+    with pytest.raises(BrokenRow, match="truncated"):  # opened, and found to be only a header
+        open_image({"bytes": make_bomb(), "path": None}, max_image_pixels=200_000_000)
+    images = CaptionedImages(make_rows([to_bytes(make_image(0))] * 2), 16, max_image_pixels=32 * 32 - 1)
+    with pytest.raises(ValueError, match="no readable image"):
+        images[0]
+    assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_gray_images_of_16_bits():
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(256, axis=0)
+    pixels = CaptionedImages(make_rows([to_bytes(Image.fromarray(ramp))] * 2), 256)[0]["pixel_values"]
+    assert torch.equal(pixels, torch.arange(256, dtype=torch.uint8).expand(3, 256, 256))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 """Captioned images that are all on disk and in order, as a dataset."""
 
 import copy
-import io
 import itertools
 
 import numpy as np
@@ -14,7 +13,7 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import Image as PILImage
 from torch.utils.data import get_worker_info
 
-from .images import average_down, open_image, to_pixel_values
+from .images import MAX_IMAGE_PIXELS, average_down, open_header, open_image, to_pixel_values
 from .rows import BrokenRow, BrokenRows, check_caption, name_row
 
 
@@ -37,6 +36,8 @@ class CaptionedImages(torch.utils.data.Dataset):
             The counter of broken rows.
         max_cache_bytes (`int`, defaults to 2 GiB):
             The most memory to use for decoded images.
+        max_image_pixels (`int`):
+            The most pixels that an image file may have.
 
     Raises:
         `ValueError`: if all captions are broken, or too many; later, if too many images are broken, or all of a shape.
@@ -49,6 +50,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         buckets: list[tuple[int, int]] | None = None,
         broken: BrokenRows | None = None,
         max_cache_bytes: int = 2 * 2**30,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         self.resolution, self.pool_factor = resolution, 1
         self.buckets = buckets or [(resolution, resolution)]
@@ -68,7 +70,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.rows = rows if len(good) == len(rows) else rows.select(good)
         self.captions = [captions[i] for i in good]
         self.unreadable: set[int] = set()
-        self.max_cache_bytes = max_cache_bytes
+        self.max_cache_bytes, self.max_image_pixels = max_cache_bytes, max_image_pixels
         self.cache = self.make_cache()
         self.shapes = self.find_shapes() if len(self.buckets) > 1 else np.zeros(len(self.rows), dtype=np.int64)
 
@@ -100,7 +102,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         shapes = np.zeros(len(self.rows), dtype=np.int64)
         for i, image in enumerate(self.rows["image"]):
             try:
-                opened = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+                opened = open_header(image, self.max_image_pixels)
                 width, height = opened.size
                 exif = PILImage.Image.getexif(opened)  # the method of a PNG image would decode all of it
                 if exif.get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # turned by 90 degrees
@@ -141,7 +143,13 @@ class CaptionedImages(torch.utils.data.Dataset):
         if cache is not None and index in cache:
             return cache[index]
         self.broken.read += 1
-        pixel_values = to_pixel_values(open_image(self.rows[index]["image"]), *self.buckets[self.shapes[index]])
+        row, (height, width) = self.rows[index], self.buckets[self.shapes[index]]
+        image = open_image(row["image"], max(height, width), self.max_image_pixels)
+
+        def report(reason: str) -> None:
+            self.broken.add_ignored(name_row(f"row {index} of {len(self)}", row), reason)
+
+        pixel_values = to_pixel_values(image, height, width, report)
         if cache is not None:
             cache[index] = pixel_values
         return pixel_values

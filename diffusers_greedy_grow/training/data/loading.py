@@ -107,7 +107,10 @@ def load_training_data(
         if data_args.num_high_res_images is not None:
             chosen = np.random.default_rng(seed).permutation(len(core))
             high_res = core.select(chosen[: data_args.num_high_res_images])
-    data = TrainingData(core, high_res, CaptionedImages(held_out, final_resolution, broken=broken))
+    validation = CaptionedImages(
+        held_out, final_resolution, broken=broken, max_image_pixels=data_args.max_image_pixels
+    )
+    data = TrainingData(core, high_res, validation)
     if data_args.has_high_res_data and not data_args.streaming:
         if known := set(data.validation.captions) & set(core.captions):
             logger.warning(
@@ -147,10 +150,15 @@ def load_images(
         ]
     columns = data_args.image_column, data_args.caption_column
     if data_args.streaming:
-        stream, held_out, first = load_captioned_stream(dataset_name, data_dir, *columns, num_held_out, broken)
-        return StreamedImages(stream, first, resolution, buckets, broken, data_args.shuffle_buffer_size), held_out
+        stream, held_out, first = load_captioned_stream(
+            dataset_name, data_dir, *columns, num_held_out, broken, data_args.max_image_pixels
+        )
+        images = StreamedImages(
+            stream, first, resolution, buckets, broken, data_args.shuffle_buffer_size, data_args.max_image_pixels
+        )
+        return images, held_out
     rows, held_out = load_captioned_data(dataset_name, data_dir, *columns, hold_out=num_held_out > 0)
-    return CaptionedImages(rows, resolution, buckets, broken), held_out
+    return CaptionedImages(rows, resolution, buckets, broken, max_image_pixels=data_args.max_image_pixels), held_out
 
 
 def take_fingerprint(*sets: CaptionedImages | StreamedImages) -> str:

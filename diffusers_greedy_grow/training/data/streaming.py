@@ -30,7 +30,7 @@ from diffusers.training_utils import find_nearest_bucket
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..signals import leave_signals_to_the_parent
-from .images import average_down, open_image, to_pixel_values
+from .images import MAX_IMAGE_PIXELS, average_down, open_image, to_pixel_values
 from .rows import BrokenRow, BrokenRows, check_caption, name_row
 from .sources import load_splits
 
@@ -56,6 +56,7 @@ def load_captioned_stream(
     caption_column: str,
     num_held_out: int,
     broken: BrokenRows | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> tuple[IterableDataset, Dataset, tuple[int, int]]:
     """
     Open a stream of images with captions, and read the rows to hold out: the first `num_held_out` good rows of a `validation`
@@ -81,7 +82,7 @@ def load_captioned_stream(
         broken.read += 1
         try:
             check_caption(row["text"])
-            open_image(row["image"])
+            open_image(row["image"], max_image_pixels=max_image_pixels)
             rows.append(row)
         except BrokenRow as error:
             broken.add(name_row(f"row {row_number} of file {file}", row), error)
@@ -134,6 +135,8 @@ class StreamedImages:
             The counter of broken rows.
         shuffle_buffer_size (`int`, defaults to 1000):
             The number of rows, still undecoded, among which each lane draws the next one.
+        max_image_pixels (`int`):
+            The most pixels that an image file may have.
     """
 
     def __init__(
@@ -144,12 +147,13 @@ class StreamedImages:
         buckets: list[tuple[int, int]] | None = None,
         broken: BrokenRows | None = None,
         shuffle_buffer_size: int = 1000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         self.stream, self.first = stream, first
         self.resolution, self.pool_factor = resolution, 1
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
-        self.shuffle_buffer_size = shuffle_buffer_size
+        self.shuffle_buffer_size, self.max_image_pixels = shuffle_buffer_size, max_image_pixels
 
     @property
     def captions(self) -> Iterator[str]:
@@ -218,12 +222,16 @@ class StreamedImages:
                 self.broken.read += 1
                 try:
                     caption = check_caption(row["text"])
-                    image = open_image(row["image"])
+                    image = open_image(row["image"], max(map(max, self.buckets)), self.max_image_pixels)
                 except BrokenRow as error:
                     self.broken.add(name_row(place, row), error)
                     continue
                 bucket = self.buckets[find_nearest_bucket(image.height, image.width, self.buckets)]
-                waiting[bucket].append((position, to_pixel_values(image, *bucket), caption))
+
+                def report(reason: str, name: str = name_row(place, row)) -> None:
+                    self.broken.add_ignored(name, reason)
+
+                waiting[bucket].append((position, to_pixel_values(image, *bucket, report=report), caption))
                 if len(waiting[bucket]) == batch_size:
                     _, pixel_values, captions = zip(*waiting.pop(bucket))
                     left = [row[0] for rows in waiting.values() for row in rows]
