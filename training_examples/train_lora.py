@@ -34,7 +34,7 @@ from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.rows import BrokenRows
-from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.parsing import parse_lora_arguments
@@ -211,7 +211,12 @@ def load_data(
     if resolution % phase.resolution:
         raise ValueError(f"`resolution={resolution}` must be a multiple of the model's {phase.resolution}.")
     train_rows, validation_rows = load_captioned_data(
-        args.dataset_name, args.train_data_dir, args.image_column, args.caption_column, hold_out=False
+        args.dataset_name,
+        args.train_data_dir,
+        args.image_column,
+        args.caption_column,
+        hold_out=False,
+        selection=Selection.from_arguments(args),
     )
     broken = BrokenRows(Path(args.output_dir) / "broken_rows.jsonl", args.max_broken_share)
     if checkpoint is None and accelerator.is_main_process:

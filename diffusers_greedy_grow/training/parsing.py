@@ -146,6 +146,11 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
             parser.error(f"--{name} {getattr(loop, name)}: choose one of {', '.join(values)}.")
     if loop.report_to not in (None, "all", *(tracker.value for tracker in get_available_trackers())):
         parser.error(f"--report_to {loop.report_to}: install the package {loop.report_to}, or leave this out.")
+    for name in ("dataset_config_name", "dataset_revision"):
+        if getattr(images, name) is not None and images.dataset_name is None:
+            parser.error(f"--{name} {getattr(images, name)}: needs --dataset_name.")
+    if images.train_split is not None and images.train_split == images.validation_split:
+        parser.error(f"--train_split and --validation_split are both {images.train_split}: name different splits.")
     if loop.hub_private_repo and not loop.push_to_hub:
         parser.error("--hub_private_repo needs --push_to_hub.")
 

@@ -6,8 +6,11 @@ import json
 import struct
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset, DatasetDict
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile
 
@@ -21,7 +24,8 @@ from diffusers_greedy_grow.training.data.images import (
 )
 from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
 from diffusers_greedy_grow.training.data.rows import BrokenRow, BrokenRows
-from diffusers_greedy_grow.training.data.sources import check_data_dir, load_captioned_data, load_splits
+from diffusers_greedy_grow.training.data.sources import Selection, check_data_dir, load_captioned_data, load_splits
+from diffusers_greedy_grow.training.data.streaming import read_files
 from diffusers_greedy_grow.training.seeds import sample_generators
 
 from ..data_utils import (
@@ -33,6 +37,7 @@ from ..data_utils import (
     write_image_folder,
     write_parquet,
     write_rows,
+    write_tar,
 )
 
 
@@ -117,6 +122,223 @@ def test_bad_sources(tmp_path):
     write_parquet(tmp_path / "one.parquet", 1)
     with pytest.raises(ValueError, match="fewer than two rows"):
         load_captioned_data(None, str(tmp_path / "one.parquet"), "photo", "text")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits, paths and layouts
+
+
+def read_texts(folder, streaming=False, image="image", text="text", **selection) -> dict[str, list[str]]:
+    """The captions of each split, sorted, once all of its images are opened."""
+    splits = load_splits(None, str(folder), image, text, streaming=streaming, selection=Selection(**selection))
+    texts = {}
+    for name, split in splits.items():
+        rows = list(split) if not streaming else [row for _, row in read_files(split)]
+        for row in rows:
+            open_image(row["image"])
+        texts[name] = sorted(row["text"] for row in rows)
+    return texts
+
+
+def numbered(first: int, count: int) -> list[str]:
+    return sorted(f"image number {i}" for i in range(first, first + count))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_that_only_sound_like_splits_are_no_splits(tmp_path, streaming):
+    for i, name in enumerate(("cats", "train_station", "test_photos", "regular", "cats/validation", "x-val", "Test")):
+        write_image_folder(tmp_path / name, 3 + i)
+    expected = sorted(text for i in range(7) for text in numbered(0, 3 + i))
+    assert read_texts(tmp_path, streaming) == {"train": expected}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["images", "parquet", "parquet files"])
+def test_folders_and_files_named_as_splits_are_splits(tmp_path, streaming, kind):
+    for i, name in enumerate(("train", "val", "test", "regular")):
+        if kind == "images":
+            write_image_folder(tmp_path / name, 3 + i)
+        elif kind == "parquet":
+            (tmp_path / name).mkdir()
+            write_parquet(tmp_path / name / "test.parquet", 3 + i)
+        else:
+            write_parquet(tmp_path / f"{name}.parquet", 3 + i)
+    image = "image" if kind == "images" else "photo"
+    trained = sorted(numbered(0, 3) + numbered(0, 6))  # `regular` is in no split, so it is trained on
+    expected = {"train": trained, "validation": numbered(0, 4), "test": numbered(0, 5)}
+    assert read_texts(tmp_path, streaming, image) == expected
+    chosen = read_texts(tmp_path, streaming, image, train_split="regular", validation_split="test")
+    assert chosen == {"train": numbered(0, 6), "validation": numbered(0, 5)}
+    for argument in ("train_split", "validation_split"):
+        with pytest.raises(ValueError, match=f"`{argument}='dogs'` is not in the data, whose splits are .*'train'"):
+            read_texts(tmp_path, streaming, image, **{argument: "dogs"})
+
+
+def test_the_numbered_files_of_a_split(tmp_path):
+    """As the Hub stores them, in `data`. Other words before or after the name make it no split."""
+    (tmp_path / "data").mkdir()
+    names = (
+        "data/train-00000-of-00002",
+        "data/train-00001-of-00002",
+        "data/test-00000-of-00001",
+        "data/test-set",
+        "a-val",
+    )
+    for i, name in enumerate(names):
+        write_parquet(tmp_path / f"{name}.parquet", 1, first=i)
+    texts = read_texts(tmp_path, image="photo")
+    assert texts == {"train": [f"image number {i}" for i in (0, 1, 3, 4)], "test": ["image number 2"]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "name", ["my [2024] images", "set [12]", "a::b", "a*", "what?", "[!x]", "{a,b}", "100%", "file:c", "~", "zip:a::b"]
+)
+def test_paths_are_literal(tmp_path, streaming, name):
+    for other in ("set 1", "set 2", "ab", "whatx", "y", "a", "b"):
+        write_image_folder(tmp_path / other, 2)
+        write_parquet(tmp_path / other / "data.parquet", 2)
+    write_image_folder(tmp_path / name, 5)
+    (tmp_path / name / "004.png").rename(tmp_path / name / f"i{name}.png")
+    metadata = tmp_path / name / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("004.png", f"i{name}.png"))
+    assert read_texts(tmp_path / name, streaming) == {"train": numbered(0, 5)}
+    (tmp_path / "p" / name).mkdir(parents=True)
+    write_parquet(tmp_path / "three.parquet", 3)
+    (tmp_path / "three.parquet").rename(tmp_path / "p" / name / f"{name}.parquet")
+    assert read_texts(tmp_path / "p" / name, streaming, "photo") == {"train": numbered(0, 3)}
+    assert read_texts(tmp_path / "p" / name / f"{name}.parquet", streaming, "photo") == {"train": numbered(0, 3)}
+    (tmp_path / "t" / name).mkdir(parents=True)
+    write_tar(tmp_path / "t" / name / "data.tar", ["png"] * 3)
+    assert read_texts(tmp_path / "t" / name, streaming, "png", "txt") == {"train": numbered(0, 3)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_files_beside_images(tmp_path, streaming):
+    for folder in ("", "sub", "sub/sub", "validation"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    places = ["1.png", "sub/1.png", "sub/sub/1.JPG", "sub/sub/1.x.png", "validation/1.png"]
+    for i, (place, suffix) in enumerate(zip(places, (".txt", ".caption", ".txt", ".TXT", ".txt"))):
+        path = tmp_path / place
+        make_image(i).save(path)
+        path.with_suffix(suffix).write_bytes(
+            f"\n image number {i}, schön\r\n".encode("cp1252" if i == 2 else "utf-8-sig")
+        )
+    (tmp_path / "README.txt").write_text("not a caption")
+    expected = [f"image number {i}, schön" for i in range(5)]
+    assert read_texts(tmp_path, streaming) == {"train": expected[:4], "validation": expected[4:]}
+
+
+def test_an_image_without_a_text_file_among_others_is_broken(tmp_path):
+    for i in range(4):
+        make_image(i).save(tmp_path / f"{i}.png")
+        if i != 2:
+            (tmp_path / f"{i}.txt").write_text(f"image number {i}")
+    rows, _ = load_captioned_data(None, str(tmp_path), "image", "text", hold_out=False)
+    images = CaptionedImages(rows, 16, broken=BrokenRows(tmp_path / "broken.jsonl"))
+    assert sorted(images.captions) == [f"image number {i}" for i in (0, 1, 3)]
+    assert "2.png" in images.broken.path.read_text() and "no caption" in images.broken.path.read_text()
+
+
+def test_metadata_and_text_files_in_one_folder(tmp_path):
+    """Images in a folder with metadata have their captions there; others have text files, or are left out with a warning."""
+    Accelerator(cpu=True)  # which logging asks for
+    write_image_folder(tmp_path / "a", 3)
+    (tmp_path / "a" / "000.txt").write_text("another caption")
+    (tmp_path / "b").mkdir()
+    make_image(7).save(tmp_path / "b" / "7.png")
+    (tmp_path / "b" / "7.txt").write_text("image number 7")
+    assert read_texts(tmp_path) == {"train": [*numbered(0, 3), "image number 7"]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_layouts_are_shown_if_there_are_no_captions(tmp_path, streaming):
+    layouts = r"[^$]*1\.txt or 1\.caption[^$]*metadata\.jsonl[^$]*\"file_name\": \"1\.png\"[^$]*parquet files"
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ValueError, match=r"holds nothing that can be read\. These layouts work:" + layouts):
+        load_splits(None, str(tmp_path), "image", "text", streaming=streaming)
+    make_image(0).save(tmp_path / "sub" / "1.png")
+    with pytest.raises(ValueError, match=r"holds 1 images without captions\. These layouts work:" + layouts):
+        load_splits(None, str(tmp_path), "image", "text", streaming=streaming)
+    (tmp_path / "sub" / "1.txt").write_text("a caption")
+    write_parquet(tmp_path / "data.parquet", 2)
+    with pytest.raises(ValueError, match="holds images with captions as well as parquet files"):
+        load_splits(None, str(tmp_path), "image", "text", streaming=streaming)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data of others
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_save_to_disk(tmp_path, streaming):
+    write_parquet(tmp_path / "train.parquet", 4)
+    rows = Dataset.from_parquet(str(tmp_path / "train.parquet"))
+    rows.save_to_disk(tmp_path / "saved", num_shards=2)
+    (tmp_path / "saved").rename(tmp_path / "a::b [1]")
+    assert read_texts(tmp_path / "a::b [1]", streaming, "photo") == {"train": numbered(0, 4)}
+    DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "splits")
+    expected = {"train": numbered(0, 4), "test": numbered(1, 1)}
+    assert read_texts(tmp_path / "splits", streaming, "photo") == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["data", "i::j"])
+def test_parquet_files_of_bytes(tmp_path, streaming, name):
+    files = [to_bytes(make_image(i)) for i in range(3)]
+    for kind, images in (
+        ("bytes", files),
+        ("struct", [{"bytes": file, "path": "x.png"} for file in files]),
+        ("turned", [{"path": "x.png", "bytes": file} for file in files]),
+        ("only bytes", [{"bytes": file} for file in files]),
+    ):
+        path = tmp_path / f"{name} {kind}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"image": images, "text": numbered(0, 3)}), path)
+        assert read_texts(path, streaming) == {"train": numbered(0, 3)}, kind
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tars_of_images_with_different_extensions(tmp_path, streaming):
+    write_tar(tmp_path / "data.tar", ["jpg", "png", "webp", "jpg"])
+    for image, text in (("jpg", "txt"), ("webp", "txt"), ("image", "text")):
+        assert read_texts(tmp_path / "data.tar", streaming, image, text) == {"train": numbered(0, 4)}
+    with pytest.raises(ValueError, match=r"`caption_column='json'` is not in the train split, .*'txt'"):
+        read_texts(tmp_path / "data.tar", streaming, "jpg", "json")
+    write_tar(tmp_path / "data.tar", ["png"] * 6)  # a changed file is read again
+    assert read_texts(tmp_path / "data.tar", streaming, "jpg", "txt") == {"train": numbered(0, 6)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_metadata_in_csv(tmp_path, streaming, encoding, separator):
+    captions = ["None", "NA", "null", "nan", "schön, ja", 'sie sagt ""ja""; nein', "12", "two\nlines"]
+    lines = [separator.join(("file_name", "text"))]
+    for i, caption in enumerate(captions):
+        make_image(i).save(tmp_path / f"{i}.png")
+        lines.append(f'{i}.png{separator}"{caption}"')
+    (tmp_path / "metadata.csv").write_bytes("\r\n".join(lines).encode(encoding))
+    expected = sorted(caption.replace('""', '"') for caption in captions)
+    assert read_texts(tmp_path, streaming) == {"train": expected}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_absolute_paths_and_other_columns_in_metadata(tmp_path, streaming):
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    (tmp_path / "meta").mkdir()
+    names = [str(tmp_path / "images" / "0.png"), "../images/1.png", "..\\images\\sub\\2.png"]
+    for i, place in enumerate(("0.png", "1.png", "sub/2.png")):
+        make_image(i).save(tmp_path / "images" / place)
+    rows = [{"photo_file_name": name, "words": f"image number {i}", "n": i} for i, name in enumerate(names)]
+    (tmp_path / "meta" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert read_texts(tmp_path / "meta", streaming, "photo", "words") == {"train": numbered(0, 3)}
+    with pytest.raises(ValueError, match=r"`image_column='image'` is not in the train.*\['photo', 'words', 'n'\]"):
+        read_texts(tmp_path / "meta", streaming)
+    with pytest.raises(ValueError, match="`caption_column='n'` holds int, not strings"):
+        read_texts(tmp_path / "meta", streaming, "photo", "n")
+    (tmp_path / "meta" / "metadata.jsonl").write_text('{"photo_file_name": "1.png"}\n{"photo')
+    with pytest.raises(ValueError, match="line 2 of .*metadata.jsonl is not a JSON object"):
+        read_texts(tmp_path / "meta", streaming)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

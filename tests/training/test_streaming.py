@@ -1,13 +1,11 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import io
 import itertools
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from diffusers_greedy_grow.training.data.images import normalize, to_pixel_value
 from diffusers_greedy_grow.training.data.rows import MAX_CAPTION_CHARACTERS, BrokenRows
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
 
-from ..data_utils import BROKEN, make_image, write_image_folder, write_parquet, write_rows
+from ..data_utils import BROKEN, make_image, write_image_folder, write_parquet, write_rows, write_tar
 
 
 READ = """
@@ -45,17 +43,6 @@ with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
     json.dump({"captions": captions, "processes": accelerator.num_processes, "state": state,
         "shapes": shapes, "in_order": in_order}, file)
 """
-
-
-def write_tar(path: Path, count: int) -> None:
-    with tarfile.open(path, "w") as archive:
-        for i in range(count):
-            buffer = io.BytesIO()
-            make_image(i).save(buffer, format="PNG")
-            for extension, content in (("png", buffer.getvalue()), ("txt", f"image number {i}".encode())):
-                member = tarfile.TarInfo(f"{i:03}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
 
 
 def open_stream(source: Path, num_held_out: int = 0, image: str = "photo", text: str = "text", **kwargs):
@@ -156,7 +143,7 @@ def test_other_batches_neither_repeat_nor_lose_a_row(files, batch_size):
 
 def test_sources_give_the_same_batches(tmp_path):
     write_parquet(tmp_path / "data.parquet", 12)
-    write_tar(tmp_path / "data.tar", 12)
+    write_tar(tmp_path / "data.tar", ["png"] * 12)
     folder = write_image_folder(tmp_path / "images", 12)
     sources = [
         open_stream(tmp_path / "data.parquet"),

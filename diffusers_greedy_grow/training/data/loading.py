@@ -4,7 +4,7 @@
 """The data of a run, from its arguments to the batches of each phase."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..signals import leave_signals_to_the_parent
 from .captioned import CaptionedImages
 from .order import BucketOrder, EpochOrder
 from .rows import BrokenRows
-from .sources import check_data_dir, load_captioned_data
+from .sources import Selection, check_data_dir, load_captioned_data
 from .streaming import StreamedImages, StreamLoader, load_captioned_stream
 
 
@@ -149,15 +149,22 @@ def load_images(
             (height // factor, width // factor) for height, width in parse_buckets(data_args.aspect_ratio_buckets)
         ]
     columns = data_args.image_column, data_args.caption_column
+    selection = Selection.from_arguments(data_args)
+    if dataset_name is None or dataset_name != data_args.dataset_name:  # they name a part of that dataset only
+        selection = replace(selection, config_name=None, revision=None)
+    if num_held_out == 0:
+        selection = replace(selection, validation_split=None)
     if data_args.streaming:
         stream, held_out, first = load_captioned_stream(
-            dataset_name, data_dir, *columns, num_held_out, broken, data_args.max_image_pixels
+            dataset_name, data_dir, *columns, num_held_out, broken, data_args.max_image_pixels, selection
         )
         images = StreamedImages(
             stream, first, resolution, buckets, broken, data_args.shuffle_buffer_size, data_args.max_image_pixels
         )
         return images, held_out
-    rows, held_out = load_captioned_data(dataset_name, data_dir, *columns, hold_out=num_held_out > 0)
+    rows, held_out = load_captioned_data(
+        dataset_name, data_dir, *columns, hold_out=num_held_out > 0, selection=selection
+    )
     return CaptionedImages(rows, resolution, buckets, broken, max_image_pixels=data_args.max_image_pixels), held_out
 
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from ..signals import leave_signals_to_the_parent
 from .images import MAX_IMAGE_PIXELS, average_down, open_image, to_pixel_values
 from .rows import BrokenRow, BrokenRows, check_caption, name_row
-from .sources import load_splits
+from .sources import EVERYTHING, Selection, load_splits
 
 
 # How many rows are taken from a stream at once.
@@ -57,6 +57,7 @@ def load_captioned_stream(
     num_held_out: int,
     broken: BrokenRows | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    selection: Selection = EVERYTHING,
 ) -> tuple[IterableDataset, Dataset, tuple[int, int]]:
     """
     Open a stream of images with captions, and read the rows to hold out: the first `num_held_out` good rows of a `validation`
@@ -70,7 +71,9 @@ def load_captioned_stream(
         `ValueError`: if [`load_splits`] raises it, if too many rows are broken, or if no row is left to train on.
     """
     broken = broken or BrokenRows()
-    splits = load_splits(dataset_name, train_data_dir, image_column, caption_column, streaming=True)
+    splits = load_splits(
+        dataset_name, train_data_dir, image_column, caption_column, streaming=True, selection=selection
+    )
     name = next((name for name in ("validation", "test") if name in splits), "train")
     rows: list[dict] = []
     first = (0, 0)
@@ -231,7 +234,8 @@ class StreamedImages:
                 def report(reason: str, name: str = name_row(place, row)) -> None:
                     self.broken.add_ignored(name, reason)
 
-                waiting[bucket].append((position, to_pixel_values(image, *bucket, report=report), caption))
+                height, width = bucket
+                waiting[bucket].append((position, to_pixel_values(image, height, width, report), caption))
                 if len(waiting[bucket]) == batch_size:
                     _, pixel_values, captions = zip(*waiting.pop(bucket))
                     left = [row[0] for rows in waiting.values() for row in rows]
