@@ -183,7 +183,7 @@ def start_pipeline(
     if first == 0:
         if model_args.core is not None:
             return load_pipeline(model_args.core, model_args.core_revision)
-        return build_core_pipeline(model_args, data.core.captions, checkpoint)
+        return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
     if not start.exists():
         raise ValueError(

@@ -27,7 +27,10 @@ class ImageArguments:
         },
     )
     image_column: str = field(default="image", metadata={"help": "Name of the column with the images."})
-    caption_column: str = field(default="text", metadata={"help": "Name of the column with the captions."})
+    caption_column: str = field(
+        default="text",
+        metadata={"help": "Name of the column with the captions. If it holds lists, one caption is drawn per visit."},
+    )
     max_broken_share: float = field(
         default=0.01,
         metadata={

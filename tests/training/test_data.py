@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngImageFile
@@ -241,8 +240,7 @@ def test_an_image_without_a_text_file_among_others_is_broken(tmp_path):
 
 
 def test_metadata_and_text_files_in_one_folder(tmp_path):
-    """Images in a folder with metadata have their captions there; others have text files, or are left out with a warning."""
-    Accelerator(cpu=True)  # which logging asks for
+    """Images in a folder with metadata have their captions there; others have text files."""
     write_image_folder(tmp_path / "a", 3)
     (tmp_path / "a" / "000.txt").write_text("another caption")
     (tmp_path / "b").mkdir()
@@ -264,6 +262,77 @@ def test_the_layouts_are_shown_if_there_are_no_captions(tmp_path, streaming):
     write_parquet(tmp_path / "data.parquet", 2)
     with pytest.raises(ValueError, match="holds images with captions as well as parquet files"):
         load_splits(None, str(tmp_path), "image", "text", streaming=streaming)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several captions per image
+
+
+def write_captions(folder, kind: str, count: int = 40, captions: int = 5):
+    """Several captions for each image, "caption k of i": as rows of one file or of its bytes, or as lists."""
+    folder.mkdir()
+    rows = [(i, k) for k in range(captions) for i in range(count)]
+    names = {(i, k): f"{i}.png" if k else f"./{i}.png" for i, k in rows}
+    if kind == "files":
+        for (i, _), name in names.items():
+            make_image(i).save(folder / name)
+        lines = [{"file_name": names[row], "text": f"caption {row[1]} of {row[0]}"} for row in rows]
+    elif kind == "lists":
+        for i in range(count):
+            make_image(i).save(folder / f"{i}.png")
+        lines = [
+            {"file_name": f"{i}.png", "text": [f"caption {k} of {i}" for k in range(captions)]} for i in range(count)
+        ]
+    else:
+        write_rows(
+            folder / "data.parquet", [(make_image(i), f"caption {k} of {i}") for i, k in rows], image_column="image"
+        )
+        return folder
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["files", "bytes", "lists"])
+def test_rows_that_share_an_image_are_one_image(tmp_path, kind):
+    folder = write_captions(tmp_path / "data", kind)
+    train, validation = (CaptionedImages(rows, 32) for rows in load_captioned_data(None, str(folder), "image", "text"))
+    assert (len(train), len(validation)) == (38, 2)
+    numbers = []
+    for images in (train, validation):
+        for i in range(len(images)):
+            number = int(images.captions[i].split()[-1])
+            numbers.append(number)
+            assert sorted(images.caption_lists[i]) == [f"caption {k} of {number}" for k in range(5)]
+            assert images[i]["caption"] == images.captions[i]
+            assert images[i, 0.99]["caption"] == images.caption_lists[i][4]
+            assert np.array_equal(images[i]["pixel_values"].permute(1, 2, 0), make_image(number))
+    assert sorted(numbers) == list(range(40))
+    chosen = train.select(np.array([3, 1]))
+    assert chosen.caption_lists == [train.caption_lists[3], train.caption_lists[1]]
+    assert chosen.all_captions == train.caption_lists[3] + train.caption_lists[1]
+
+
+def test_different_images_of_one_length_are_not_joined(tmp_path):
+    same_end = [
+        (Image.fromarray(np.concatenate([np.array(make_image(i)), np.zeros((9, 32, 3), np.uint8)]))) for i in range(8)
+    ]
+    write_rows(tmp_path / "data.parquet", [(to_bytes(image.transpose(1), "BMP"), "a caption") for image in same_end])
+    rows, _ = load_captioned_data(None, str(tmp_path), "photo", "text", hold_out=False)
+    assert len(rows) == 8 and list(rows["text"]) == ["a caption"] * 8
+
+
+def test_broken_captions_of_several_are_left_out(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i, text in enumerate((["good", " ", None, "x" * 6000, "good", "better"], [], [" "], ["fine"])):
+        make_image(i).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    rows, _ = load_captioned_data(None, str(folder), "image", "text", hold_out=False)
+    images = CaptionedImages(rows, 16, broken=BrokenRows(tmp_path / "broken.jsonl"))
+    assert images.caption_lists == [["good", "better"], ["fine"]]
+    assert len(images.broken.path.read_text().splitlines()) == 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------

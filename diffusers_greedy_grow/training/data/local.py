@@ -9,6 +9,7 @@ read as patterns or URLs, so that a name may hold brackets, asterisks or colons.
 import csv
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import pandas
 import pyarrow.parquet
-from accelerate.logging import get_logger
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -26,7 +26,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 
-logger = get_logger(__name__)
+# Unlike accelerate's, this logger works before there is an `Accelerator`.
+logger = logging.getLogger(__name__)
 
 
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}

@@ -86,10 +86,16 @@ class BrokenRows:
         return len(rows)
 
 
+def list_captions(text: str | list | None) -> list:
+    """Return the captions of a row, of which there may be one or several, as a list."""
+    return text or [None] if isinstance(text, list) else [text]
+
+
 def name_row(place: str, row: dict) -> str:
     """Return a name for a row: its place, its file's name if it has one, and the beginning of its caption."""
     path = (row["image"] or {}).get("path")
-    return f"{place}{f', {path}' if path else ''}, {(row['text'] or '')[:80]!r}"
+    caption = next((text for text in list_captions(row["text"]) if text), "")
+    return f"{place}{f', {path}' if path else ''}, {caption[:80]!r}"
 
 
 def check_caption(caption: str | None) -> str:
@@ -106,3 +112,12 @@ def check_caption(caption: str | None) -> str:
     if len(caption) > MAX_CAPTION_CHARACTERS:
         raise BrokenRow(f"the caption has {len(caption)} characters, of {MAX_CAPTION_CHARACTERS} at most")
     return caption
+
+
+def is_good(caption: str | None) -> bool:
+    """Return whether a caption can be trained on."""
+    try:
+        check_caption(caption)
+    except BrokenRow:
+        return False
+    return True

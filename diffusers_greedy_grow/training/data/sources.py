@@ -6,6 +6,7 @@ Sources of captioned images: a dataset on the Hub, a folder, a file, or, by defa
 starts.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from datasets import Dataset, Features, Image, IterableDataset, LargeList, List,
 from ..arguments import DataArguments, ImageArguments
 from ..shapes.scenes import write_shapes
 from .local import LAYOUTS, UnreadableData, check_column, read_local
+from .sharing import merge_rows
 
 
 logger = get_logger(__name__)
@@ -201,7 +203,8 @@ def load_captioned_data(
 ) -> tuple[Dataset, Dataset]:
     """
     Load images with captions by [`load_splits`], and hold some of them out: the `validation` or `test` split if there is
-    one, else, with `hold_out`, 5 % of the rows and at most 256, always the same ones.
+    one, else, with `hold_out`, 5 % of the images and at most 256, always the same ones. Rows that share an image become one
+    row, whose `text` is a list of captions.
 
     Returns:
         The training and the validation rows, with the columns `image` (undecoded) and `text`.
@@ -210,15 +213,19 @@ def load_captioned_data(
         `ValueError`: if [`load_splits`] raises it, or if there are fewer than two rows to hold one out.
     """
     splits = load_splits(dataset_name, train_data_dir, image_column, caption_column, selection=selection)
+    rows = merge_rows(splits["train"])
     for name in ("validation", "test"):
         if name in splits:
-            return splits["train"], splits[name]
+            return rows, merge_rows(splits[name])
     if not hold_out:
-        return splits["train"], splits["train"].select([])
+        return rows, rows.select([])
     if len(splits["train"]) < 2:
         raise ValueError("The data has fewer than two rows: there is nothing to train on and to hold out.")
-    held_out = min(256, max(1, len(splits["train"]) // 20))
-    split = splits["train"].train_test_split(test_size=held_out, seed=0)
+    if len(rows) < 2:
+        warnings.warn("All rows of the data share one image: the held-out one is trained on, too.", stacklevel=2)
+        rows = splits["train"]
+    held_out = min(256, max(1, len(rows) // 20))
+    split = rows.train_test_split(test_size=held_out, seed=0)
     return split["train"], split["test"]
 
 

@@ -274,7 +274,7 @@ def list_captions(data: TrainingData, rank: int, num_processes: int) -> Iterator
     """
     known = {"", *data.validation.captions}
     if not data.streams:
-        known.update(data.core.captions, data.high_res.captions)
+        known.update(data.core.all_captions, data.high_res.all_captions)
     own = (stream.read_captions(rank, num_processes) for stream in list_streams(data))
     return itertools.chain(sorted(known)[rank::num_processes], *own)
 
