@@ -18,6 +18,7 @@ from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import write_shapes_once
 from diffusers_greedy_grow.training.data.streaming import StreamedImages
+from diffusers_greedy_grow.training.parsing import parse_arguments
 
 from ..data_utils import make_image, to_bytes, write_parquet, write_rows
 
@@ -83,6 +84,54 @@ def test_streamed_data(files):
         1,
         2,
     )  # at least 8 are held out: their captions are sampled
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--train_data_dir x --dataset_config_name y", "--dataset_config_name y: needs --dataset_name"),
+        ("--train_data_dir x --dataset_revision y", "--dataset_revision y: needs --dataset_name"),
+        ("--train_data_dir x --train_split y --validation_split y", "are both y: name different splits"),
+        ("--max_image_pixels 0", "--max_image_pixels 0: must be at least 1"),
+    ],
+)
+def test_parts_of_data_that_cannot_be_had(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(flags.split(), "")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_other_names(tmp_path, streaming):
+    """They are those of the core's own data, too, from which nothing is held out."""
+    for folder in ("core", "high"):
+        (tmp_path / folder).mkdir()
+        for i, name in enumerate(("learn", "check", "rest")):
+            write_parquet(tmp_path / folder / f"{name}.parquet", 9, first=9 * i + 100 * (folder == "high"))
+    arguments = {"train_split": "learn", "validation_split": "check", "streaming": streaming}
+    data = load(tmp_path / "high", **arguments)
+    assert list(data.core.captions) == [f"image number {i}" for i in range(100, 109)]
+    assert data.validation.captions == [f"image number {i}" for i in range(109, 118)]
+    (tmp_path / "core" / "check.parquet").unlink()
+    data = load(tmp_path / "core", high_res_data_dir=str(tmp_path / "high"), **arguments)
+    assert list(data.core.captions) == [f"image number {i}" for i in range(9)]
+    assert data.validation.captions == [f"image number {i}" for i in range(109, 118)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_most_pixels_of_an_image(tmp_path, streaming):
+    """The limit is that of all images of a run: those that are trained on, and those that are held out."""
+    write_rows(
+        tmp_path / "train.parquet", [(make_image(i, 32 if i < 4 else 40), f"image number {i}") for i in range(8)]
+    )
+    write_rows(
+        tmp_path / "test.parquet", [(make_image(i, 32 if i < 12 else 40), f"image number {i}") for i in range(8, 16)]
+    )
+    data = load(tmp_path, streaming=streaming, max_image_pixels=32 * 32, num_validation_images=8)
+    batches, _ = read(data.at(1, 16), 0, 8)
+    assert {caption for batch in batches for caption in batch["caption"]} == {f"image number {i}" for i in range(4)}
+    held_out = {data.validation[i]["caption"] for i in range(len(data.validation))}
+    assert held_out == {f"image number {i}" for i in range(8, 12)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

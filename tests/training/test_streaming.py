@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 
 from diffusers_greedy_grow.training.data.images import normalize, to_pixel_values
 from diffusers_greedy_grow.training.data.rows import MAX_CAPTION_CHARACTERS, BrokenRows
+from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
 
 from ..data_utils import BROKEN, make_image, write_image_folder, write_parquet, write_rows, write_tar
@@ -26,6 +27,7 @@ from accelerate import Accelerator
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, load_captioned_stream
 
 accelerator = Accelerator()
@@ -167,6 +169,39 @@ def test_from_the_hub(hub, files):
     batches, loader = read(StreamedImages(stream, first, 16), 12, num_workers=2)
     counts = Counter(caption for batch in batches for caption in batch["caption"])
     assert counts == {f"image number {i}": 1 for i in range(24)} and loader.state()["data"]["files"] == 4
+
+
+def test_a_part_of_a_dataset_on_the_hub(hub, tmp_path):
+    """A configuration, a revision, and splits of other names."""
+    for i, name in enumerate(("small/learn", "small/check", "large/learn")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", 2, first=2 * i)
+    parts = {"small": ("learn", "check"), "large": ("learn",)}
+    lines = ["---", "configs:"]
+    for config, splits in parts.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        lines += [f"  - split: {split}\n    path: {config}/{split}.parquet" for split in splits]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---"]))
+    HfApi().create_repo("owner/parts", repo_type="dataset")
+    commit = HfApi().upload_folder(repo_id="owner/parts", repo_type="dataset", folder_path=tmp_path)
+
+    def load(**selection):
+        rows, held_out = load_captioned_data(
+            "owner/parts", None, "photo", "text", hold_out=False, selection=Selection(**selection)
+        )
+        return [*rows["text"]], [*held_out["text"]]
+
+    first, second, third = ([f"image number {i}" for i in pair] for pair in ((0, 1), (2, 3), (4, 5)))
+    assert load(config_name="small", train_split="learn", validation_split="check") == (first, second)
+    assert load(config_name="large", train_split="learn", revision=commit.oid) == (third, [])
+    stream, held_out, _ = load_captioned_stream(
+        "owner/parts", None, "photo", "text", 2, selection=Selection("small", None, "learn", "check")
+    )
+    assert [row["text"] for row in stream] == first and held_out["text"] == second
+    with pytest.raises(ValueError, match="owner/parts has several configurations: pass `dataset_config_name`"):
+        load()
+    with pytest.raises(ValueError, match=r"no train split, only \['learn'\]: .*pass `train_split`"):
+        load(config_name="large")
 
 
 def test_images_are_averaged_down_where_they_are_read(files):
