@@ -122,16 +122,16 @@ def test_splits_of_other_names(tmp_path, streaming):
 def test_the_most_pixels_of_an_image(tmp_path, streaming):
     """The limit is that of all images of a run: those that are trained on, and those that are held out."""
     write_rows(
-        tmp_path / "train.parquet", [(make_image(i, 32 if i < 4 else 40), f"image number {i}") for i in range(8)]
+        tmp_path / "train.parquet", [(make_image(i, 32 if i < 7 else 40), f"image number {i}") for i in range(8)]
     )
     write_rows(
-        tmp_path / "test.parquet", [(make_image(i, 32 if i < 12 else 40), f"image number {i}") for i in range(8, 16)]
+        tmp_path / "test.parquet", [(make_image(i, 32 if i < 15 else 40), f"image number {i}") for i in range(8, 16)]
     )
-    data = load(tmp_path, streaming=streaming, max_image_pixels=32 * 32, num_validation_images=8)
-    batches, _ = read(data.at(1, 16), 0, 8)
-    assert {caption for batch in batches for caption in batch["caption"]} == {f"image number {i}" for i in range(4)}
+    data = load(tmp_path, streaming=streaming, max_image_pixels=32 * 32, num_validation_images=7)
+    batches, _ = read(data.at(1, 16), 0, 4)
+    assert {caption for batch in batches for caption in batch["caption"]} == {f"image number {i}" for i in range(7)}
     held_out = {data.validation[i]["caption"] for i in range(len(data.validation))}
-    assert held_out == {f"image number {i}" for i in range(8, 12)}
+    assert held_out == {f"image number {i}" for i in range(8, 15)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
