@@ -5,6 +5,7 @@
 
 import io
 import json
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def write_rows(path: Path, rows: list[tuple], caption_column: str = "text", imag
 def write_parquet(path: Path, count: int = 40, caption_column: str = "text", first: int = 0) -> None:
     """Writes a parquet file of [`make_image`], each with the caption "image number i"."""
     write_rows(path, [(make_image(i), f"image number {i}") for i in range(first, first + count)], caption_column)
+
+
+def write_tar(path: Path, extensions: list[str]) -> None:
+    """Writes a WebDataset tar file of [`make_image`], each with the caption "image number i" and one of `extensions`."""
+    formats = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    with tarfile.open(path, "w") as archive:
+        for i, kind in enumerate(extensions):
+            image, caption = to_bytes(make_image(i), formats[kind]), f"image number {i}".encode()
+            for extension, content in ((kind, image), ("txt", caption)):
+                member = tarfile.TarInfo(f"{i:03}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
 
 
 def make_rows(images: list[bytes]) -> Dataset:

@@ -161,6 +161,8 @@ def train(
         if accelerator.is_main_process:
             if found := broken.found():
                 logger.warning(f"{found} broken rows were left out so far: {broken.path} names them.")
+            if ignored := broken.found("ignored"):
+                logger.warning(f"{ignored} images have color profiles that cannot be used: {broken.path} names them.")
             scores[phase.name] = finish_phase(session, phase, pipeline)
         accelerator.wait_for_everyone()
         if accelerator.is_fsdp2 and phase is not phases[-1]:  # the weights are whole on the main process only
@@ -207,7 +209,7 @@ def start_pipeline(
     if first == 0:
         if model_args.core is not None:
             return load_pipeline(model_args.core, model_args.core_revision)
-        return build_core_pipeline(model_args, data.core.captions, checkpoint)
+        return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
     if not start.exists():
         raise ValueError(

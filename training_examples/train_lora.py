@@ -47,7 +47,7 @@ from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.rows import BrokenRows
-from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
 from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
@@ -234,14 +234,20 @@ def load_data(
     if resolution % phase.resolution:
         raise ValueError(f"`resolution={resolution}` must be a multiple of the model's {phase.resolution}.")
     train_rows, validation_rows = load_captioned_data(
-        args.dataset_name, args.train_data_dir, args.image_column, args.caption_column, hold_out=False
+        args.dataset_name,
+        args.train_data_dir,
+        args.image_column,
+        args.caption_column,
+        hold_out=False,
+        selection=Selection.from_arguments(args),
     )
     broken = BrokenRows(Path(args.output_dir) / "broken_rows.jsonl", args.max_broken_share)
     if checkpoint is None and accelerator.is_main_process:
         broken.forget()
     accelerator.wait_for_everyone()
-    train_data = CaptionedImages(train_rows, resolution, broken=broken).at(phase.resolution)
-    shown = CaptionedImages(validation_rows, resolution, broken=broken) if len(validation_rows) else train_data
+    options: dict = {"broken": broken, "max_image_pixels": args.max_image_pixels}
+    train_data = CaptionedImages(train_rows, resolution, **options).at(phase.resolution)
+    shown = CaptionedImages(validation_rows, resolution, **options) if len(validation_rows) else train_data
     return train_data, args.validation_prompts or list(dict.fromkeys(shown.captions))[:8]
 
 

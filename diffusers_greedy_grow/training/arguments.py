@@ -25,17 +25,41 @@ class ImageArguments:
     train_data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder to train on: an imagefolder with metadata, parquet files or WebDataset tar files; or one parquet or "
-            "tar file."
+            "help": "Folder to train on: images with a .txt or .caption file beside each or with a metadata.jsonl or metadata.csv, "
+            "parquet files, WebDataset tar files, or a dataset saved to disk; or one parquet or tar file. A folder or file at "
+            "its top that is named train, validation, val or test is a split."
         },
     )
     image_column: str = field(default="image", metadata={"help": "Name of the column with the images."})
-    caption_column: str = field(default="text", metadata={"help": "Name of the column with the captions."})
+    caption_column: str = field(
+        default="text",
+        metadata={"help": "Name of the column with the captions. If it holds lists, one caption is drawn per visit."},
+    )
     max_broken_share: float = field(
         default=0.01,
         metadata={
             "help": "Largest share of captions, and of images, that may be broken before the run stops. Broken rows are left out "
             "and named in broken_rows.jsonl."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of dataset_name, if it has several."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of dataset_name."})
+    train_split: str | None = field(
+        default=None, metadata={"help": 'Split to train on. By default, "train" and all that is in no split.'}
+    )
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Split to hold out. By default, "validation" or "test"; without one, some images are chosen.'
+        },
+    )
+    max_image_pixels: int = field(
+        default=178_956_970,  # the limit from which PIL itself refuses an image
+        metadata={
+            "help": "Most pixels that an image may have; larger ones count as broken. JPEGs of more than half the default are "
+            "decoded at a fraction of their size, so that they need little memory."
         },
     )
     caption_dropout: float = field(

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 11
 LINE_HEIGHT = 14
-# The only size of fonts with coloured bitmaps, such as Noto Color Emoji.
+# The only size of fonts with colored bitmaps, such as Noto Color Emoji.
 BITMAP_SIZE = 109
 
 

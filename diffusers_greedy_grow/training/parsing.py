@@ -293,6 +293,7 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
         (images, "caption_dropout", 0, 1),
         (images, "dataloader_num_workers", 0, math.inf),
         (images, "max_broken_share", 0, 0.99),
+        (images, "max_image_pixels", 1, math.inf),
         (loop, "max_grad_norm", 0, math.inf),
         (loop, "spike_factor", 1, math.inf),
         (loop, "max_skipped_steps", 0, math.inf),
@@ -315,6 +316,11 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
     if not getattr(loop, "plan", False):
         check_folder(parser, "output_dir", loop.output_dir)
     check_library_choices(parser, loop)
+    for name in ("dataset_config_name", "dataset_revision"):
+        if getattr(images, name) is not None and images.dataset_name is None:
+            parser.error(f"--{name} {getattr(images, name)}: needs --dataset_name.")
+    if images.train_split is not None and images.train_split == images.validation_split:
+        parser.error(f"--train_split and --validation_split are both {images.train_split}: name different splits.")
     if loop.hub_private_repo and not loop.push_to_hub:
         parser.error("--hub_private_repo needs --push_to_hub.")
 

@@ -3,12 +3,13 @@
 
 import hashlib
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import load_dataset
+from datasets import Dataset, Features, Image, List, Value, load_dataset
 
 from diffusers_greedy_grow.training.arguments import DataArguments
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
@@ -17,8 +18,9 @@ from diffusers_greedy_grow.training.data.order import BucketOrder, EpochOrder
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import write_shapes_once
 from diffusers_greedy_grow.training.data.streaming import StreamedImages
+from diffusers_greedy_grow.training.parsing import parse_arguments
 
-from ..data_utils import write_parquet
+from ..data_utils import make_image, to_bytes, write_parquet, write_rows
 
 
 def load(folder, resolutions=(8, 16), seed=0, **kwargs):
@@ -84,13 +86,63 @@ def test_streamed_data(files):
     )  # at least 8 are held out: their captions are sampled
 
 
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--train_data_dir x --dataset_config_name y", "--dataset_config_name y: needs --dataset_name"),
+        ("--train_data_dir x --dataset_revision y", "--dataset_revision y: needs --dataset_name"),
+        ("--train_data_dir x --train_split y --validation_split y", "are both y: name different splits"),
+        ("--max_image_pixels 0", "--max_image_pixels 0: must be at least 1"),
+    ],
+)
+def test_parts_of_data_that_cannot_be_had(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(flags.split(), "")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_other_names(tmp_path, streaming):
+    """They are those of the core's own data, too, from which nothing is held out."""
+    for folder in ("core", "high"):
+        (tmp_path / folder).mkdir()
+        for i, name in enumerate(("learn", "check", "rest")):
+            write_parquet(tmp_path / folder / f"{name}.parquet", 9, first=9 * i + 100 * (folder == "high"))
+    arguments = {"train_split": "learn", "validation_split": "check", "streaming": streaming}
+    data = load(tmp_path / "high", **arguments)
+    assert list(data.core.captions) == [f"image number {i}" for i in range(100, 109)]
+    assert data.validation.captions == [f"image number {i}" for i in range(109, 118)]
+    (tmp_path / "core" / "check.parquet").unlink()
+    data = load(tmp_path / "core", high_res_data_dir=str(tmp_path / "high"), **arguments)
+    assert list(data.core.captions) == [f"image number {i}" for i in range(9)]
+    assert data.validation.captions == [f"image number {i}" for i in range(109, 118)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_most_pixels_of_an_image(tmp_path, streaming):
+    """The limit is that of all images of a run: those that are trained on, and those that are held out."""
+    write_rows(
+        tmp_path / "train.parquet", [(make_image(i, 32 if i < 7 else 40), f"image number {i}") for i in range(8)]
+    )
+    write_rows(
+        tmp_path / "test.parquet", [(make_image(i, 32 if i < 15 else 40), f"image number {i}") for i in range(8, 16)]
+    )
+    data = load(tmp_path, streaming=streaming, max_image_pixels=32 * 32, num_validation_images=7)
+    batches, _ = read(data.at(1, 16), 0, 4)
+    assert {caption for batch in batches for caption in batch["caption"]} == {f"image number {i}" for i in range(7)}
+    held_out = {data.validation[i]["caption"] for i in range(len(data.validation))}
+    assert held_out == {f"image number {i}" for i in range(8, 15)}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
-def read(images, steps_done, num_steps, accumulation=2, num_workers=0, state=None):
+def read(images, steps_done, num_steps, accumulation=2, num_workers=0, state=None, batch_size=3):
     accelerator = Accelerator(cpu=True)
-    loader = make_loader(images, accelerator, 3, steps_done, num_steps, (5, 1), accumulation, num_workers, state)
+    loader = make_loader(
+        images, accelerator, batch_size, steps_done, num_steps, (5, 1), accumulation, num_workers, state
+    )
     return list(loader), loader
 
 
@@ -112,6 +164,60 @@ def test_batches_after_some_steps_are_those_that_would_have_followed(files, buck
     assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[8:]]
     assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(rest, whole[8:]))
     assert read(images, 7, 7)[0] == []
+
+
+@pytest.mark.parametrize("buckets", [None, "16,16;8,32"])
+def test_one_of_several_captions_is_drawn_per_visit(tmp_path, buckets):
+    """By the seed and the place in the phase alone: also after a resume, and with other batches."""
+    shapes = [(32, 32), (40, 10)]
+    rows = [(make_image(i).resize(shapes[i % 2]), f"caption {k} of {i}") for i in range(12) for k in range(4)]
+    write_rows(tmp_path / "data.parquet", rows)
+    images = load(tmp_path / "data.parquet", aspect_ratio_buckets=buckets).at(1, 16)
+    assert len(images) == 11
+    whole, _ = read(images, 0, 40)
+    shown = Counter(caption for batch in whole for caption in batch["caption"])
+    assert set(shown) == set(images.all_captions) and len(shown) == 44
+    for batch in whole:
+        numbers = [int(caption.split()[-1]) for caption in batch["caption"]]
+        expected = {int(images.captions[i].split()[-1]): images[i]["pixel_values"] for i in range(len(images))}
+        assert all(torch.equal(expected[i], pixels) for i, pixels in zip(numbers, batch["pixel_values"]))
+    rest, _ = read(images, 17, 40)
+    assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[34:]]
+    other, _ = read(images, 17, 40, accumulation=1, batch_size=6)
+    assert sum((batch["caption"] for batch in other), []) == sum((batch["caption"] for batch in rest), [])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_images_are_not_trained_on(tmp_path, streaming):
+    """Five rows per image, all over the data."""
+    rows = [(make_image(i), f"caption {k} of {i}") for k in range(5) for i in range(40)]
+    for part in range(2):
+        write_rows(tmp_path / f"{part}.parquet", rows[100 * part : 100 * (part + 1)])
+    data = load(tmp_path, streaming=streaming, num_validation_images=9)
+    assert len(data.validation) == (9 if streaming else 2)
+    held_out = {caption.split()[-1] for caption in data.validation.captions}
+    batches, _ = read(data.at(1, 16), 0, 50)
+    trained = {caption.split()[-1] for batch in batches for caption in batch["caption"]}
+    assert len(trained) == 40 - len(held_out) and not trained & held_out
+
+
+def test_a_stream_draws_captions(tmp_path):
+    for part in range(2):
+        rows = [{"bytes": to_bytes(make_image(i)), "path": None} for i in range(8 * part, 8 * part + 8)]
+        texts = [[" ", *(f"caption {k} of {i}" for k in range(4))] for i in range(8 * part, 8 * part + 8)]
+        features = Features({"photo": Image(), "text": List(Value("string"))})
+        Dataset.from_dict({"photo": rows, "text": texts}, features=features).to_parquet(tmp_path / f"{part}.parquet")
+    data = load(tmp_path, streaming=True, num_validation_images=0)
+    assert data.validation.caption_lists == [[f"caption {k} of {i}" for k in range(4)] for i in range(8)]
+    images = data.at(1, 16)
+    expected = {f"caption {k} of {i}" for i in range(8, 16) for k in range(4)}
+    assert set(images.all_captions) == expected
+    whole, _ = read(images, 0, 30)
+    shown = Counter(caption for batch in whole for caption in batch["caption"])
+    assert set(shown) == expected and not images.broken.broken
+    _, loader = read(images, 0, 11)
+    rest, _ = read(images, 11, 30, state=json.loads(json.dumps(loader.state())))
+    assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[22:]]
 
 
 def test_a_stream_resumes_after_some_steps(files):

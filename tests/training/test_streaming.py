@@ -1,13 +1,11 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import io
 import itertools
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -17,9 +15,10 @@ from huggingface_hub import HfApi
 
 from diffusers_greedy_grow.training.data.images import normalize, to_pixel_values
 from diffusers_greedy_grow.training.data.rows import MAX_CAPTION_CHARACTERS, BrokenRows
+from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, StreamLoader, load_captioned_stream
 
-from ..data_utils import BROKEN, make_image, write_image_folder, write_parquet, write_rows
+from ..data_utils import BROKEN, make_image, write_image_folder, write_parquet, write_rows, write_tar
 
 
 READ = """
@@ -28,6 +27,7 @@ from accelerate import Accelerator
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
+from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
 from diffusers_greedy_grow.training.data.streaming import StreamedImages, load_captioned_stream
 
 accelerator = Accelerator()
@@ -45,17 +45,6 @@ with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as file:
     json.dump({"captions": captions, "processes": accelerator.num_processes, "state": state,
         "shapes": shapes, "in_order": in_order}, file)
 """
-
-
-def write_tar(path: Path, count: int) -> None:
-    with tarfile.open(path, "w") as archive:
-        for i in range(count):
-            buffer = io.BytesIO()
-            make_image(i).save(buffer, format="PNG")
-            for extension, content in (("png", buffer.getvalue()), ("txt", f"image number {i}".encode())):
-                member = tarfile.TarInfo(f"{i:03}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
 
 
 def open_stream(source: Path, num_held_out: int = 0, image: str = "photo", text: str = "text", **kwargs):
@@ -156,7 +145,7 @@ def test_other_batches_neither_repeat_nor_lose_a_row(files, batch_size):
 
 def test_sources_give_the_same_batches(tmp_path):
     write_parquet(tmp_path / "data.parquet", 12)
-    write_tar(tmp_path / "data.tar", 12)
+    write_tar(tmp_path / "data.tar", ["png"] * 12)
     folder = write_image_folder(tmp_path / "images", 12)
     sources = [
         open_stream(tmp_path / "data.parquet"),
@@ -180,6 +169,39 @@ def test_from_the_hub(hub, files):
     batches, loader = read(StreamedImages(stream, first, 16), 12, num_workers=2)
     counts = Counter(caption for batch in batches for caption in batch["caption"])
     assert counts == {f"image number {i}": 1 for i in range(24)} and loader.state()["data"]["files"] == 4
+
+
+def test_a_part_of_a_dataset_on_the_hub(hub, tmp_path):
+    """A configuration, a revision, and splits of other names."""
+    for i, name in enumerate(("small/learn", "small/check", "large/learn")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", 2, first=2 * i)
+    parts = {"small": ("learn", "check"), "large": ("learn",)}
+    lines = ["---", "configs:"]
+    for config, splits in parts.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        lines += [f"  - split: {split}\n    path: {config}/{split}.parquet" for split in splits]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---"]))
+    HfApi().create_repo("owner/parts", repo_type="dataset")
+    commit = HfApi().upload_folder(repo_id="owner/parts", repo_type="dataset", folder_path=tmp_path)
+
+    def load(**selection):
+        rows, held_out = load_captioned_data(
+            "owner/parts", None, "photo", "text", hold_out=False, selection=Selection(**selection)
+        )
+        return [*rows["text"]], [*held_out["text"]]
+
+    first, second, third = ([f"image number {i}" for i in pair] for pair in ((0, 1), (2, 3), (4, 5)))
+    assert load(config_name="small", train_split="learn", validation_split="check") == (first, second)
+    assert load(config_name="large", train_split="learn", revision=commit.oid) == (third, [])
+    stream, held_out, _ = load_captioned_stream(
+        "owner/parts", None, "photo", "text", 2, selection=Selection("small", None, "learn", "check")
+    )
+    assert [row["text"] for row in stream] == first and held_out["text"] == second
+    with pytest.raises(ValueError, match="owner/parts has several configurations: pass `dataset_config_name`"):
+        load()
+    with pytest.raises(ValueError, match=r"no train split, only \['learn'\]: .*pass `train_split`"):
+        load(config_name="large")
 
 
 def test_images_are_averaged_down_where_they_are_read(files):

@@ -4,7 +4,6 @@
 """Captioned images that are all on disk and in order, as a dataset."""
 
 import copy
-import io
 import itertools
 
 import numpy as np
@@ -14,14 +13,14 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import Image as PILImage
 from torch.utils.data import get_worker_info
 
-from .images import average_down, open_image, to_pixel_values
-from .rows import BrokenRow, BrokenRows, check_caption, name_row
+from .images import MAX_IMAGE_PIXELS, average_down, open_header, open_image, to_pixel_values
+from .rows import BrokenRow, BrokenRows, check_caption, list_captions, name_row
 
 
 class CaptionedImages(torch.utils.data.Dataset):
     """
-    Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. A row with a broken caption is left out;
-    a row whose image is broken is replaced by the next one of its shape.
+    Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. If `text` is a list, one of its captions is
+    drawn per visit. Broken captions are left out, as is a row without any other; a row whose image is broken is replaced by the next one of its shape.
 
     If all images fit in `max_cache_bytes`, each is decoded and scaled once and then kept in memory. The workers of a data
     loader do without that cache, since each would hold its own.
@@ -37,6 +36,8 @@ class CaptionedImages(torch.utils.data.Dataset):
             The counter of broken rows.
         max_cache_bytes (`int`, defaults to 2 GiB):
             The most memory to use for decoded images.
+        max_image_pixels (`int`):
+            The most pixels that an image file may have.
 
     Raises:
         `ValueError`: if all captions are broken, or too many; later, if too many images are broken, or all of a shape.
@@ -49,31 +50,52 @@ class CaptionedImages(torch.utils.data.Dataset):
         buckets: list[tuple[int, int]] | None = None,
         broken: BrokenRows | None = None,
         max_cache_bytes: int = 2 * 2**30,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         self.resolution, self.pool_factor = resolution, 1
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
-        captions, good = list(rows["text"]), []
+        texts, good = [list_captions(text) for text in rows["text"]], []
         # Counted apart from broken images: all captions are read now, images one by one.
         broken_captions = BrokenRows(self.broken.path, self.broken.max_share)
-        broken_captions.read = len(captions)
-        for i, caption in enumerate(captions):
-            try:
-                check_caption(caption)
+        broken_captions.read = sum(map(len, texts))
+        self.caption_lists: list[list[str]] = []  # the captions of each image
+        for i, captions in enumerate(texts):
+            kept = []
+            for caption in dict.fromkeys(captions):
+                try:
+                    kept.append(check_caption(caption))
+                except BrokenRow as error:
+                    name = name_row(f"row {i} of {len(texts)}", {**rows[i], "text": caption})
+                    broken_captions.add(name, error)
+            if kept:
                 good.append(i)
-            except BrokenRow as error:
-                broken_captions.add(name_row(f"row {i} of {len(captions)}", rows[i]), error)
+                self.caption_lists.append(kept)
         if not good:
             raise ValueError("No row of the data has a caption.")
         self.rows = rows if len(good) == len(rows) else rows.select(good)
-        self.captions = [captions[i] for i in good]
         self.unreadable: set[int] = set()
-        self.max_cache_bytes = max_cache_bytes
+        self.max_cache_bytes, self.max_image_pixels = max_cache_bytes, max_image_pixels
         self.cache = self.make_cache()
         self.shapes = self.find_shapes() if len(self.buckets) > 1 else np.zeros(len(self.rows), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def captions(self) -> list[str]:
+        """The first caption of each image."""
+        return [captions[0] for captions in self.caption_lists]
+
+    @property
+    def all_captions(self) -> list[str]:
+        """The captions of all images, image after image."""
+        return list(itertools.chain.from_iterable(self.caption_lists))
+
+    @property
+    def has_several_captions(self) -> bool:
+        """Whether some image has more than one caption."""
+        return any(len(captions) > 1 for captions in self.caption_lists)
 
     def at(self, resolution: int) -> "CaptionedImages":
         """Return the same images averaged down to `resolution`. Unless it is their own, they are float32 in [-1, 1]."""
@@ -85,7 +107,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         """Return some of the images, in the order of `indices`."""
         images = copy.copy(self)
         images.rows = self.rows.select(indices)
-        images.captions = [self.captions[i] for i in indices]
+        images.caption_lists = [self.caption_lists[i] for i in indices]
         images.shapes = self.shapes[indices]
         images.cache = images.make_cache()
         images.unreadable = set()
@@ -100,7 +122,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         shapes = np.zeros(len(self.rows), dtype=np.int64)
         for i, image in enumerate(self.rows["image"]):
             try:
-                opened = PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+                opened = open_header(image, self.max_image_pixels)
                 width, height = opened.size
                 exif = PILImage.Image.getexif(opened)  # the method of a PNG image would decode all of it
                 if exif.get(PILImage.ExifTags.Base.Orientation, 1) > 4:  # turned by 90 degrees
@@ -110,7 +132,15 @@ class CaptionedImages(torch.utils.data.Dataset):
             shapes[i] = find_nearest_bucket(height, width, self.buckets)
         return shapes
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, key: int | tuple[int, float]) -> dict:
+        """
+        Return an image and one of its captions.
+
+        Args:
+            key (`int` or `tuple[int, float]`): The index, and a number in [0, 1) by which the caption is drawn. Without it,
+                the caption is the first one.
+        """
+        index, drawn = key if isinstance(key, tuple) else (key, 0.0)
         alike = None  # the rows of the same shape
         for tried in itertools.count(1):
             if index not in self.unreadable:
@@ -128,7 +158,9 @@ class CaptionedImages(torch.utils.data.Dataset):
                     + (f", whose broken rows {self.broken.path} names." if self.broken.path is not None else ".")
                 )
             index = int(alike[np.searchsorted(alike, index, side="right") % len(alike)])
-        return {"pixel_values": average_down(pixel_values, self.pool_factor), "caption": self.captions[index]}
+        captions = self.caption_lists[index]
+        caption = captions[int(drawn * len(captions))]
+        return {"pixel_values": average_down(pixel_values, self.pool_factor), "caption": caption}
 
     def read(self, index: int) -> torch.Tensor:
         """
@@ -141,7 +173,13 @@ class CaptionedImages(torch.utils.data.Dataset):
         if cache is not None and index in cache:
             return cache[index]
         self.broken.read += 1
-        pixel_values = to_pixel_values(open_image(self.rows[index]["image"]), *self.buckets[self.shapes[index]])
+        row, (height, width) = self.rows[index], self.buckets[self.shapes[index]]
+        image = open_image(row["image"], max(height, width), self.max_image_pixels)
+
+        def report(reason: str) -> None:
+            self.broken.add_ignored(name_row(f"row {index} of {len(self)}", row), reason)
+
+        pixel_values = to_pixel_values(image, height, width, report)
         if cache is not None:
             cache[index] = pixel_values
         return pixel_values

@@ -4,22 +4,23 @@
 """The data of a run, from its arguments to the batches of each phase."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from ..arguments import DataArguments
 from ..parsing import parse_buckets
 from ..signals import leave_signals_to_the_parent
 from .captioned import CaptionedImages
-from .order import BucketOrder, EpochOrder
+from .order import BucketOrder, DrawnOrder, EpochOrder
 from .rows import BrokenRows
-from .sources import check_data_dir, load_captioned_data
+from .sharing import find_key
+from .sources import Selection, check_data_dir, load_captioned_data
 from .streaming import StreamedImages, StreamLoader, load_captioned_stream
 
 
@@ -107,9 +108,13 @@ def load_training_data(
         if data_args.num_high_res_images is not None:
             chosen = np.random.default_rng(seed).permutation(len(core))
             high_res = core.select(chosen[: data_args.num_high_res_images])
-    data = TrainingData(core, high_res, CaptionedImages(held_out, final_resolution, broken=broken))
+    validation = CaptionedImages(
+        held_out, final_resolution, broken=broken, max_image_pixels=data_args.max_image_pixels
+    )
+    data = TrainingData(core, high_res, validation)
     if data_args.has_high_res_data and not data_args.streaming:
-        if known := set(data.validation.captions) & set(core.captions):
+        known = set(data.validation.all_captions).intersection(core.all_captions)
+        if known:
             logger.warning(
                 f"The captions of {len(known)} held-out images are in the core's data, too: if the images are as well, held-out "
                 "losses will be too good."
@@ -146,18 +151,32 @@ def load_images(
             (height // factor, width // factor) for height, width in parse_buckets(data_args.aspect_ratio_buckets)
         ]
     columns = data_args.image_column, data_args.caption_column
+    selection = Selection.from_arguments(data_args)
+    if dataset_name is None or dataset_name != data_args.dataset_name:  # they name a part of that dataset only
+        selection = replace(selection, config_name=None, revision=None)
+    if num_held_out == 0:
+        selection = replace(selection, validation_split=None)
     if data_args.streaming:
-        stream, held_out, first = load_captioned_stream(dataset_name, data_dir, *columns, num_held_out, broken)
-        return StreamedImages(stream, first, resolution, buckets, broken, data_args.shuffle_buffer_size), held_out
-    rows, held_out = load_captioned_data(dataset_name, data_dir, *columns, hold_out=num_held_out > 0)
-    return CaptionedImages(rows, resolution, buckets, broken), held_out
+        stream, held_out, first = load_captioned_stream(
+            dataset_name, data_dir, *columns, num_held_out, broken, data_args.max_image_pixels, selection
+        )
+        images = StreamedImages(
+            stream, first, resolution, buckets, broken, data_args.shuffle_buffer_size, data_args.max_image_pixels
+        )
+        if first > (0, 0):  # later rows may share the images of the rows that are held out
+            images.held_out = frozenset(find_key(image) for image in held_out["image"])
+        return images, held_out
+    rows, held_out = load_captioned_data(
+        dataset_name, data_dir, *columns, hold_out=num_held_out > 0, selection=selection
+    )
+    return CaptionedImages(rows, resolution, buckets, broken, max_image_pixels=data_args.max_image_pixels), held_out
 
 
 def take_fingerprint(*sets: CaptionedImages | StreamedImages) -> str:
     """Return a digest of the captions of several sets, in order: it tells whether a run resumes with the same data."""
     digest = hashlib.sha256()
     for images in sets:
-        for caption in images.captions:
+        for caption in images.captions if isinstance(images, StreamedImages) else images.all_captions:
             digest.update(f"{caption}\0".encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
@@ -203,10 +222,14 @@ def make_loader(
         )
     options["worker_init_fn"] = leave_signals_to_the_parent
     if len(images.buckets) > 1:
-        batches = BucketOrder(images.shapes, batch_size, batches_per_step, steps_done, steps_left, seed)
+        batches: Sampler = BucketOrder(images.shapes, batch_size, batches_per_step, steps_done, steps_left, seed)
+        if images.has_several_captions:
+            batches = DrawnOrder(batches, steps_done * batches_per_step * batch_size, seed)
         loader = DataLoader(images, batch_sampler=batches, **options)
     else:
         images_per_step = batch_size * batches_per_step
-        order = EpochOrder(len(images), steps_done * images_per_step, steps_left * images_per_step, seed)
+        order: Sampler = EpochOrder(len(images), steps_done * images_per_step, steps_left * images_per_step, seed)
+        if images.has_several_captions:
+            order = DrawnOrder(order, steps_done * images_per_step, seed)
         loader = DataLoader(images, batch_size=batch_size, sampler=order, **options)
     return accelerator.prepare(loader)

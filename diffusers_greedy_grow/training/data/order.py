@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from .sharing import draw
+
 
 class EpochOrder(Sampler[int]):
     """
@@ -80,3 +82,31 @@ class BucketOrder(Sampler[list[int]]):
                     yield from (rows[i : i + self.batch_size] for i in range(0, step_size, self.batch_size))
                 rows.clear()
                 step += 1
+
+
+class DrawnOrder(Sampler):
+    """
+    The indices, or batches of indices, of another order, each index with a number in [0, 1) by which one of the captions of
+    its image is drawn. It depends on the seed and on the index's place in the phase, not on how steps are split into batches.
+
+    Args:
+        order (`EpochOrder` or `BucketOrder`): The other order.
+        start (`int`): How many indices it leaves out at the start.
+        seed (`tuple[int, ...]`): The seed.
+    """
+
+    def __init__(self, order: Sampler, start: int, seed: tuple[int, ...]):
+        self.order, self.start, self.seed = order, start, seed
+        if isinstance(order, BucketOrder):  # as accelerate asks of batches
+            self.drop_last, self.batch_size = order.drop_last, order.batch_size
+
+    def __len__(self) -> int:
+        return len(self.order)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator:
+        place = self.start
+        for item in self.order:
+            indices = item if isinstance(item, list) else [item]
+            drawn = [(index, draw(self.seed, (place + i,))) for i, index in enumerate(indices)]
+            place += len(indices)
+            yield drawn if isinstance(item, list) else drawn[0]

@@ -16,6 +16,7 @@ rows finish an epoch sooner. A lane without any row in an epoch, for instance be
 its next epoch. To resume, a lane reads its epoch again from the start, but decodes only the rows that it still needs.
 """
 
+import contextlib
 import copy
 import itertools
 from collections import defaultdict
@@ -25,14 +26,15 @@ from typing import TypedDict
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from diffusers.training_utils import find_nearest_bucket
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..signals import leave_signals_to_the_parent
-from .images import average_down, open_image, to_pixel_values
-from .rows import BrokenRow, BrokenRows, check_caption, name_row
-from .sources import load_splits
+from .images import MAX_IMAGE_PIXELS, average_down, open_image, to_pixel_values
+from .rows import BrokenRow, BrokenRows, check_caption, is_good, list_captions, name_row
+from .sharing import draw_caption, find_key
+from .sources import EVERYTHING, Selection, load_splits
 
 
 # How many rows are taken from a stream at once.
@@ -56,6 +58,8 @@ def load_captioned_stream(
     caption_column: str,
     num_held_out: int,
     broken: BrokenRows | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    selection: Selection = EVERYTHING,
 ) -> tuple[IterableDataset, Dataset, tuple[int, int]]:
     """
     Open a stream of images with captions, and read the rows to hold out: the first `num_held_out` good rows of a `validation`
@@ -69,30 +73,40 @@ def load_captioned_stream(
         `ValueError`: if [`load_splits`] raises it, if too many rows are broken, or if no row is left to train on.
     """
     broken = broken or BrokenRows()
-    splits = load_splits(dataset_name, train_data_dir, image_column, caption_column, streaming=True)
+    splits = load_splits(
+        dataset_name, train_data_dir, image_column, caption_column, streaming=True, selection=selection
+    )
     name = next((name for name in ("validation", "test") if name in splits), "train")
-    rows: list[dict] = []
+    images: dict = {}  # the rows by their images
     first = (0, 0)
     for (file, row_number), row in read_files(splits[name]):
-        if len(rows) == num_held_out:
+        if len(images) == num_held_out:
             break
         if name == "train":
             first = (file, row_number + 1)
         broken.read += 1
         try:
-            check_caption(row["text"])
-            open_image(row["image"])
-            rows.append(row)
+            captions = list_captions(row["text"])
+            captions = list(filter(is_good, captions)) or [check_caption(captions[0])]
+            open_image(row["image"], max_image_pixels=max_image_pixels)
+            key = find_key(row["image"])
+            if key in images:
+                captions = [*list_captions(images[key]["text"]), *captions]
+            images[key] = {"image": row["image"], "text": captions if len(captions) > 1 else captions[0]}
         except BrokenRow as error:
             broken.add(name_row(f"row {row_number} of file {file}", row), error)
     else:  # the split has no further row
         if name == "train":
             raise ValueError(
-                f"{len(rows)} rows of the stream are held out, and none is left to train on: hold out fewer by "
+                f"{len(images)} rows of the stream are held out, and none is left to train on: hold out fewer by "
                 "`num_validation_images`, or leave out `streaming`."
             )
-    columns = {column: [row[column] for row in rows] for column in ("image", "text")}
-    return splits["train"], Dataset.from_dict(columns, features=splits[name].features), first
+    texts = [row["text"] for row in images.values()]
+    features = Features({"image": Image(decode=False), "text": Value("string")})
+    if any(isinstance(text, list) for text in texts):
+        features["text"], texts = List(Value("string")), [list_captions(text) for text in texts]
+    columns = {"image": [row["image"] for row in images.values()], "text": texts}
+    return splits["train"], Dataset.from_dict(columns, features=features), first
 
 
 def read_files(stream: IterableDataset, files: Iterable[int] | None = None) -> Iterator[tuple[tuple[int, int], dict]]:
@@ -134,6 +148,8 @@ class StreamedImages:
             The counter of broken rows.
         shuffle_buffer_size (`int`, defaults to 1000):
             The number of rows, still undecoded, among which each lane draws the next one.
+        max_image_pixels (`int`):
+            The most pixels that an image file may have.
     """
 
     def __init__(
@@ -144,12 +160,19 @@ class StreamedImages:
         buckets: list[tuple[int, int]] | None = None,
         broken: BrokenRows | None = None,
         shuffle_buffer_size: int = 1000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         self.stream, self.first = stream, first
+        self.held_out: frozenset = frozenset()  # the keys of the images of rows that are held out
         self.resolution, self.pool_factor = resolution, 1
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
-        self.shuffle_buffer_size = shuffle_buffer_size
+        self.shuffle_buffer_size, self.max_image_pixels = shuffle_buffer_size, max_image_pixels
+
+    @property
+    def all_captions(self) -> Iterator[str]:
+        """The same as `captions`, under the name that it has for images in order."""
+        return self.captions
 
     @property
     def captions(self) -> Iterator[str]:
@@ -160,10 +183,9 @@ class StreamedImages:
         """Yield the captions for reader `share` of `shares`, each of which reads its own files, as lanes do."""
         files = list(range(self.stream.num_shards))
         for _, row in self.read_share(self.stream.select_columns(["text"]), files, share, shares):
-            try:
-                yield check_caption(row["text"])
-            except BrokenRow:
-                continue
+            for caption in list_captions(row["text"]):
+                with contextlib.suppress(BrokenRow):
+                    yield check_caption(caption)
 
     def at(self, resolution: int) -> "StreamedImages":
         """Return the same images averaged down to `resolution`. Unless it is their own, they are float32 in [-1, 1]."""
@@ -177,8 +199,11 @@ class StreamedImages:
         """Yield the rows that a lane is dealt and that are not held out, as [`read_files`] does."""
         own, sharing = deal(files, lane, lanes)
         for place, row in read_files(stream, (file for file in own if file >= self.first[0])):
-            if place >= self.first and place[1] % sharing == lane // len(files):
-                yield place, row
+            if place < self.first or place[1] % sharing != lane // len(files):
+                continue
+            if self.held_out and "image" in row and find_key(row["image"]) in self.held_out:
+                continue
+            yield place, row
 
     def shuffle_files(self, seed: tuple[int, ...], epoch: int) -> list[int]:
         """Return the numbers of all files in the order of an epoch."""
@@ -189,6 +214,9 @@ class StreamedImages:
         rng = np.random.default_rng([*seed, epoch, lane])
         buffer: list[tuple[str, dict]] = []
         for (file, row_number), row in self.read_share(self.stream, self.shuffle_files(seed, epoch), lane, lanes):
+            if isinstance(row["text"], list):
+                good = [caption for caption in row["text"] if is_good(caption)] or [None]
+                row["text"] = draw_caption(good, seed, (epoch, file, row_number))
             buffer.append((f"row {row_number} of file {file}", row))
             if len(buffer) == self.shuffle_buffer_size:
                 i = int(rng.integers(len(buffer)))
@@ -218,12 +246,17 @@ class StreamedImages:
                 self.broken.read += 1
                 try:
                     caption = check_caption(row["text"])
-                    image = open_image(row["image"])
+                    image = open_image(row["image"], max(map(max, self.buckets)), self.max_image_pixels)
                 except BrokenRow as error:
                     self.broken.add(name_row(place, row), error)
                     continue
                 bucket = self.buckets[find_nearest_bucket(image.height, image.width, self.buckets)]
-                waiting[bucket].append((position, to_pixel_values(image, *bucket), caption))
+
+                def report(reason: str, name: str = name_row(place, row)) -> None:
+                    self.broken.add_ignored(name, reason)
+
+                height, width = bucket
+                waiting[bucket].append((position, to_pixel_values(image, height, width, report), caption))
                 if len(waiting[bucket]) == batch_size:
                     _, pixel_values, captions = zip(*waiting.pop(bucket))
                     left = [row[0] for rows in waiting.values() for row in rows]

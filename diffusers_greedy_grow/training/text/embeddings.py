@@ -254,6 +254,12 @@ def describe_source(data: TrainingData, data_args: DataArguments, seed: int) -> 
     return {
         "datasets": [data_args.dataset_name, data_args.high_res_dataset_name],
         "folders": [folder and str(Path(folder).resolve()) for folder in folders],
+        "parts": [
+            data_args.dataset_config_name,
+            data_args.dataset_revision,
+            data_args.train_split,
+            data_args.validation_split,
+        ],
         "columns": [data_args.image_column, data_args.caption_column],
         "shapes": data_args.on_shapes and [data_args.shapes_objects, data_args.shapes_images, seed],
         "files and first rows": [[stream.stream.num_shards, stream.first] for stream in list_streams(data)],
@@ -268,7 +274,7 @@ def list_captions(data: TrainingData, rank: int, num_processes: int) -> Iterator
     """
     known = {"", *data.validation.captions}
     if not data.streams:
-        known.update(data.core.captions, data.high_res.captions)
+        known.update(data.core.all_captions, data.high_res.all_captions)
     own = (stream.read_captions(rank, num_processes) for stream in list_streams(data))
     return itertools.chain(sorted(known)[rank::num_processes], *own)
 
