@@ -31,7 +31,6 @@ if __name__ == "__main__" and "diffusers_greedy_grow" not in sys.modules:
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
 
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.hub.cards import make_lora_card
@@ -42,7 +41,7 @@ from diffusers_greedy_grow.training.adapters import (
     keep_the_base_out_of_checkpoints,
     save_adapter,
 )
-from diffusers_greedy_grow.training.arguments import LoraArguments, TrainingArguments
+from diffusers_greedy_grow.training.arguments import LoraArguments
 from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
@@ -52,7 +51,7 @@ from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.parsing import parse_lora_arguments
-from diffusers_greedy_grow.training.phases import Phase
+from diffusers_greedy_grow.training.phases import Phase, make_lora_phase
 from diffusers_greedy_grow.training.publishing import prepare_publishing, publish_files
 from diffusers_greedy_grow.training.run import Run
 from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start, hold_output_dir
@@ -65,6 +64,7 @@ from diffusers_greedy_grow.training.setup import (
     start_trackers,
     warn_of_slow_cpu,
 )
+from diffusers_greedy_grow.training.sharding import refuse_sharding
 from diffusers_greedy_grow.training.signals import Interrupt
 from diffusers_greedy_grow.training.text.captions import CaptionEncoder, warn_of_truncated_captions
 
@@ -77,7 +77,7 @@ SAMPLES = "samples.png"
 def main(argv: list[str] | None = None) -> None:
     args = parse_lora_arguments(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[1])
     accelerator = set_up(args)
-    check_processes(accelerator)
+    refuse_sharding(accelerator)
     warn_of_slow_cpu(accelerator)
     with hold_output_dir(Path(args.output_dir), accelerator):
         train(args, accelerator)
@@ -103,7 +103,7 @@ def train(args: LoraArguments, accelerator: Accelerator) -> None:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     set_attention_backend(unet, args.attention_backend)
-    phase = make_phase(args, pipeline)
+    phase = make_lora_phase(args, unet)
     run = Run(accelerator, output_dir, arguments=(args,), phases=[phase])
     if checkpoint is not None:
         find_resumed_phase(checkpoint, [phase], run.decisive_config, args.resume_with_changes)
@@ -177,15 +177,6 @@ def train(args: LoraArguments, accelerator: Accelerator) -> None:
 # What is trained, and on what
 
 
-def check_processes(accelerator: Accelerator) -> None:
-    """Raise a `ValueError` under strategies that split a model over processes."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"An adapter cannot train with `{accelerator.distributed_type.value}`, and is small enough not to need it: use "
-            "`accelerate launch --config_file training_examples/accelerate/ddp.yaml`."
-        )
-
-
 def load_frozen_pipeline(args: LoraArguments, accelerator: Accelerator) -> GreedyGrowPipeline:
     """Load the pipeline to adapt. Raise a `ValueError` if it has no text encoder."""
     pipeline = GreedyGrowPipeline.from_pretrained(
@@ -198,32 +189,6 @@ def load_frozen_pipeline(args: LoraArguments, accelerator: Accelerator) -> Greed
         )
     pipeline.text_encoder.requires_grad_(False)
     return pipeline
-
-
-def make_phase(args: LoraArguments, pipeline: GreedyGrowPipeline) -> Phase:
-    """
-    Return the run's only phase. Noise levels and weighting that are not given are the defaults of grow.py, for a core or for a
-    grown model.
-    """
-    stage = len(pipeline.unet.sample_sizes) - 1
-
-    def resolve(name: str):
-        given = getattr(args, name)
-        return getattr(TrainingArguments(), name)[min(stage, 1)] if given is None else given
-
-    return Phase(
-        index=0,
-        name="lora",
-        kind="lora",
-        stage=stage,
-        resolution=pipeline.unet.config.sample_size,
-        steps=args.max_train_steps,
-        batch_size=args.train_batch_size,
-        learning_rate=args.learning_rate,
-        logit_mean=resolve("logit_mean"),
-        logit_std=resolve("logit_std"),
-        loss_weighting=resolve("loss_weighting"),
-    )
 
 
 def load_data(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..hub.lineage import add_to_lineage
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from .arguments import ModelArguments, TrainingArguments
+from .arguments import LoraArguments, ModelArguments, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,29 @@ def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Pha
         add(2 * stage - 1, f"{name}-detail" if joint_steps else name, "detail", stage, detail_steps)
         add(2 * stage, name, "joint", stage, joint_steps)
     return phases
+
+
+def make_lora_phase(args: LoraArguments, unet: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> Phase:
+    """
+    Return the run's only phase. Noise levels and weighting that are not given are the defaults of grow.py, for a core or for a
+    grown model.
+    """
+    stage = len(unet.sample_sizes) - 1
+
+    def resolve(name: str):
+        given = getattr(args, name)
+        return getattr(TrainingArguments(), name)[min(stage, 1)] if given is None else given
+
+    return Phase(
+        index=0,
+        name="lora",
+        kind="lora",
+        stage=stage,
+        resolution=unet.config.sample_size,
+        steps=args.max_train_steps,
+        batch_size=args.train_batch_size,
+        learning_rate=args.learning_rate,
+        logit_mean=resolve("logit_mean"),
+        logit_std=resolve("logit_std"),
+        loss_weighting=resolve("loss_weighting"),
+    )

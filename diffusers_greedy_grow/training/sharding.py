@@ -60,6 +60,15 @@ def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
 
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Raise a `ValueError` under strategies that split a model over processes, for an adapter."""
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"An adapter cannot train with `{accelerator.distributed_type.value}`, and is small enough not to need it: use "
+            "`accelerate launch --config_file training_examples/accelerate/ddp.yaml`."
+        )
+
+
 def shard(accelerator: Accelerator, model: TrainedModel, pipeline: DiffusionPipeline) -> None:
     """
     Under FSDP, tell accelerate how to shard `model`, which holds modules of `pipeline`. The pipeline gets modules without weights
