@@ -5,6 +5,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,8 @@ def run_in_a_shell(command: str) -> None:
     """With the `hf` of this environment."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(command, shell=True, check=True, env={**os.environ, "PATH": path})
+
+
+def heed_hangups() -> None:
+    """Let a child process receive SIGHUP, for `preexec_fn`: it would inherit that `nohup` ignores the signal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ..testing_utils import heed_hangups
+
 
 WAIT = """
 import signal
@@ -47,6 +49,7 @@ def test_a_run_whose_terminal_closes_saves(tmp_path):
         stdout=end,
         stderr=end,
         start_new_session=True,
+        preexec_fn=heed_hangups,
     )
     os.close(end)
     wait_for(tmp_path / "started")

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from ..data_utils import write_image_folder
+from ..testing_utils import heed_hangups
 from .launching import (
     GROW,
     assert_same_weights,
@@ -92,7 +93,12 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
     deadline = time.monotonic() + 240
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command(output_dir, **arguments), env=environment(), stderr=file, stdout=file, start_new_session=True
+            command(output_dir, **arguments),
+            env=environment(),
+            stderr=file,
+            stdout=file,
+            start_new_session=True,
+            preexec_fn=heed_hangups,
         )
         while not metrics.exists() or after not in metrics.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
