@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What diffusers expects of any model, for both classes, with the test names of diffusers' own suite where it has them."""
+"""The behavior that diffusers expects of any model, for both classes, with the test names of diffusers' own suite where it has them."""
 
 import inspect
 import json

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What diffusers expects of any pipeline, with the test names of its own suite."""
+"""The behavior that diffusers expects of any pipeline, with the test names of its own suite."""
 
 import inspect
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What trains and evaluates a phase: the objective on a batch, held-out losses, and samples."""
+"""The parts that train and evaluate a phase: the objective on a batch, held-out losses, and samples."""
 
 from dataclasses import replace
 

@@ -16,7 +16,7 @@ def test_a_saved_pipeline_replaces_an_earlier_one(tmp_path):
 
 
 def test_a_folder_may_be_a_link_to_a_larger_disk(tmp_path):
-    """What is there is replaced, the link stays."""
+    """The content is replaced, the link stays."""
     (tmp_path / "disk" / "core").mkdir(parents=True)
     (tmp_path / "disk" / "core" / "old").touch()
     (tmp_path / "core").symlink_to(tmp_path / "disk" / "core")

@@ -27,7 +27,7 @@ def list_parsed(*flags: str) -> list:
 
 
 def test_each_phase_has_its_own_values():
-    """Of arguments with a value per resolution, the last one holds for all further resolutions."""
+    """The last value of an argument that has one per resolution holds for all further resolutions."""
     phases = list_parsed(
         *(
             "--resolutions",

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What `grow.py` checks before it trains."""
+"""The checks of `grow.py` before it trains."""
 
 import shutil
 import subprocess
