@@ -519,7 +519,7 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
 
         # 2. The core; before it, what the stages read of the text, the same for all
         stage_text = text.cast(dtype)
-        text_sum = stage_text.sum_tokens()
+        text_sum = stage_text.sum_tokens() if num_stages else None  # the core alone does not read it
         run_core = partial(self.run_core, core_sample, core_sigma, text, negative_text, guide)
         if self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
