@@ -103,13 +103,13 @@ def plan_phase(
     layers, was = core.transformer_blocks, model.dtype
     torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules that are kept in float32
     counts = []
-    for num_layers in (1, 2):
+    for num_layers in range(1, min(len(layers), 2) + 1):
         core.transformer_blocks = layers[:num_layers]
         counts.append(count_step(model, resolution, num_tokens))
     core.transformer_blocks = layers
     torch.nn.Module.to(model, was)
     forward_flops, train_flops, activations, checkpointed_activations = (
-        one + (len(layers) - 1) * (two - one) for one, two in zip(*counts)
+        one + (len(layers) - 1) * (two - one) for one, two in zip(counts[0], counts[-1])
     )
     return PhasePlan(
         name=name,
@@ -135,41 +135,43 @@ def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tupl
     text = None
     if config.cross_attention_dim is not None:
         text = torch.empty(1, num_tokens, config.cross_attention_dim, device="meta")
+    model.enable_gradient_checkpointing()
     with FlopCounterMode(display=False) as counter:
-        loss, activations = count_activations(model, sample, timestep, text)
+        loss, activations, checkpointed_activations = count_activations(model, sample, timestep, text)
         forward_flops = counter.get_total_flops()
         loss.backward()
-    model.zero_grad()
-    model.enable_gradient_checkpointing()
-    _, checkpointed_activations = count_activations(model, sample, timestep, text)
     model.disable_gradient_checkpointing()
+    model.zero_grad()
     return forward_flops, counter.get_total_flops(), activations, checkpointed_activations
 
 
-def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, int, int]:
     """
-    Run a forward pass on the meta device, and return a scalar to run backward from and how many bytes are stored for that.
-    With gradient checkpointing, this counts what the largest block will store when it is computed again.
+    Run a forward pass on the meta device, and return a scalar to run backward from and how many bytes are stored for that,
+    without and with gradient checkpointing. The latter includes what the largest block will store when it is computed again.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}  # by storage, since several operations may save the same tensor
+    # By storage, since several operations may save the same tensor.
+    saved: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.Tensor] = {}  # with gradient checkpointing
     largest_block = 0
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in weights:
-            saved[tensor.untyped_storage()._cdata] = tensor
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            saved[storage] = kept[storage] = tensor
         return tensor
 
     def checkpoint(block: torch.nn.Module, *arguments) -> torch.Tensor:
         nonlocal largest_block
-        before = dict(saved)
+        before = dict(kept)
         output = block(*arguments)
-        largest_block = max(largest_block, count_bytes(saved) - count_bytes(before))
-        saved.clear()
-        saved.update(before)
+        largest_block = max(largest_block, count_bytes(kept) - count_bytes(before))
+        kept.clear()
+        kept.update(before)
         for argument in tree_leaves(arguments):
-            if isinstance(argument, torch.Tensor):
-                save(argument)
+            if isinstance(argument, torch.Tensor) and argument.untyped_storage()._cdata not in weights:
+                kept[argument.untyped_storage()._cdata] = argument
         return output
 
     for module in model.modules():
@@ -177,7 +179,7 @@ def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> t
             module._gradient_checkpointing_func = checkpoint
     with saved_tensors_hooks(save, lambda tensor: tensor):
         loss = model(*inputs).pred_original_sample.sum()
-    return loss, count_bytes(saved) + largest_block
+    return loss, count_bytes(saved), count_bytes(kept) + largest_block
 
 
 def count_bytes(tensors: dict[int, torch.Tensor]) -> int:

@@ -112,35 +112,41 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
     return log.read_text()
 
 
+def interrupted_run(data: Path, phase: str) -> dict:
+    """The arguments of a run whose `phase` is long enough for a signal to arrive before its end."""
+    steps = {"core_steps": 12, "joint_steps": 12, "core_steps" if phase == "core" else "joint_steps": 200}
+    never = {"checkpointing_steps": 1000, "validation_steps": 1000}
+    return {**steps, "detail_steps": 2, "logging_steps": 1, "train_data_dir": data, **never}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(data, tmp_path_factory) -> dict[str, Path]:
+    """The folders of runs that nothing interrupts, by the phase that is long."""
+    folders = {phase: tmp_path_factory.mktemp("whole") / "output" for phase in ("core", "grown-16")}
+    for phase, output_dir in folders.items():
+        run(output_dir, **interrupted_run(data, phase))
+    return folders
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
-def test_an_interrupted_run_is_resumed_bit_for_bit(data, tmp_path, name):
+def test_an_interrupted_run_is_resumed_bit_for_bit(data, whole_runs, tmp_path, name):
     number = getattr(signal, name)
     phase = "grown-16" if number in (signal.SIGTERM, signal.SIGUSR1) else "core"
-    # The interrupted phase is long enough for the signal to arrive before its end.
-    steps = {"core_steps": 12, "joint_steps": 12, "core_steps" if phase == "core" else "joint_steps": 300}
-    arguments = {
-        **steps,
-        "detail_steps": 2,
-        "logging_steps": 1,
-        "train_data_dir": data,
-        "checkpointing_steps": 1000,
-        "validation_steps": 1000,
-    }
+    arguments, whole = interrupted_run(data, phase), whole_runs[phase]
     after = f'"phase": "{phase}", "step": 20' if phase == "core" else f'"phase": "{phase}", "step": 20,'
     # The loader's workers get the signal too. The current step still needs them.
     log = interrupt(tmp_path / "output", number, after, dataloader_num_workers=2, **arguments)
     assert f"of {phase}; saved" in log and "--resume_from_checkpoint latest" in log
     (checkpoint,) = (tmp_path / "output" / "checkpoints").glob(f"{phase}-[0-9]*")
     step = int(checkpoint.name.split("-")[-1])
-    assert 20 <= step < 300
+    assert 20 <= step < 200
     by_name = number in (signal.SIGHUP, signal.SIGUSR1)
     run(tmp_path / "output", resume_from_checkpoint=checkpoint.name if by_name else "latest", **arguments)
-    run(tmp_path / "whole", **arguments)
-    assert_same_weights(tmp_path / "output" / "grown-16", tmp_path / "whole" / "grown-16")
-    resumed, whole = read_metrics(tmp_path / "output"), read_metrics(tmp_path / "whole")
-    assert [(line["phase"], line["step"]) for line in resumed] == [(line["phase"], line["step"]) for line in whole]
-    for a, b in zip(resumed, whole):
+    assert_same_weights(tmp_path / "output" / "grown-16", whole / "grown-16")
+    resumed, expected = read_metrics(tmp_path / "output"), read_metrics(whole)
+    assert [(line["phase"], line["step"]) for line in resumed] == [(line["phase"], line["step"]) for line in expected]
+    for a, b in zip(resumed, expected):
         assert {k: v for k, v in a.items() if "loss" in k} == {k: v for k, v in b.items() if "loss" in k}
 
 
