@@ -180,6 +180,7 @@ def test_the_arms_of_a_comparison_cost_the_same(setting, scale):
         assert flops == pytest.approx(scale * arm.scale * arms.TOTAL_FLOPS[8], rel=0.002), arm.name
 
 
+@pytest.mark.slow
 def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, queue_arguments):
     setting = Setting(
         resolution=32,
@@ -238,6 +239,7 @@ def test_the_queue_runs_what_is_missing_and_nothing_twice(tmp_path, queue_argume
         run_queue([growth], args)
 
 
+@pytest.mark.slow
 def test_a_failed_core_stops_what_grows_from_it(tmp_path, queue_arguments):
     core, growth = arms.make_jobs(
         arms.SETTINGS[2], arms.find_arm("ours, detail phase only"), 0, tmp_path / "no", tmp_path / "no", 0.01

@@ -13,6 +13,10 @@ from diffusers_greedy_grow.models.blocks import TextCache
 from ..testing_utils import make_core, make_grown, make_inputs
 from .conftest import make_model_and_inputs
 
+# What is asked is whether the model is captured in one graph, and which shapes and arguments share it. The C++ that the default
+# backend makes of a graph takes minutes to compile here.
+BACKEND = "aot_eager"
+
 
 @pytest.fixture(autouse=True)
 def fresh():
@@ -22,21 +26,23 @@ def fresh():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["core", "preserve"])
 def test_torch_compile_recompilation_and_graph_break(kind):
     model, inputs = make_model_and_inputs(kind)
     expected = model(**inputs).sample
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             torch.testing.assert_close(compiled(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_torch_compile_repeated_blocks(core):
     inputs = make_inputs()
     expected = core(**inputs).sample
-    core.compile_repeated_blocks(fullgraph=True)
+    core.compile_repeated_blocks(fullgraph=True, backend=BACKEND)
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(2):
             torch.testing.assert_close(core(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
@@ -52,6 +58,7 @@ def test_torch_compile_repeated_blocks(core):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_torch_compile_repeated_blocks_of_a_grown_model():
     """One graph per kind of block. A stage's encoder and decoder are one block each: their parts differ in channels."""
     model, inputs = make_model_and_inputs("preserve")
@@ -80,7 +87,7 @@ def test_compile_with_group_offloading(kind):
 @torch.fx.experimental._config.patch(use_duck_shape=False)
 def test_compile_on_different_shapes(make, size):
     model = make()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=BACKEND)
     for height, width in ((size, size), (size, 2 * size), (2 * size, 2 * size)):
         inputs = make_inputs(height=height, width=width)
         with torch._dynamo.config.patch(error_on_recompile=True):

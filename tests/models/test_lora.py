@@ -228,6 +228,7 @@ def test_hotswapping_model(tmp_path, ranks, targets):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_hotswapping_compiled_model_both_linear_and_conv2d(tmp_path):
     targets = ["to_q", "conv_in"]
     expected = [save_adapter(tmp_path / str(i), rank, targets, i) for i, rank in enumerate((3, 6))]

@@ -181,6 +181,7 @@ def test_config_is_the_constructor(model_and_inputs):
     assert [(n, p.shape) for n, p in again.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
 
 
+@pytest.mark.slow
 def test_a_new_process_computes_the_same(grown, tmp_path):
     inputs = make_inputs(height=32, width=32)
     with torch.no_grad():

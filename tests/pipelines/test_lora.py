@@ -161,6 +161,7 @@ def test_hotswap(made, tmp_path):
     torch.testing.assert_close(draw_one(made), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model(made, tmp_path):
     """An adapter loads into it as into the model itself, also by hotswapping, which compiled models need."""
     first, second = (save_adapter(made.unet, tmp_path / str(seed), seed=seed) for seed in (0, 1))

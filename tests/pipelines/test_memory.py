@@ -82,6 +82,7 @@ def test_pipeline_level_group_offloading_sanity_checks(made):
     assert _get_top_level_group_offload_hook(made.text_encoder) is None
 
 
+@pytest.mark.slow
 def test_compile_repeated_blocks(made):
     expected = draw_one(made)
     torch.compiler.reset()
@@ -118,6 +119,7 @@ def test_blocks_as_cuda_graphs(made):
             torch.testing.assert_close(draw(prompt), images, atol=5e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_steps_are_marked_wherever_something_is_compiled(made, monkeypatch):
     """A part that `torch.compile` has wrapped counts, too: accelerate's `compile_regions` wraps each block."""
     marks = []

@@ -494,6 +494,7 @@ def test_growing_says_what_does_not_fit(pipeline, tmp_path):
 # Folders
 
 
+@pytest.mark.slow
 def test_a_new_process_draws_the_same_image(tmp_path):
     pipeline = GreedyGrowPipeline.from_core(make_pipeline(), 32, block_out_channels=(8,))
     pipeline.unet = make_grown()
