@@ -7,14 +7,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
-from ..hub.mixins import ModelHubMixin
+from ..hub.mixins import HubMixin
+from .adapters import AdapterMixin
 from .blocks import (
     GreedyGrowOutput,
     GreedyGrowTransformerBlock,
@@ -26,7 +26,7 @@ from .blocks import (
 )
 
 
-class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
     r"""
     Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the image to the grid of the
     transformer at once, and a single residual block on either side replaces encoder and decoder. It learns alignment:
