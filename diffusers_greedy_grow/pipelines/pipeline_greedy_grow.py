@@ -48,7 +48,9 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 # The tensors of the text, as `encode_prompt` returns them and step callbacks see them
 TEXT_NAMES = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
-# By a model, or by a tokenizer without one: the settings of the pipeline that it was last seen in
+# The default of settings: as in the pipeline that the components come from
+KEEP: Any = object()
+# Those settings, by the model of the pipeline, or by its tokenizer if it has no model
 SETTINGS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 EXAMPLE_DOC_STRING = """
@@ -109,15 +111,15 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         scheduler: FlowMatchEulerDiscreteScheduler,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        max_sequence_length: int | None = None,
-        detail_variances: list[float] | None = None,
+        max_sequence_length: int = KEEP,
+        detail_variances: list[float] | None = KEEP,
     ):
         super().__init__()
         holder = get_holder(unet, tokenizer)
         settings = {} if holder is None else SETTINGS.get(holder, {})
-        if max_sequence_length is None:
+        if max_sequence_length is KEEP:
             max_sequence_length = settings.get("max_sequence_length", 128)
-        if detail_variances is None:
+        if detail_variances is KEEP:
             detail_variances = settings.get("detail_variances")
         check_sizes(max_sequence_length=max_sequence_length)
         if scheduler is not None:  # None in a pipeline that only encodes prompts
@@ -167,8 +169,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         Returns:
             [`GreedyGrowPipeline`]
         """
-        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:  # diffusers would cast to float32
-            kwargs.pop("torch_dtype", None)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:  # diffusers would cast to float32
             kwargs["dtype"] = "auto" if kwargs.get("custom_pipeline") is None else pipeline.dtype
         return super().from_pipe(pipeline, **kwargs)
 
@@ -192,8 +193,6 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     f"`{name}` in model_index.json is a {class_name} of {library}, which has not been imported: "
                     "if you trust it, import it first."
                 )
-        if "max_sequence_length" in init_dict:
-            check_sizes(max_sequence_length=init_dict["max_sequence_length"])
         return init_dict, unused, hidden
 
     @classmethod

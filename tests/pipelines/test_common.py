@@ -93,6 +93,7 @@ def test_a_pipeline_of_components_keeps_the_settings(made, parts):
     del made
     other = GreedyGrowPipeline(**components, max_sequence_length=9, detail_variances=[0.25])
     assert (other.config.max_sequence_length, other.config.detail_variances) == (9, [0.25])
+    assert GreedyGrowPipeline(**components, detail_variances=None).config.detail_variances is None
     assert dict(GreedyGrowPipeline(**again.components).config) == expected
 
     new = GreedyGrowPipeline(**{**components, "unet": make_core()})  # a model that belongs to no pipeline
@@ -113,19 +114,16 @@ def test_from_pipe_keeps_dtypes_and_settings(made, class_):
         for before, after in zip(values, made.unet.parameters())
     )
     assert other.config.detail_variances == [0.5] and other.config.max_sequence_length == 24
-    assert class_.from_pipe(made, max_sequence_length=9).config.max_sequence_length == 9
+    changed = class_.from_pipe(made, max_sequence_length=9, detail_variances=None)
+    assert changed.config.max_sequence_length == 9 and changed.config.detail_variances is None
 
 
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_from_pipe_with_a_dtype_casts_the_shared_components(made, name):
-    if name == "torch_dtype":
-        with pytest.raises(FutureWarning, match="torch_dtype"):  # diffusers' old name, which it announces to remove
-            GreedyGrowPipeline.from_pipe(made, torch_dtype=torch.bfloat16)
-        return
+def test_from_pipe_with_a_dtype_casts_the_shared_components(made):
     other = GreedyGrowPipeline.from_pipe(made, dtype=torch.bfloat16)
     assert other.unet is made.unet and made.unet.dtype == made.text_encoder.dtype == torch.bfloat16
     assert made.to(dtype="auto") is made and made.unet.dtype == torch.bfloat16
-    assert GreedyGrowPipeline.from_pipe(made, dtype=None, torch_dtype=None).unet.dtype == torch.bfloat16
+    with pytest.raises(FutureWarning, match="torch_dtype"):  # diffusers announces to remove the old name
+        GreedyGrowPipeline.from_pipe(made, torch_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
