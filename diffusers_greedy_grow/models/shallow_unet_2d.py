@@ -38,7 +38,7 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
     Parameters:
         sample_size (`int`, defaults to 64):
             Height and width in pixels of the images it is trained on, a multiple of `patch_size`. Other sizes and
-            shapes work if both sides are multiples of `patch_size`, too.
+            shapes run if both sides are multiples of `patch_size`, too, but need images of them in training.
         in_channels (`int`, defaults to 3), out_channels (`int`, defaults to 3):
             Channels of the state and of the prediction; both must be the same.
         patch_size (`int`, defaults to 4):

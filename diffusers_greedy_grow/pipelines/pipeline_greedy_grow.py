@@ -701,7 +701,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 `guidance_scale <= 1`.
             height (`int`, *optional*), width (`int`, *optional*):
                 The size in pixels; the model's `sample_size` by default. Both must be multiples of the side of one cell of
-                the core's grid.
+                the core's grid. A model draws well only the shapes and sizes that it was trained on. Trained on squares, it
+                stretches objects with the image: circles become ellipses. Train on images of other shapes to draw them, with
+                `--aspect_ratio_buckets` of `training_examples/grow.py`.
             num_inference_steps (`int`, defaults to 28):
                 The number of denoising steps.
             timesteps (`list[float]`, *optional*):
