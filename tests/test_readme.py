@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel, __version__
 from diffusers_greedy_grow.training.arguments import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+from diffusers_greedy_grow.training.parsing import parse_buckets
+from diffusers_greedy_grow.training.plan import check_buckets
 
 from .testing_utils import draw_one, make_core, make_grown, make_pipeline
 
@@ -102,6 +104,15 @@ def test_flags_of_commands_exist(page):
     accelerate = {"num_processes", "num_cpu_threads_per_process", "config_file", "machine_rank", "main_process_ip"}
     accelerate |= {"main_process_port", "dynamo_backend", "dynamo_use_regional_compilation"}
     assert not set(re.findall(r"--(\w+_\w+)", text)) - known["grow"] - known["train_lora"] - accelerate
+
+
+def test_what_shapes_other_than_squares_need_is_said_where_sizes_are_chosen():
+    for text in (README, TRAINING_README, GreedyGrowPipeline.__call__.__doc__):
+        (paragraph,) = re.findall(r"[^.]*\bsquares[^.]*\bstretches .*?aspect_ratio_buckets", text, re.DOTALL)
+        assert len(paragraph) < 700
+    for buckets in re.findall(r'--aspect_ratio_buckets "([^"]+)"', README + TRAINING_README):
+        resolution = parse_buckets(buckets)[0][0]
+        check_buckets(buckets, [resolution // 4, resolution], make_core(resolution // 4, patch_size=2))
 
 
 def test_readme_is_short():

@@ -1,14 +1,13 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Base classes of models and pipelines for safe loading, saving and publishing, and the loading of adapters."""
+"""The base class of models and pipelines for safe loading, saving and publishing."""
 
 import inspect
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
-from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import logging
 
 from .publish import Push
@@ -17,7 +16,6 @@ from .publish import Push
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 PUSH_ARGUMENTS = {"repo_id", "commit_message", "private", "token", "create_pr", "revision"}
-FETCH_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 class HubMixin:
@@ -204,51 +202,6 @@ class HubMixin:
         if not core_is_loaded:
             arguments["revision"] = None
         return Push(**arguments)
-
-
-class ModelHubMixin(HubMixin):
-    """[`HubMixin`] for models, whose adapters are safetensors, too."""
-
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """Load an adapter as diffusers does, but only from safetensors."""
-        refuse_pickles(kwargs.get("use_safetensors"))
-        kwargs["use_safetensors"] = True
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)  # type: ignore[misc]
-
-    def save_lora_adapter(
-        self, save_directory: str | Path, *args: Any, safe_serialization: bool = True, **kwargs: Any
-    ):
-        """Save an adapter as diffusers does, but only as safetensors."""
-        warn_of_pickles(safe_serialization)
-        super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)  # type: ignore[misc]
-
-
-def fetch_adapter(
-    pretrained_model_name_or_path_or_dict: Any, kwargs: dict[str, Any], weight_name: str | None = None
-) -> tuple[dict, dict | None]:
-    """
-    Load the tensors of an adapter from a folder, a repository, or a dictionary of tensors.
-
-    Args:
-        pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
-            The folder, repository or dictionary.
-        kwargs (`dict`):
-            May contain `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision` and `subfolder`,
-            which are removed from it.
-        weight_name (`str`, *optional*):
-            The name of the file.
-
-    Returns:
-        The tensors, and the adapter's configuration if the file has it, else `None`.
-    """
-    return _fetch_state_dict(
-        pretrained_model_name_or_path_or_dict=pretrained_model_name_or_path_or_dict,
-        weight_name=weight_name,
-        use_safetensors=True,
-        allow_pickle=False,
-        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-        **{name: kwargs.pop(name, None) for name in FETCH_ARGUMENTS},
-    )
 
 
 def refuse_pickles(use_safetensors: bool | None) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
@@ -22,7 +21,8 @@ from huggingface_hub.errors import HTTPError
 
 from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
-from ..hub.mixins import ModelHubMixin, fetch_adapter
+from ..hub.mixins import HubMixin
+from .adapters import AdapterMixin
 from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, TextInputs, check_sizes
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
@@ -144,7 +144,7 @@ class GrowthStage(nn.Module):
         return image + detail.to(sample.dtype), features
 
 
-class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
     r"""
     A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
     section 4). Create one by [`~GrowableUNet2DConditionModel.from_core`]; loading uses the constructor.
@@ -433,15 +433,6 @@ class GrowableUNet2DConditionModel(ModelHubMixin, ModelMixin, AttentionMixin, Co
     # ------------------------------------------------------------------------------------------------------------------
     # The model
 
-    def load_lora_adapter(
-        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
-    ) -> None:
-        """Load an adapter of this model, or of the core that it was grown from; otherwise as in diffusers."""
-        weight_name = kwargs.pop("weight_name", None)
-        state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
-        kwargs["metadata"] = metadata or kwargs.get("metadata")
-        super().load_lora_adapter(rename_core_adapter(state_dict, self, prefix), prefix=prefix, **kwargs)
-
     @apply_lora_scale("cross_attention_kwargs")
     def forward(
         self,
@@ -628,21 +619,6 @@ CORE_CONFIG_NAMES = (
     "mlp_ratio",
     "cross_attention_dim",
 )
-
-
-def rename_core_adapter(state_dict: dict[str, Any], model: nn.Module, prefix: str | None = None) -> dict[str, Any]:
-    """
-    Rename a core's adapter layers, such as `transformer_blocks.0...` after `prefix` and a dot, to those of a grown model,
-    `core.transformer_blocks.0...`. Names of a grown model's own layers stay, and so do all names if `model` is a core.
-    """
-    if not isinstance(model, GrowableUNet2DConditionModel):
-        return state_dict
-    start = f"{prefix}." if prefix else ""
-    parts = tuple(f"{start}{part}." for part, _ in model.core.named_children())
-    return {
-        f"{start}core.{name.removeprefix(start)}" if name.startswith(parts) else name: value
-        for name, value in state_dict.items()
-    }
 
 
 def get_stage_patch_size(

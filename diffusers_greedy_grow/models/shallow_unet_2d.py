@@ -7,14 +7,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
 from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
-from ..hub.mixins import ModelHubMixin
+from ..hub.mixins import HubMixin
+from .adapters import AdapterMixin
 from .blocks import (
     GreedyGrowOutput,
     GreedyGrowTransformerBlock,
@@ -26,7 +26,7 @@ from .blocks import (
 )
 
 
-class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
     r"""
     Shallow-UViT (Vasconcelos et al., 2024, section 3): one entry convolution shrinks the image to the grid of the
     transformer at once, and a single residual block on either side replaces encoder and decoder. It learns alignment:
@@ -38,7 +38,7 @@ class ShallowUNet2DModel(ModelHubMixin, ModelMixin, AttentionMixin, ConfigMixin,
     Parameters:
         sample_size (`int`, defaults to 64):
             Height and width in pixels of the images it is trained on, a multiple of `patch_size`. Other sizes and
-            shapes work if both sides are multiples of `patch_size`, too.
+            shapes run if both sides are multiples of `patch_size`, too, but need images of them in training.
         in_channels (`int`, defaults to 3), out_channels (`int`, defaults to 3):
             Channels of the state and of the prediction; both must be the same.
         patch_size (`int`, defaults to 4):

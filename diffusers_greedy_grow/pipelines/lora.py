@@ -9,14 +9,10 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 
-from ..hub.mixins import fetch_adapter, refuse_pickles, warn_of_pickles
-from ..models.growable_unet_2d_condition import rename_core_adapter
-
-
-logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
+from ..hub.mixins import refuse_pickles, warn_of_pickles
+from ..models.adapters import read_adapter
 
 
 class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
@@ -40,11 +36,13 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
 
         Args:
             pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict[str, torch.Tensor]`):
-                A folder, a repository of the Hub, or the tensors themselves.
+                A file, a folder or a repository of the Hub, or the tensors themselves.
             weight_name (`str`, *optional*):
-                The file's name, `pytorch_lora_weights.safetensors` by default. Pickled files are not read.
+                The file's name; by default that of the only safetensors file, or `pytorch_lora_weights.safetensors`. Pickled
+                files are not read.
             return_lora_metadata (`bool`, defaults to `False`):
-                Whether to return the adapter's configuration as well, if the file has it.
+                Whether to return the adapter's configuration as well, if the file has it, or an `adapter_config.json` of PEFT
+                lies beside it.
             kwargs:
                 `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token`, `revision`, `subfolder`; and
                 `use_safetensors`, which may not be false.
@@ -54,11 +52,12 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             `TypeError`: if there are other `kwargs`.
-            `ValueError`: if `use_safetensors` is false.
-            `OSError`: if there is no such file.
+            `ValueError`: if `use_safetensors` is false, `weight_name` is not that of a safetensors file, or the configuration is
+            not one of a LoRA.
+            `OSError`: if there is no such file, or it is damaged.
         """
         refuse_pickles(kwargs.pop("use_safetensors", None))
-        state_dict, metadata = fetch_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
+        state_dict, metadata = read_adapter(pretrained_model_name_or_path_or_dict, kwargs, weight_name)
         if kwargs:
             raise TypeError(f"{sorted(kwargs)} are not arguments of loading LoRA weights.")
         return (state_dict, metadata) if return_lora_metadata else state_dict
@@ -72,7 +71,9 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
         **kwargs,
     ) -> None:
         r"""
-        Load an adapter of this model, or of the core that it was grown from.
+        Load an adapter of this model, or of the core that it was grown from, as `save_lora_weights`, `unet.save_lora_adapter`
+        or PEFT's `save_pretrained` wrote it. PEFT keeps `lora_alpha` in an `adapter_config.json` beside its file; without that,
+        it is taken to be the rank.
 
         Args:
             pretrained_model_name_or_path_or_dict, kwargs:
@@ -85,32 +86,13 @@ class GreedyGrowLoraLoaderMixin(LoraBaseMixin):
                 Whether to create the layers without initializing them with random numbers first.
 
         Raises:
-            `ValueError`: if the tensors are not LoRA layers, or belong to layers that the `unet` does not have. Layers of
-            other components only cause a warning.
+            `ValueError`: if any tensor does not belong to a layer of the `unet` or has another shape, if some are missing, or if
+            there are none. The pipeline stays as it was.
+            `OSError`: if there is no such file, or it is damaged.
         """
         unet = unwrap_module(self.unet)  # from `torch.compile(pipeline.unet)`
         kwargs["return_lora_metadata"] = True
         state_dict, metadata = self.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-        state_dict = rename_core_adapter(state_dict, unet, prefix="unet")
-        layers = {f"unet.{name}" for name, _ in unet.named_modules()}
-        others = [name for name in state_dict if not name.startswith("unet.")]
-        strange = [
-            name
-            for name in state_dict
-            if "lora" not in name or (name.startswith("unet.") and name.split(".lora_")[0] not in layers)
-        ]
-        if strange:
-            raise ValueError(
-                f"These are not LoRA layers of a {type(unet).__name__}: {strange[:3]}. Pass an adapter that was "
-                "trained on this model, or on the core it was grown from."
-            )
-        if len(others) == len(state_dict):
-            logger.warning(
-                "None of these LoRA layers belongs to a `unet`, so none is loaded. If `unet.save_lora_adapter` saved them, "
-                "load them by `unet.load_lora_adapter(..., prefix=None)`."
-            )
-        elif others:
-            logger.warning(f"These LoRA layers do not belong to the `unet`, so they are not loaded: {others[:3]}.")
         unet.load_lora_adapter(
             state_dict,
             prefix="unet",

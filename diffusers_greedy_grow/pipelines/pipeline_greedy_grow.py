@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging, replace_example_docstring
-from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor, unwrap_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import high_band, unshift_sigma, velocity_from_clean
@@ -46,6 +47,11 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 # The tensors of the text, as `encode_prompt` returns them and step callbacks see them
 TEXT_NAMES = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+
+# The default of settings: as in the pipeline that the components come from
+KEEP: Any = object()
+# Those settings, by the model of the pipeline, or by its tokenizer if it has no model
+SETTINGS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -76,11 +82,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             Any encoder that returns `last_hidden_state`. Without one, pass `prompt_embeds`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer of `text_encoder`.
-        max_sequence_length (`int`, defaults to 128):
-            How many text tokens of a prompt are read at most.
+        max_sequence_length (`int`, *optional*):
+            How many text tokens of a prompt are read at most. By default as in the pipeline that these components come from
+            (`GreedyGrowPipeline(**pipe.components)`), or 128.
         detail_variances (`list[float]`, *optional*):
-            [`~flow.detail_variance`] of the training images at each stage's growth factor, the innermost stage first.
-            `core_first="auto"` needs it; `training_examples/grow.py` measures it.
+            [`~flow.detail_variance`] of the training images at each stage's growth factor, the innermost stage first. By default
+            as in the pipeline that these components come from, if any. `core_first="auto"` needs it;
+            `training_examples/grow.py` measures it.
 
     Raises:
         `ValueError`: if the scheduler does not do flow matching or its settings do not fit, if the text encoder's width is
@@ -103,10 +111,16 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         scheduler: FlowMatchEulerDiscreteScheduler,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        max_sequence_length: int = 128,
-        detail_variances: list[float] | None = None,
+        max_sequence_length: int = KEEP,
+        detail_variances: list[float] | None = KEEP,
     ):
         super().__init__()
+        holder = get_holder(unet, tokenizer)
+        settings = {} if holder is None else SETTINGS.get(holder, {})
+        if max_sequence_length is KEEP:
+            max_sequence_length = settings.get("max_sequence_length", 128)
+        if detail_variances is KEEP:
+            detail_variances = settings.get("detail_variances")
         check_sizes(max_sequence_length=max_sequence_length)
         if scheduler is not None:  # None in a pipeline that only encodes prompts
             shift_name(scheduler)
@@ -127,6 +141,43 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(max_sequence_length=max_sequence_length, detail_variances=detail_variances)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.keep_settings()
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components. A pipeline that is built of them, `GreedyGrowPipeline(**pipe.components)`, has the same settings."""
+        self.keep_settings()
+        return super().components
+
+    def keep_settings(self) -> None:
+        """Keep the settings for the next pipeline that has this one's model, or its tokenizer if there is no model."""
+        if (holder := get_holder(self.unet, self.tokenizer)) is not None:
+            SETTINGS[holder] = {name: self.config[name] for name in ("max_sequence_length", "detail_variances")}
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "GreedyGrowPipeline":
+        r"""
+        Create a pipeline with the components and settings of another one.
+
+        Args:
+            pipeline ([`DiffusionPipeline`]):
+                The pipeline to share components with.
+            kwargs:
+                As in diffusers: components and settings to replace. Components keep their dtypes. With a `dtype`, all are cast
+                to it, those that `pipeline` shares, too.
+
+        Returns:
+            [`GreedyGrowPipeline`]
+        """
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:  # diffusers would cast to float32
+            kwargs["dtype"] = "auto" if kwargs.get("custom_pipeline") is None else pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> "GreedyGrowPipeline":
+        """Move or cast as diffusers does. `dtype="auto"` leaves the dtypes of the components as they are."""
+        if kwargs.get("dtype") == "auto":
+            del kwargs["dtype"]
+        return super().to(*args, **kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -650,7 +701,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 `guidance_scale <= 1`.
             height (`int`, *optional*), width (`int`, *optional*):
                 The size in pixels; the model's `sample_size` by default. Both must be multiples of the side of one cell of
-                the core's grid.
+                the core's grid. A model draws well only the shapes and sizes that it was trained on. Trained on squares, it
+                stretches objects with the image: circles become ellipses. Train on images of other shapes to draw them, with
+                `--aspect_ratio_buckets` of `training_examples/grow.py`.
             num_inference_steps (`int`, defaults to 28):
                 The number of denoising steps.
             timesteps (`list[float]`, *optional*):
@@ -827,6 +880,11 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         if not return_dict:
             return (image,)
         return ImagePipelineOutput(images=image)
+
+
+def get_holder(unet: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """Return the component under which a pipeline's settings are kept, or None if it has neither of the two."""
+    return tokenizer if unet is None else unwrap_module(unet)  # from `torch.compile(unet)`
 
 
 def get_core_config(core: GreedyGrowPipeline | str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:

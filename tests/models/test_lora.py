@@ -127,31 +127,22 @@ def test_correct_lora_configs_with_different_ranks(either):
         assert not any(torch.allclose(output, other, atol=1e-4) for other in outputs[:i])
 
 
-def test_lora_missing_keys_warning(either, tmp_path, warnings):
+def test_missing_unexpected_and_no_keys_raise(either):
+    """diffusers only warns, and loads the rest or nothing."""
     model, _ = either
     model.add_adapter(make_config())
     weights = get_peft_model_state_dict(model)
     model.unload_lora()
-    missing = next(name for name in weights if "lora_A" in name)
-    del weights[missing]
-    model.load_lora_adapter(weights, prefix=None)
-    assert missing in warnings.text.replace("default_0.", "")
-
-
-def test_lora_unexpected_keys_warning(either, warnings):
-    model, _ = either
-    model.add_adapter(make_config())
-    weights = get_peft_model_state_dict(model)
-    model.unload_lora()
-    weights[next(name for name in weights if "lora_A" in name) + ".strange"] = torch.tensor(1.0)
-    model.load_lora_adapter(weights, prefix=None)
-    assert ".strange" in warnings.text
-
-
-def test_logs_info_when_no_lora_keys_found(either, warnings):
-    model, _ = either
-    model.load_lora_adapter({"lora_foo": torch.tensor(2.0)}, prefix="transformer")
-    assert f"No LoRA keys associated to {type(model).__name__}" in warnings.text and not has_lora(model)
+    names = list(weights)
+    name = next(name for name in names if "lora_A" in name)
+    for wrong, message in (
+        ({key: value for key, value in weights.items() if key != name}, f"`{name}` is missing"),
+        ({**weights, f"{name}.strange": torch.tensor(1.0)}, rf"not LoRA layers of a .*\['{name}.strange'\]"),
+        ({"lora_foo": torch.tensor(2.0)}, r"not LoRA layers of a .*\['lora_foo'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.load_lora_adapter(wrong, prefix=None)
+        assert not has_lora(model)
 
 
 @torch.no_grad()

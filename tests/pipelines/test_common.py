@@ -12,7 +12,7 @@ from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
 from diffusers_greedy_grow import GreedyGrowPipeline
 
-from ..testing_utils import draw_one
+from ..testing_utils import draw_one, make_core
 
 
 def draw(pipeline, prompt="a small blue square", **kwargs):
@@ -74,10 +74,56 @@ def test_dict_tuple_outputs_equivalent(made):
 
 def test_components_function(made):
     assert made.components.keys() == {"unet", "scheduler", "text_encoder", "tokenizer"}
-    again = GreedyGrowPipeline(**made.components, max_sequence_length=made.config.max_sequence_length)
+    again = GreedyGrowPipeline(**made.components)
     assert torch.equal(draw_one(again), draw_one(made))
     other = AutoPipelineForText2Image.from_pipe(made)
     assert type(other) is GreedyGrowPipeline and other.unet is made.unet
+
+
+@pytest.mark.parametrize("parts", ["all", "text encoder"])
+def test_a_pipeline_of_components_keeps_the_settings(made, parts):
+    """Also those of a pipeline that is gone. Arguments come first."""
+    if parts == "text encoder":
+        made = GreedyGrowPipeline(None, None, made.text_encoder, made.tokenizer, 24)
+    made.register_to_config(max_sequence_length=7, detail_variances=[0.5])  # changed after the pipeline was made
+    components = made.components
+    expected = dict(made.config)
+    again = GreedyGrowPipeline(**components)
+    assert dict(again.config) == expected
+    del made
+    other = GreedyGrowPipeline(**components, max_sequence_length=9, detail_variances=[0.25])
+    assert (other.config.max_sequence_length, other.config.detail_variances) == (9, [0.25])
+    assert GreedyGrowPipeline(**components, detail_variances=None).config.detail_variances is None
+    assert dict(GreedyGrowPipeline(**again.components).config) == expected
+
+    new = GreedyGrowPipeline(**{**components, "unet": make_core()})  # a model that belongs to no pipeline
+    assert (new.config.max_sequence_length, new.config.detail_variances) == (128, None)
+
+
+@pytest.mark.parametrize("class_", [GreedyGrowPipeline, AutoPipelineForText2Image])
+def test_from_pipe_keeps_dtypes_and_settings(made, class_):
+    """The components are shared: what `from_pipe` does to them happens to the first pipeline, too."""
+    made.unet.to(torch.bfloat16)
+    made.text_encoder.to(torch.float64)
+    made.register_to_config(detail_variances=[0.5])
+    values = [parameter.clone() for parameter in made.unet.parameters()]
+    other = class_.from_pipe(made)
+    assert other.unet is made.unet and made.text_encoder.dtype == torch.float64
+    assert all(
+        before.dtype == after.dtype and torch.equal(before, after)
+        for before, after in zip(values, made.unet.parameters())
+    )
+    assert other.config.detail_variances == [0.5] and other.config.max_sequence_length == 24
+    changed = class_.from_pipe(made, max_sequence_length=9, detail_variances=None)
+    assert changed.config.max_sequence_length == 9 and changed.config.detail_variances is None
+
+
+def test_from_pipe_with_a_dtype_casts_the_shared_components(made):
+    other = GreedyGrowPipeline.from_pipe(made, dtype=torch.bfloat16)
+    assert other.unet is made.unet and made.unet.dtype == made.text_encoder.dtype == torch.bfloat16
+    assert made.to(dtype="auto") is made and made.unet.dtype == torch.bfloat16
+    with pytest.raises(FutureWarning, match="torch_dtype"):  # diffusers announces to remove the old name
+        GreedyGrowPipeline.from_pipe(made, torch_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
