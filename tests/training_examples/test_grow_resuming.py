@@ -87,13 +87,18 @@ def test_a_refused_run_keeps_its_checkpoints(finished, data, here, tmp_path):
 # Interruptions
 
 
-def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
-    """Run until `after` shows up in the metrics, then send a signal. Return what the run said."""
+def interrupt(output_dir: Path, number: int, after: str, launched: bool, **arguments) -> str:
+    """
+    Run until `after` shows up in the metrics, then send a signal. Return what the run said. `launched` is whether `accelerate
+    launch` starts the run.
+    """
     log, metrics = output_dir.with_suffix(".log"), output_dir / "metrics.jsonl"
     deadline = time.monotonic() + 240
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command(output_dir, **arguments),
+            command(output_dir, **arguments)
+            if launched
+            else [sys.executable, str(GROW), *grow_flags(output_dir, **arguments)],
             env=environment(),
             stderr=file,
             stdout=file,
@@ -103,7 +108,7 @@ def interrupt(output_dir: Path, number: int, after: str, **arguments) -> str:
         while not metrics.exists() or after not in metrics.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.02)
-        # A terminal does the same: the launcher gets the signal and dies at once, and the training gets it too.
+        # A terminal does the same: a launcher gets the signal and dies at once, and the training gets it too.
         os.killpg(process.pid, number)
         assert process.wait(timeout=60) != 0
         while "--resume_from_checkpoint latest" not in log.read_text():
@@ -136,7 +141,8 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(data, whole_runs, tmp_path, n
     arguments, whole = interrupted_run(data, phase), whole_runs[phase]
     after = f'"phase": "{phase}", "step": 20' if phase == "core" else f'"phase": "{phase}", "step": 20,'
     # The loader's workers get the signal too. The current step still needs them.
-    log = interrupt(tmp_path / "output", number, after, dataloader_num_workers=2, **arguments)
+    launched = number == signal.SIGTERM
+    log = interrupt(tmp_path / "output", number, after, launched, dataloader_num_workers=2, **arguments)
     assert f"of {phase}; saved" in log and "--resume_from_checkpoint latest" in log
     (checkpoint,) = (tmp_path / "output" / "checkpoints").glob(f"{phase}-[0-9]*")
     step = int(checkpoint.name.split("-")[-1])
