@@ -13,6 +13,7 @@ from diffusers_greedy_grow.models.blocks import TextCache
 from ..testing_utils import make_core, make_grown, make_inputs
 from .conftest import make_model_and_inputs
 
+
 # What is asked is whether the model is captured in one graph, and which shapes and arguments share it. The C++ that the default
 # backend makes of a graph takes minutes to compile here.
 BACKEND = "aot_eager"
