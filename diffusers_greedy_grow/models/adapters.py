@@ -120,7 +120,10 @@ def read_adapter(source: Any, kwargs: dict[str, Any], weight_name: str | None = 
     if fetching["subfolder"] and Path(source).is_dir():  # diffusers would prefer a file of the same name above
         source, fetching["subfolder"] = Path(source, fetching["subfolder"]), None
     if weight_name is None:
-        weight_name = _best_guess_weight_name(source, ".safetensors", fetching["local_files_only"])
+        try:
+            weight_name = _best_guess_weight_name(source, ".safetensors", fetching["local_files_only"])
+        except IndexError as error:  # it leaves out names with "checkpoint", "optimizer" or "scheduler"
+            raise OSError(f"No file of `{source}` has the name of an adapter: pass its `weight_name`.") from error
     elif not weight_name.endswith(".safetensors"):
         raise ValueError(
             f"`weight_name={weight_name!r}` must end in .safetensors: pickled weights are not safe to load."
@@ -274,7 +277,7 @@ def check_tensors(
         problems += [f"`{name}.{part}` is missing" for part in missing]
         if missing:
             continue
-        rank = len(tensors[name, "lora_A.weight"])
+        rank = next(iter(tensors[name, "lora_A.weight"].shape), 0)
         if metadata is not None:
             ranks = metadata.get("rank_pattern") or {}
             rank = ranks.get(get_pattern_key([*ranks], name), metadata.get("r", LoraConfig.r))
@@ -284,8 +287,8 @@ def check_tensors(
                 problems.append(f"`{name}.{part}` is of shape {shape} and must be of shape {shapes[part]}")
     if problems:
         raise ValueError(
-            f"The adapter does not fit: {'; '.join(problems[:3])}. Nothing is loaded. Pass one that was trained on a model with "
-            "the same configuration, complete, and with its own configuration."
+            f"The adapter does not fit: {'; '.join(problems[:3])}. Nothing is loaded. Pass a whole adapter, with the configuration "
+            "that it was saved with, of a model of this size."
         )
 
 

@@ -201,6 +201,7 @@ def make_foreign() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
             rf"{LAYER}.lora_B.weight` is of shape \(32, 1\)",
         ),
         "one dimension": ({**own, f"unet.{LAYER}.lora_B.weight": b[0]}, rf"{LAYER}.lora_B.weight` is of shape \(2,\)"),
+        "no dimension": ({**own, f"unet.{LAYER}.lora_A.weight": a[0, 0]}, rf"{LAYER}.lora_A.weight` is of shape \(\)"),
         "half": ({f"unet.{LAYER}.lora_A.weight": a}, f"{LAYER}.lora_B.weight` is missing"),
         "twice": ({**own, f"{LAYER}.lora_A.weight": a}, "more than one adapter"),
         "two adapters": (
@@ -269,6 +270,9 @@ def test_damaged_and_pickled_files(load, tmp_path):
     torch.save({}, tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"`weight_name='adapter_model.bin'` must end in .safetensors"):
         load(make_core(), tmp_path, weight_name="adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "checkpoint.safetensors")
+    with pytest.raises(OSError, match="has the name of an adapter: pass its `weight_name`"):
+        load(make_core(), tmp_path)
 
 
 def test_a_second_adapter_of_peft_beside_a_first(tmp_path):
