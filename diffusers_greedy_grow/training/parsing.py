@@ -250,13 +250,17 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
 
 
 def check_texts_and_numbers(parser: HfArgumentParser, *instances: Any) -> None:
-    """Stop at an empty text, and at a number that is not finite where that means nothing."""
+    """Stop at a text that is empty or no Unicode, and at a number that is not finite where that means nothing."""
     for instance in instances:
         for field in dataclasses.fields(instance):
             value = getattr(instance, field.name)
             if isinstance(value, str) and not value.strip():
                 parser.error(f"--{field.name} {value!r}: must not be empty.")
-            numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, float)]
+            values = value if isinstance(value, list) else [value]
+            # As bytes of a command line that are not UTF-8 become: neither tokenizers nor files take them.
+            if any(isinstance(one, str) and re.search("[\ud800-\udfff]", one) for one in values):
+                parser.error(f"--{field.name} {value!a}: must be text in UTF-8.")
+            numbers = [one for one in values if isinstance(one, float)]
             if field.name not in UNLIMITED and not all(map(math.isfinite, numbers)):
                 parser.error(f"--{field.name} {value}: must be finite.")
 

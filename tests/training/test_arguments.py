@@ -333,6 +333,15 @@ def test_no_text_may_be_empty(cls, capsys):
             assert f"--{name} ' ': must not be empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cls", [DataArguments, TrainingArguments])
+def test_no_text_may_be_bytes_of_another_encoding(cls, capsys):
+    for name, kind in get_type_hints(cls).items():
+        if str in split_type(kind) or list[str] in split_type(kind):
+            with pytest.raises(SystemExit):
+                parse_arguments([f"--{name}", "gr\udcfcn"], "")
+            assert re.search(rf"--{name} \[?'gr\\udcfcn'[^:]*: must be text in UTF-8", capsys.readouterr().err)
+
+
 def test_a_run_without_stages_grows_from_its_own_config(tmp_path):
     """Its lists with a value per stage are empty; with a stage, they have their defaults again."""
     training = read(tmp_path, "resolutions: [16]\ndetail_steps: []\n", "--resolutions", "16", "64")[2]
