@@ -56,16 +56,21 @@ def write_parquet(path: Path, count: int = 40, caption_column: str = "text", fir
     write_rows(path, [(make_image(i), f"image number {i}") for i in range(first, first + count)], caption_column)
 
 
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file to a tar file."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
 def write_tar(path: Path, extensions: list[str]) -> None:
     """Writes a WebDataset tar file of [`make_image`], each with the caption "image number i" and one of `extensions`."""
     formats = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
     with tarfile.open(path, "w") as archive:
         for i, kind in enumerate(extensions):
             image, caption = to_bytes(make_image(i), formats[kind]), f"image number {i}".encode()
-            for extension, content in ((kind, image), ("txt", caption)):
-                member = tarfile.TarInfo(f"{i:03}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+            add_member(archive, f"{i:03}.{kind}", image)
+            add_member(archive, f"{i:03}.txt", caption)
 
 
 def make_rows(images: list[bytes]) -> Dataset:

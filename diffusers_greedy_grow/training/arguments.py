@@ -423,6 +423,8 @@ OF_ONE_LAUNCH = {"overwrite_output_dir", "resume_from_checkpoint", "resume_with_
 
 # Arguments that are, or may be, paths: `~` and `$VAR` are expanded in them.
 PATHS = {
+    "dataset_name",
+    "high_res_dataset_name",
     "train_data_dir",
     "high_res_data_dir",
     "text_embeddings_dir",

@@ -160,7 +160,7 @@ class TrainingLoop:
         Train on the batches of `loader`, and yield after each step.
 
         Raises:
-            `FloatingPointError`: if the guard rejects too many steps in a row.
+            `FloatingPointError`: if the guard rejects too many steps in a row, or the last step leaves weights that are not finite.
         """
         accelerator, phase = self.accelerator, self.phase
         self.loader = loader
@@ -182,6 +182,8 @@ class TrainingLoop:
             self.update_average()
             self.bar.update()
             step = self.describe_step()
+            if step.last:
+                self.check_weights()
             if step.number == self.clock.first_estimate:
                 rate = self.clock.total_rate(step.number)
                 minutes = self.run.minutes_left(phase, step.number, rate)
@@ -210,11 +212,8 @@ class TrainingLoop:
             accepted = self.guard.accept(norm)
         except FloatingPointError as error:
             levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
-            checkpoints = sorted_checkpoints(self.run.checkpoints)
-            remedy = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
             raise FloatingPointError(
-                f"{name} stops at step {self.step + 1}: {error} This batch had the noise levels {levels}. {remedy}; a lower "
-                "`learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 instead of fp16 may help."
+                f"{name} stops at step {self.step + 1}: {error} This batch had the noise levels {levels}. {self.find_remedy()}"
             ) from error
         if accepted:
             self.optimizer.step()
@@ -222,6 +221,25 @@ class TrainingLoop:
         logger.warning(f"{name}: step {self.step + 1} is skipped, its gradient has the norm {norm:.3g}.")
         if accelerator.scaler is not None:
             accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
+
+    def check_weights(self) -> None:
+        """
+        Check the weights that a phase ends with: its last steps may all have been skipped.
+
+        Raises:
+            `FloatingPointError`: if they are not finite.
+        """
+        largest = gather(torch.nn.utils.get_total_norm(self.parameters, math.inf)).item()
+        if not math.isfinite(largest):
+            raise FloatingPointError(f"{self.phase.name} ends with weights that are not finite. {self.find_remedy()}")
+
+    def find_remedy(self) -> str:
+        """Return what to do about numbers that are not finite."""
+        checkpoints = sorted_checkpoints(self.run.checkpoints)
+        start = f"The last good checkpoint is {checkpoints[-1]}" if checkpoints else "There is no checkpoint yet"
+        return (
+            f"{start}; a lower `learning_rate` or `max_grad_norm`, or `mixed_precision` bf16 instead of fp16 may help."
+        )
 
     def update_average(self) -> None:
         """Take a step of the moving average, on the device that trains."""

@@ -75,7 +75,7 @@ class Parser(HfArgumentParser):
     """Stops with one line at an error, and not with all flags there are above it."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -84,7 +84,7 @@ def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tupl
     parser = Parser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments. Flags override it.")
     parser.add_argument("--debug", action="store_true", help="Show where in the code an error happened.")
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config = Parser((), add_help=False, allow_abbrev=False)
     config.add_argument("--config")
     path = config.parse_known_args(argv)[0].config
     if path is not None:
@@ -148,7 +148,7 @@ def read_config(path: Path, classes: tuple) -> dict[str, Any]:
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), TextLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"this is not YAML: {error}") from error
     if values is None or isinstance(values, Null):
         return {}
@@ -201,9 +201,13 @@ def expand_path(path: str) -> str:
     Return a path with `~` and `$VAR` expanded.
 
     Raises:
-        `ValueError`: if a variable is not set.
+        `ValueError`: if a variable is not set, or a user is not known.
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~") and not os.path.exists(expanded):
+        raise ValueError(
+            f"the user {expanded.split('/')[0]} is not known here. A folder of that name is ./{expanded}."
+        )
     missing = re.search(r"\$(\w+|\{[^}]*\})", expanded)
     if missing is not None and not os.path.exists(expanded):
         raise ValueError(f"the environment variable {missing[0]} is not set.")
@@ -246,13 +250,17 @@ def check_ranges(parser: HfArgumentParser, *rules: tuple) -> None:
 
 
 def check_texts_and_numbers(parser: HfArgumentParser, *instances: Any) -> None:
-    """Stop at an empty text, and at a number that is not finite where that means nothing."""
+    """Stop at a text that is empty or no Unicode, and at a number that is not finite where that means nothing."""
     for instance in instances:
         for field in dataclasses.fields(instance):
             value = getattr(instance, field.name)
             if isinstance(value, str) and not value.strip():
                 parser.error(f"--{field.name} {value!r}: must not be empty.")
-            numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, float)]
+            values = value if isinstance(value, list) else [value]
+            # As bytes of a command line that are not UTF-8 become: neither tokenizers nor files take them.
+            if any(isinstance(one, str) and re.search("[\ud800-\udfff]", one) for one in values):
+                parser.error(f"--{field.name} {value!a}: must be text in UTF-8.")
+            numbers = [one for one in values if isinstance(one, float)]
             if field.name not in UNLIMITED and not all(map(math.isfinite, numbers)):
                 parser.error(f"--{field.name} {value}: must be finite.")
 

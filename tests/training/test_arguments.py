@@ -175,26 +175,36 @@ output_dir:
         ("- seed", "write one argument and its value per line"),
         ("seed: [", "this is not YAML"),
         ("config: other.yaml", "unknown arguments: ['config']"),
+        ("seed: 1\n\tseed: 2", "found character '\\t' that cannot start any token"),
+        ("seed: " + "[" * 3000, "this is not YAML"),
     ],
 )
 def test_bad_config_files(text, message, tmp_path, capsys):
+    """They end a run in one line."""
     with pytest.raises(SystemExit) as stopped:
         read(tmp_path, text)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_a_config_file_that_is_not_there(capsys):
-    for flags in (["--config", "nowhere.yaml"], ["--core_stepps", "3"]):
+    for flags in (["--config", "nowhere.yaml"], ["--core_stepps", "3"], ["--config"]):
         with pytest.raises(SystemExit) as stopped:
             parse_arguments(flags, "")
-        assert stopped.value.code == 2 and flags[1 if "nowhere" in flags[1] else 0] in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and flags["nowhere.yaml" in flags] in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", sorted(PATHS - {"pretrained_model_name_or_path"}))
 def test_paths_are_expanded(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WHERE", str(tmp_path / "there"))
-    needed = {"high_res_data_dir": ["--train_data_dir", "x"], "text_embeddings_dir": ["--text_encoder", "x"]}
+    high_res = ["--train_data_dir", "x"]
+    needed = {
+        "high_res_data_dir": high_res,
+        "high_res_dataset_name": high_res,
+        "text_embeddings_dir": ["--text_encoder", "x"],
+    }
     for given, path in (
         ("~/a", tmp_path / "a"),
         ("$WHERE/a", tmp_path / "there" / "a"),
@@ -207,9 +217,13 @@ def test_paths_are_expanded(name, tmp_path, monkeypatch, capsys):
         for arguments in (found, from_file):
             assert str(path) in [getattr(part, name, None) for part in arguments]
     monkeypatch.delenv("WHERE")
-    with pytest.raises(SystemExit):
-        parse_arguments([f"--{name}", "$WHERE/a", *needed.get(name, [])], "")
-    assert f"--{name} $WHERE/a: the environment variable $WHERE is not set" in capsys.readouterr().err
+    for path, message in (
+        ("$WHERE/a", "the environment variable $WHERE is not set"),
+        ("~nobody-here/a", "the user ~nobody-here is not known here. A folder of that name is ./~nobody-here/a"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments([f"--{name}", path, *needed.get(name, [])], "")
+        assert f"--{name} {path}: {message}" in capsys.readouterr().err
 
 
 def test_flags_of_a_file_beside_the_script_are_not_read(tmp_path, monkeypatch):
@@ -317,6 +331,15 @@ def test_no_text_may_be_empty(cls, capsys):
             with pytest.raises(SystemExit):
                 parse_arguments([f"--{name}", " "], "")
             assert f"--{name} ' ': must not be empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", [DataArguments, TrainingArguments])
+def test_no_text_may_be_bytes_of_another_encoding(cls, capsys):
+    for name, kind in get_type_hints(cls).items():
+        if str in split_type(kind) or list[str] in split_type(kind):
+            with pytest.raises(SystemExit):
+                parse_arguments([f"--{name}", "gr\udcfcn"], "")
+            assert re.search(rf"--{name} \[?'gr\\udcfcn'[^:]*: must be text in UTF-8", capsys.readouterr().err)
 
 
 def test_a_run_without_stages_grows_from_its_own_config(tmp_path):

@@ -62,6 +62,24 @@ def test_rejected_gradients_skip_the_step_and_then_stop_the_run(tmp_path, caplog
         loop.take_step(torch.tensor([0.25]))
 
 
+def test_a_phase_does_not_end_with_weights_that_are_not_finite(tmp_path):
+    loop = make_loop(tmp_path)
+    loop.check_weights()
+    loop.parameters[0].data.fill_(math.inf)
+    with pytest.raises(
+        FloatingPointError, match="core ends with weights that are not finite. There is no checkpoint yet"
+    ):
+        loop.check_weights()
+
+    def loss(model, batch, step, micro_step):
+        value = model(torch.ones(1, 1)).square().sum() + math.nan
+        return SimpleNamespace(loss=value, sigma=torch.ones(1), stack=lambda: torch.zeros(1, 3))
+
+    loop.step = 18
+    with pytest.raises(FloatingPointError, match="core ends with weights that are not finite"):
+        assert [step.number for step in loop.steps([{}, {}], loss)] == [19]
+
+
 def test_interruptions(monkeypatch, capfd):
     """A process alone goes by what it has noted; several wait for each other, and seldom."""
     monkeypatch.setattr(signal, "signal", lambda *args: None)

@@ -6,24 +6,26 @@ Captioned images on a disk: which files of a folder belong to which split, and h
 read as patterns or URLs, so that a name may hold brackets, asterisks or colons.
 """
 
-import csv
-import io
+import itertools
 import json
 import logging
 import os
 import re
 import tarfile
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas
 import pyarrow.parquet
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.table import table_cast
+
+from .metadata import UnreadableData, check_column, decode_text, read_metadata, replace_surrogates
 
 
 # Unlike accelerate's, this logger works before there is an `Accelerator`.
@@ -43,24 +45,24 @@ LAYOUTS = """These layouts work:
   3. parquet files with a column of images and one of captions, or WebDataset tar files."""
 
 
-class UnreadableData(ValueError):
-    """The reason why a folder cannot be read, as the end of a sentence that begins with its name."""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Splits
 def list_files(folder: Path) -> list[Path]:
     """Return all files in a folder and its subfolders, in the order of their paths, without hidden ones."""
-    files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return [Path(file) for file in sorted(files)]
+    return [Path(file) for file in sorted(yield_files(str(folder), ()))]
+
+
+def yield_files(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Yield the paths of all files in a folder, unless it is, by a link, one of the folders `above` it."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith((".", "__")):
+                yield from yield_files(entry.path, (*above, real))
+            elif not entry.is_dir() and not entry.name.startswith("."):
+                yield entry.path
 
 
 def find_split(path: Path, folder: Path, names: dict[str, str]) -> str | None:
@@ -128,13 +130,13 @@ def read_local(
             if found:
                 kinds[kind][split] = found
     metadata_at_the_top = any((path / name).exists() for name in METADATA_NAMES)
-    captioned = {} if path.is_file() else {split: pair for split, pair in find_images(path, files).items() if pair[0]}
+    captioned = {} if path.is_file() else find_images(files)
     if captioned and kinds and not metadata_at_the_top:
         raise UnreadableData(
             f"holds images with captions as well as {' and '.join(kinds)} files: name a folder that has one kind."
         )
     if captioned:
-        return read_images(captioned, image_column, caption_column, streaming)
+        return read_images(captioned, files, image_column, caption_column, streaming)
     if len(kinds) > 1:
         raise UnreadableData(f"holds {' and '.join(kinds)} files: name a folder that has one kind.")
     if "parquet" in kinds:
@@ -170,28 +172,14 @@ def find_stamp(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
-def check_column(argument: str, column: str, columns: list[str], split: str) -> None:
-    """
-    Check the name of a column.
-
-    Raises:
-        `ValueError`: if it is not among `columns`.
-    """
-    if column not in columns:
-        raise ValueError(f"`{argument}={column!r}` is not in the {split} split, whose columns are {columns}.")
-
-
 def read_parquet(
     files: dict[str, list[Path]], image_column: str, caption_column: str, streaming: bool
 ) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """Read two columns of parquet files."""
     columns = [image_column, caption_column]
-    for split, paths in files.items():
-        schema = pyarrow.parquet.read_schema(paths[0])
-        check_column("image_column", image_column, schema.names, split)
-        check_column("caption_column", caption_column, schema.names, split)
-    if any("::" in str(path) for paths in files.values() for path in paths):
-        # `datasets` would read the colons as a chain of URLs.
+    files = {split: check_parquet(paths, image_column, caption_column, split) for split, paths in files.items()}
+    if any(sign in str(path) for paths in files.values() for path in paths for sign in ("::", "$")):
+        # `datasets` would read the colons as a chain of URLs, and the name after the dollar as a variable.
         splits = {}
         for split, paths in files.items():
             features = Features.from_arrow_schema(pyarrow.parquet.read_schema(paths[0]))
@@ -215,6 +203,37 @@ def read_parquet(
     return dict(builder.as_dataset())
 
 
+def check_parquet(paths: list[Path], image_column: str, caption_column: str, split: str) -> list[Path]:
+    """
+    Return the parquet files of a split that have rows, since `datasets` fails at others.
+
+    Raises:
+        [`UnreadableData`]: if one cannot be read, or has a column of another type than the first, or none has rows.
+        `ValueError`: if one lacks a column.
+    """
+    columns, first, filled = list(dict.fromkeys([image_column, caption_column])), None, []
+    for path in paths:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UnreadableData(f"cannot be read: {path} is not a parquet file: {error}") from error
+        if not num_rows:
+            continue
+        check_column("image_column", image_column, schema.names, split)
+        check_column("caption_column", caption_column, schema.names, split)
+        filled.append(path)
+        own = Features.from_arrow_schema(schema)
+        first = first or Features({column: own[column] for column in columns}).arrow_schema
+        try:
+            table_cast(schema.empty_table().select(columns), first)
+        except (TypeError, KeyError, pyarrow.ArrowException) as error:
+            raise UnreadableData(f"cannot be read: {path} does not fit {filled[0]}: {error}") from error
+    if not filled:
+        raise UnreadableData(f"holds parquet files without rows, such as {paths[0]}.")
+    return filled
+
+
 def yield_parquet_rows(files: list[tuple], columns: tuple[str, ...]) -> Iterator[dict]:
     """Yield the rows of parquet files, each given by its path and a stamp."""
     for file, *_ in files:
@@ -223,8 +242,19 @@ def yield_parquet_rows(files: list[tuple], columns: tuple[str, ...]) -> Iterator
                 yield from batch.to_pylist()
 
 
+class UndecodedText(WebDataset):
+    """Leaves text as bytes, since not all of it is UTF-8."""
+
+    DECODERS = {name: one for name, one in WebDataset.DECODERS.items() if one != WebDataset.DECODERS["txt"]}
+
+
 def yield_tar_samples(path: str) -> Iterator[dict]:
-    """Yield the samples of a WebDataset tar file: the contents of the files that share a name, by their extensions."""
+    """
+    Yield the samples of a WebDataset tar file: the contents of the files that share a name, by their extensions.
+
+    Raises:
+        `ValueError`: if the file is broken.
+    """
 
     def read_members() -> Iterator[tuple]:
         with tarfile.open(path, "r|*") as archive:
@@ -232,7 +262,10 @@ def yield_tar_samples(path: str) -> Iterator[dict]:
                 if member.isfile() and not Path(member.name).name.startswith((".", "__")):
                     yield member.name, archive.extractfile(member)
 
-    yield from WebDataset._get_pipeline_from_tar(path, read_members())
+    try:
+        yield from UndecodedText._get_pipeline_from_tar(path, read_members())
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def choose_image_field(sample: dict, image_column: str) -> str | None:
@@ -243,8 +276,18 @@ def choose_image_field(sample: dict, image_column: str) -> str | None:
 
 def choose_caption_field(sample: dict, caption_column: str) -> str:
     """Return the extension of a sample's caption: `caption_column`, or, for the default `text`, that of text files."""
-    fields = [caption_column, *(suffix[1:] for suffix in CAPTION_SUFFIXES if caption_column == "text")]
-    return next((name for name in fields if name in sample), caption_column)
+    fields = [caption_column.lower(), *(suffix[1:] for suffix in CAPTION_SUFFIXES if caption_column == "text")]
+    names = {name.lower(): name for name in sample}
+    return next((names[field] for field in fields if field in names), caption_column)
+
+
+def get_caption(sample: dict, caption_column: str) -> object:
+    """Return the caption of a sample, as text if it is a file of text."""
+    caption = sample.get(choose_caption_field(sample, caption_column))
+    if not isinstance(caption, bytes):
+        return caption
+    text = decode_text(caption, sample["__url__"])
+    return None if text is None else text.strip()
 
 
 def yield_tar_rows(files: list[tuple], image_column: str, caption_column: str) -> Iterator[dict]:
@@ -253,8 +296,7 @@ def yield_tar_rows(files: list[tuple], image_column: str, caption_column: str) -
         for sample in yield_tar_samples(path):
             field = choose_image_field(sample, image_column)
             image = None if field is None else {"bytes": sample[field], "path": f"{sample['__key__']}.{field}"}
-            caption = sample.get(choose_caption_field(sample, caption_column))
-            yield {image_column: image, caption_column: caption}
+            yield {image_column: image, caption_column: get_caption(sample, caption_column)}
 
 
 def read_tars(
@@ -264,9 +306,12 @@ def read_tars(
     features = Features({image_column: Image(decode=False), caption_column: Value("string")})
     splits = {}
     for split, paths in files.items():
-        samples = [sample for _, sample in zip(range(5), yield_tar_samples(str(paths[0])))]
-        columns = list(dict.fromkeys(name for sample in samples for name in sample))
-        if samples and not any(choose_image_field(sample, image_column) for sample in samples):
+        every_sample = (sample for path in paths for sample in yield_tar_samples(str(path)))
+        samples = list(itertools.islice(every_sample, 5))
+        columns = list(dict.fromkeys(name for sample in samples for name in sample if not name.startswith("__")))
+        if not samples:
+            raise UnreadableData(f"holds tar files without samples, such as {paths[0]}.")
+        if not any(choose_image_field(sample, image_column) for sample in samples):
             check_column("image_column", image_column, columns, split)
             raise ValueError(
                 f"`image_column={image_column!r}` holds no images; name another extension of the tar files' members."
@@ -274,7 +319,7 @@ def read_tars(
         if not any(choose_caption_field(sample, caption_column) in sample for sample in samples):
             check_column("caption_column", caption_column, columns, split)
         for sample in samples:
-            caption = sample.get(choose_caption_field(sample, caption_column))
+            caption = get_caption(sample, caption_column)
             if not isinstance(caption, str | None):
                 raise ValueError(
                     f"`caption_column={caption_column!r}` holds {type(caption).__name__}, not strings; name another column, or "
@@ -292,40 +337,49 @@ def read_tars(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images with metadata or with text files
-def find_images(folder: Path, files: dict[str, list[Path]]) -> dict[str, tuple[list[Path], list[Path]]]:
+def get_stem(path: Path) -> str:
+    """Return a path without its suffix. An accented letter may be one character in one name and two in another."""
+    return unicodedata.normalize("NFC", str(path.with_suffix("")))
+
+
+def find_images(files: dict[str, list[Path]]) -> dict[str, list[Path]]:
     """
     Return the files that name the captions of each split, metadata and images, if there are captions. An image in a folder
     with metadata, or below one, has its caption there; any other has it in a text file of its own.
     """
     metadata = {split: [path for path in paths if path.name in METADATA_NAMES] for split, paths in files.items()}
     described = {path.parent for paths in metadata.values() for path in paths}
-    found, bare = {}, 0
+    found = {}
     for split, paths in files.items():
         images = [
             path
             for path in paths
             if path.suffix.lower() in IMAGE_SUFFIXES and not described.intersection(path.parents)
         ]
-        texts = {path.with_suffix("") for path in paths if path.suffix.lower() in CAPTION_SUFFIXES}
-        if any(path.with_suffix("") in texts for path in images):
-            found[split] = (metadata[split] + images, paths)
-        else:
-            bare += len(images)
-            found[split] = (metadata[split], paths)
-    if bare and any(sources for sources, _ in found.values()):
-        logger.warning(f"{bare} images in {folder} have no captions and are left out.")
+        texts = {get_stem(path) for path in paths if path.suffix.lower() in CAPTION_SUFFIXES}
+        has_texts = any(get_stem(path) in texts for path in images)
+        if sources := metadata[split] + images * has_texts:
+            found[split] = sources
     return found
 
 
 def read_images(
-    splits: dict[str, tuple[list[Path], list[Path]]], image_column: str, caption_column: str, streaming: bool
+    splits: dict[str, list[Path]],
+    files: dict[str, list[Path]],
+    image_column: str,
+    caption_column: str,
+    streaming: bool,
 ) -> dict[str, Dataset] | dict[str, IterableDataset]:
-    """Read the rows of images with metadata or text files, as [`find_images`] returns them."""
+    """
+    Read the rows of images with metadata or text files: those that [`find_images`] returns, among all `files`. Warn of other
+    images.
+    """
     result = {}
-    for split, (sources, paths) in splits.items():
+    left_out = {str(path) for paths in files.values() for path in paths if path.suffix.lower() in IMAGE_SUFFIXES}
+    for split, sources in splits.items():
         texts = {
-            (path.with_suffix(""), path.suffix.lower()): path
-            for path in paths
+            (get_stem(path), path.suffix.lower()): path
+            for path in files[split]
             if path.suffix.lower() in CAPTION_SUFFIXES
         }
         rows: list[tuple[str, object]] = []
@@ -335,10 +389,14 @@ def read_images(
                 continue
             check_column("image_column", image_column, ["image", "text"], split)
             check_column("caption_column", caption_column, ["image", "text"], split)
-            found = [texts.get((path.with_suffix(""), suffix)) for suffix in CAPTION_SUFFIXES]
+            found = [texts.get((get_stem(path), suffix)) for suffix in CAPTION_SUFFIXES]
             text = next((text for text in found if text is not None), None)
-            rows.append((str(path), None if text is None else decode_text(text.read_bytes()).strip()))
-        captions = [caption for _, caption in rows]
+            caption = None if text is None else decode_text(text.read_bytes(), str(text.parent))
+            rows.append((str(path), None if caption is None else caption.strip()))
+        left_out.difference_update(name for name, _ in rows)
+        if unnamed := next((name for name, _ in rows if replace_surrogates(name) != name), None):
+            raise UnreadableData(f"cannot be read: rename {ascii(unnamed)}, whose name is not UTF-8.")
+        captions = [replace_surrogates(caption) for _, caption in rows]
         features = Features({image_column: Image(decode=False), caption_column: Value("string")})
         if any(isinstance(caption, list) for caption in captions):
             captions = [[caption] if isinstance(caption, str) else caption for caption in captions]
@@ -354,85 +412,11 @@ def read_images(
         images = [{"bytes": None, "path": name} for name, _ in rows]
         data = Dataset.from_dict({image_column: images, caption_column: captions}, features=features)
         result[split] = data.to_iterable_dataset() if streaming else data
+    if left_out:
+        logger.warning(f"{len(left_out)} images have no captions and are left out, such as {min(left_out)}.")
     return result
 
 
 def flatten(caption: object) -> list:
     """Return the captions of a row as a list."""
     return caption if isinstance(caption, list) else [caption]
-
-
-def decode_text(content: bytes) -> str:
-    """Return the text of a file in UTF-8, in UTF-16 with its mark, or, if it is neither, in Windows' western code page."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
-
-
-def is_file_name(column: str) -> bool:
-    """Return whether a column of metadata names files."""
-    return column == "file_name" or column.endswith("_file_name")
-
-
-def parse_metadata(path: Path) -> list[dict]:
-    """
-    Return the rows of a metadata file.
-
-    Raises:
-        [`UnreadableData`]: if it cannot be parsed.
-    """
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
-    text = decode_text(path.read_bytes())
-    if path.suffix == ".csv":
-        head = text.split("\n", 1)[0].rstrip("\r")
-        separators = [sep for sep in ",;\t" if any(map(is_file_name, next(csv.reader([head], delimiter=sep), [])))]
-        # Captions such as "None" and "NA" are text.
-        options: dict = {"sep": (separators or [","])[0], "dtype": str, "keep_default_na": False}
-        return pandas.read_csv(io.StringIO(text), **options).to_dict("records")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`: a caption may hold other line breaks
-        if line.strip():
-            try:
-                rows.append({**json.loads(line)})
-            except (ValueError, TypeError) as error:
-                raise UnreadableData(
-                    f"cannot be read: line {number} of {path} is not a JSON object: {error}"
-                ) from error
-    return rows
-
-
-def read_metadata(path: Path, image_column: str, caption_column: str, split: str) -> list[tuple[str, object]]:
-    """
-    Return the path of each image that a metadata file names, and its caption.
-
-    Raises:
-        [`UnreadableData`]: if the file cannot be parsed or a row names no image.
-        `ValueError`: if there is no such column.
-    """
-    rows = parse_metadata(path)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if not any(map(is_file_name, columns)) and rows:
-        raise UnreadableData(f"cannot be read: {path} has no column `file_name`, only {columns}.")
-    shown = [(name[: -len("_file_name")] or "image") if is_file_name(name) else name for name in columns]
-    if rows:
-        check_column("image_column", image_column, shown, split)
-        check_column("caption_column", caption_column, shown, split)
-    file_column = next((name for name, other in zip(columns, shown) if other == image_column), "file_name")
-    if rows and not is_file_name(file_column):
-        raise ValueError(
-            f"`image_column={image_column!r}` holds values, not images; name a column of {path} that ends in file_name."
-        )
-    result = []
-    for number, row in enumerate(rows, 1):
-        name = row.get(file_column)
-        if not isinstance(name, str) or not name:
-            raise UnreadableData(f"cannot be read: row {number} of {path} names no image in `{file_column}`.")
-        file = os.path.normpath(path.parent / name)
-        if "\\" in name and not os.path.exists(file):  # written on Windows
-            file = os.path.normpath(path.parent / name.replace("\\", "/"))
-        result.append((file, row.get(caption_column)))
-    return result

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, Image, IterableDataset, LargeList, List, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from ..arguments import DataArguments, ImageArguments
 from ..shapes.scenes import write_shapes
-from .local import LAYOUTS, UnreadableData, check_column, read_local
+from .local import LAYOUTS, SPLITS, read_local
+from .metadata import UnreadableData, check_column
 from .sharing import merge_rows
 
 
@@ -102,16 +104,18 @@ def load_splits(
         raise ValueError("Pass either `dataset_name` or `train_data_dir`.")
     if dataset_name is not None and Path(dataset_name).is_dir():  # `datasets` would read it by rules of its own
         dataset_name, data_dir = None, dataset_name
-    if dataset_name is not None:
-        splits = load_from_hub(dataset_name, streaming, selection)
-    else:
-        assert data_dir is not None
-        check_data_dir(data_dir)
-        named = tuple(name for name in (selection.train_split, selection.validation_split) if name is not None)
-        try:
+    try:
+        if dataset_name is not None:
+            splits = load_from_hub(dataset_name, streaming, selection)
+        else:
+            assert data_dir is not None
+            check_data_dir(data_dir)
+            named = tuple(name for name in (selection.train_split, selection.validation_split) if name is not None)
             splits = read_local(data_dir, image_column, caption_column, streaming, named)
-        except UnreadableData as error:
-            raise ValueError(f"{data_dir!r} {error}") from error
+    except UnreadableData as error:
+        raise ValueError(f"{data_dir!r} {error}") from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"{dataset_name or data_dir!r}: {error.__cause__ or error}") from error
     chosen = choose_splits(splits, selection)
     return {name: select_columns(split, name, image_column, caption_column) for name, split in chosen.items()}
 
@@ -140,19 +144,24 @@ def choose_splits(splits: dict, selection: Selection) -> dict:
     Raises:
         `ValueError`: if a split is missing.
     """
-    for argument in ("train_split", "validation_split"):
-        name = getattr(selection, argument)
+
+    def find(argument: str) -> str | None:
+        given = getattr(selection, argument)
+        name = given if given in splits else SPLITS.get(given, given)  # a folder `val` has been read as `validation`
         if name is not None and name not in splits:
-            raise ValueError(f"`{argument}={name!r}` is not in the data, whose splits are {list(splits)}.")
-    train = selection.train_split or "train"
+            raise ValueError(f"`{argument}={given!r}` is not in the data, whose splits are {list(splits)}.")
+        return name
+
+    train = find("train_split") or "train"
+    validation = find("validation_split")
     if train not in splits:
         raise ValueError(
             f"The data has no train split, only {list(splits)}: name one of its files or folders train, or pass `train_split`."
         )
-    if selection.validation_split is not None:
-        held_out = {"validation": selection.validation_split}
+    if validation is not None:
+        held_out = {"validation": validation}
     else:
-        held_out = {name: name for name in ("validation", "test") if name in splits and name != train}
+        held_out = {SPLITS[name]: name for name in ("val", "validation", "test") if name in splits and name != train}
     if train in held_out.values():
         raise ValueError(f"`train_split` and `validation_split` are both {train!r}: hold out another split, or none.")
     return {"train": splits[train], **{name: splits[other] for name, other in held_out.items()}}
