@@ -16,7 +16,6 @@ about fifteen minutes on one core with native bfloat16, and 35 on one without.
 """
 
 import argparse
-import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -84,7 +83,7 @@ class StickersScorer(ModelMixin, ConfigMixin):
         categories: list[str],
         names: dict[str, str],
         text_dim: int,
-        widths: tuple[int, ...] = (32, 64, 128, 256),
+        widths: tuple[int, ...],
         embedding_dim: int = 128,
         accuracy: dict[str, dict[str, float]] | None = None,
     ):
@@ -165,13 +164,13 @@ def score_images(
         scorer ([`StickersScorer`]): The trained scorer.
         images (`torch.Tensor` of shape `(B, 3, R, R)`): The images in [0, 1], of at least 64 pixels.
         captions (sequence of `str`): Their captions, "name, style".
-        real (`torch.Tensor` of shape `(N, 3, R', R')`, *optional*): Real images, best of the same captions.
+        real (`torch.Tensor` of shape `(N, 3, R', R')`, *optional*): Real images.
 
     Returns:
         `dict[str, float]`: `style` and `category` are the shares of images for which the network names those of the caption
         (images whose category is unknown do not count). `retrieval` is the share for which the caption's name fits better than
-        49 other names, drawn by the name itself; guessing has .02. With `real`, `kid` is the kernel distance of the network's
-        features from those of the real images, times 1000.
+        49 other names, drawn by the name itself; guessing has .02. With `real`, `kid` is the [`kernel_distance`] of the
+        network's features from those of the real images, times 1000.
 
     Raises:
         `ValueError`: if the images or captions do not fit the scorer.
@@ -203,13 +202,20 @@ def draw_names(names: dict[str, int], name: str) -> list[int]:
 
 
 def kernel_distance(features: torch.Tensor, real: torch.Tensor) -> float:
-    """Return the unbiased squared MMD of two sets of features `(B, D)` and `(N, D)`, with KID's kernel (Binkowski et al., 2018)."""
+    """
+    Return the squared MMD of two sets of features, `(B, D)` and `(N, D)`, without bias and with the kernel of KID (Binkowski et
+    al., 2018). The features are scaled to a mean square of 1 first, so that no image outweighs the rest. The distance is 0 on
+    average for independent images of one kind, and below 0 if the sets are copies of each other.
+
+    Raises:
+        `ValueError`: if a set has fewer than two images.
+    """
     if min(len(features), len(real)) < 2:
         raise ValueError(f"The distance needs two images on each side; got {len(features)} and {len(real)}.")
-    x, y = features.double(), real.double()
+    x, y = F.normalize(features.double()), F.normalize(real.double())
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+        return (a @ b.T + 1) ** 3
 
     def within(a: torch.Tensor) -> torch.Tensor:
         values = kernel(a, a)
@@ -305,6 +311,7 @@ def train(
     epochs: int = 20,
     batch_size: int = 128,
     learning_rate: float = 4e-3,
+    widths: tuple[int, ...] = (32, 64, 128, 256),
     seed: int = 0,
 ) -> StickersScorer:
     """
@@ -332,6 +339,7 @@ def train(
         categories=sorted({*by_name.values()} - {""}),
         names=by_name,
         text_dim=embeddings.shape[1],
+        widths=widths,
     )
     scorer.text_embeddings.copy_(embeddings)
     fit(scorer, splits["train"], epochs, batch_size, learning_rate)
@@ -347,13 +355,15 @@ def train(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
-def describe(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-
-
 def print_accuracy(scorer: StickersScorer) -> None:
     for split, scores in (scorer.config.accuracy or {}).items():
         print(f"real images of {split}: {describe(scores)}", flush=True)
+
+
+def describe(scores: dict[str, float]) -> str:
+    """Return scores as text, in the order that [`score_images`] gives them, which a saved configuration sorts."""
+    order = ("style", "category", "retrieval", "kid")
+    return ", ".join(f"{name} {scores[name]:.3f}" for name in order if name in scores)
 
 
 def load_captioned(folder: str, split: str) -> tuple[torch.Tensor, list[str]]:
@@ -392,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     print_accuracy(scorer)
     images, captions = load_captioned(args.images, args.split)
     real = load_captioned(args.real, args.real_split)[0] if args.real else None
-    print(f"{args.images}: {json.dumps(score_images(scorer, images, captions, real))}")
+    print(f"{args.images}: {describe(score_images(scorer, images, captions, real))}")
 
 
 if __name__ == "__main__":
