@@ -44,7 +44,7 @@ def make_package(body: str, categories: dict[str, list[str]] | None, spdx: str, 
     info = {
         "name": "Tiny",
         "author": {"name": "Ann", "url": "https://example.org/ann"},
-        "license": {"title": f"The {spdx}", "spdx": spdx, "url": "https://example.org/licence"},
+        "license": {"title": f"The {spdx}", "spdx": spdx, "url": "https://example.org/license"},
     }
     metadata = {} if categories is None else {"metadata.json": {"categories": categories}}
     return {"icons.json": {"prefix": "tiny", "icons": icons, "width": 16, "height": 16}, "info.json": info, **metadata}
@@ -145,12 +145,12 @@ def test_skin_tones_are_thinned_out(built):
     assert not any(row["name"] in ("logo", "no body") for row in rows)
 
 
-def test_licences_are_written_and_printed(built, packages, tmp_path, capsys):
+def test_licenses_are_written_and_printed(built, packages, tmp_path, capsys):
     registry, sets = packages
     card = DatasetCard.load(built / "README.md")
     assert card.data.license == ["apache-2.0", "mit"] and "| train |" in card.text
-    licences = (built / "LICENSES.md").read_text()
-    assert "[Tiny](https://example.org/ann) by Ann, The MIT" in licences and "Copyright (c) Ann" in licences
+    licenses = (built / "LICENSES.md").read_text()
+    assert "[Tiny](https://example.org/ann) by Ann, The MIT" in licenses and "Copyright (c) Ann" in licenses
     assert "Apache License" in (built / "LICENSE-Apache-2.0.txt").read_text()
     build(tmp_path / "out", sets[:1], 16, registry)
     assert "**round**: [Tiny](https://example.org/ann) by Ann, The MIT" in capsys.readouterr().out

@@ -11,7 +11,7 @@ Draw the captioned stickers: emoji in seven styles, from the vector sets of the 
     accelerate launch training_examples/grow.py --train_data_dir data/stickers --resolutions 64 256
 
 OUT holds a parquet file per split with the columns `image` (WebP, on white), `text` ("name, style"), `name`, `style` and
-`category`, a README.md and the licences. A *subject* is a name without its skin tone, however a set spells it. The split
+`category`, a README.md and the licenses. A *subject* is a name without its skin tone, however a set spells it. The split
 depends on hashes of subject and style alone, so that it is the same everywhere:
 
 - `test`: subjects that no image of the other splits shows.
@@ -302,23 +302,23 @@ def draw_split(icons: Sequence[Icon], size: int, num_proc: int | None) -> Datase
 # ----------------------------------------------------------------------------------------------------------------------
 # What is written
 def attribute(icon_set: IconSet, info: dict) -> str:
-    """Return the attribution of a set, as its licence asks for it."""
-    author, licence = info["author"], info["license"]
+    """Return the attribution of a set, as its license asks for it."""
+    author, license = info["author"], info["license"]
     return (
-        f"**{icon_set.style}**: [{info['name']}]({author.get('url', '')}) by {author['name']}, {licence['title']} "
-        f"([{licence.get('spdx', licence['title'])}]({licence.get('url', '')})); from the npm package "
+        f"**{icon_set.style}**: [{info['name']}]({author.get('url', '')}) by {author['name']}, {license['title']} "
+        f"([{license.get('spdx', license['title'])}]({license.get('url', '')})); from the npm package "
         f"@iconify-json/{icon_set.package} {icon_set.version}"
     )
 
 
-def write_licences(folder: Path, sets: Sequence[IconSet], infos: Sequence[dict]) -> None:
+def write_licenses(folder: Path, sets: Sequence[IconSet], infos: Sequence[dict]) -> None:
     """Write LICENSES.md and, for sets under the Apache License, its text."""
     lines = [
-        "# Licences",
+        "# Licenses",
         "",
         "The images are drawn on white from these sets; nothing else was changed. Models trained on them",
     ]
-    lines += ["should name the sets and their licences. Images of share-alike sets stay under their licence.", ""]
+    lines += ["should name the sets and their licenses. Images of share-alike sets stay under their license.", ""]
     lines += [f"- {attribute(icon_set, info)}" for icon_set, info in zip(sets, infos)]
     spdx = {info["license"].get("spdx") for info in infos}
     for owner in sorted({info["author"]["name"] for info in infos if info["license"].get("spdx") == "MIT"}):
@@ -357,14 +357,14 @@ def make_card(splits: dict[str, list[Icon]], sets: Sequence[IconSet], infos: Seq
         "`name`, `style`, `category` (empty if unknown).\n",
         "| split | images | what is held out |\n| --- | --- | --- |",
         *[f"| {name} | {len(split):,} | {held_out[name]} |" for name, split in splits.items()],
-        "\n| style | images | package | licence |\n| --- | --- | --- | --- |",
+        "\n| style | images | package | license |\n| --- | --- | --- | --- |",
         *[
             f"| {icon_set.style} | {styles[icon_set.style]:,} | @iconify-json/{icon_set.package} {icon_set.version} | "
             f"{info['license'].get('spdx', info['license']['title'])} |"
             for icon_set, info in zip(sets, infos)
         ],
         "\nA *subject* is a name without its skin tone. LICENSES.md names the authors. A model trained on these images has to",
-        "name the sets and their licences.",
+        "name the sets and their licenses.",
     ]
     return DatasetCard("\n".join(lines) + "\n")
 
@@ -420,7 +420,7 @@ def build(
     temporary.mkdir(parents=True)
     for name, split in splits.items():
         draw_split(split, size, num_proc).to_parquet(temporary / f"{name}.parquet")
-    write_licences(temporary, sets, infos)
+    write_licenses(temporary, sets, infos)
     make_card(splits, sets, infos, size).save(temporary / "README.md")
     temporary.rename(out)
     return {name: len(split) for name, split in splits.items()}
