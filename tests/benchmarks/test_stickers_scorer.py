@@ -1,0 +1,210 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The scorer of stickers, trained for seconds on drawn shapes in two styles: what it learns, refuses and prints."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image, ImageDraw
+
+from benchmarks import stickers_scorer
+from benchmarks.stickers_scorer import (
+    StickersScorer,
+    augment,
+    compute_features,
+    draw_names,
+    kernel_distance,
+    load_captioned,
+    score_images,
+    train,
+)
+from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
+
+
+COLORS, SHAPES, STYLES = ("red", "green", "blue", "orange"), ("circle", "box", "bar"), ("filled", "outlined")
+CATEGORIES = {"circle": "Symbols", "box": "Objects", "bar": ""}
+HELD_OUT = ("red box", "blue circle")
+
+
+def draw(name: str, style: str, rng: np.random.Generator) -> Image.Image:
+    """A shape on white, 64 px."""
+    color, shape = name.split()
+    image = Image.new("RGB", (64, 64), "white")
+    x, y, size = rng.integers(24, 40), rng.integers(24, 40), rng.integers(14, 20)
+    box = (x - size, y - size, x + size, y + size) if shape != "bar" else (x - size, y - 5, x + size, y + 5)
+    painter = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
+    painter(box, fill=color if style == "filled" else "white", outline=color, width=3)
+    return image
+
+
+def write_split(path: Path, names: list[str], per_style: int) -> None:
+    rng = np.random.default_rng(len(names))
+    rows = [(name, style) for name in names for style in STYLES for _ in range(per_style)]
+    table = {
+        "image": [draw(name, style, rng) for name, style in rows],
+        "text": [f"{name}, {style}" for name, style in rows],
+        "name": [name for name, _ in rows],
+        "style": [style for _, style in rows],
+        "category": [CATEGORIES[name.split()[1]] for name, _ in rows],
+    }
+    strings = dict.fromkeys(("text", "name", "style", "category"), Value("string"))
+    Dataset.from_dict(table, features=Features({"image": ImageFeature(), **strings})).to_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Shapes of all names but two, other images of the same names, and images of these two."""
+    folder = tmp_path_factory.mktemp("shapes")
+    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES if f"{color} {shape}" not in HELD_OUT]
+    write_split(folder / "train.parquet", names, 8)
+    write_split(folder / "validation.parquet", names, 2)
+    write_split(folder / "test.parquet", list(HELD_OUT), 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory) -> str:
+    """The folder of a T5 encoder of no layers, with random word vectors."""
+    folder = tmp_path_factory.mktemp("text_encoder")
+    tokenizer = train_small_tokenizer([f"{color} {shape}" for color in COLORS for shape in SHAPES])
+    torch.manual_seed(0)
+    build_small_text_encoder(tokenizer, hidden_size=32, num_layers=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(data, text_encoder, tmp_path_factory) -> Path:
+    """The folder of a trained scorer."""
+    out = tmp_path_factory.mktemp("scorers") / "scorer"
+    train(data, text_encoder, out, epochs=20, batch_size=16, widths=(8, 16, 32))
+    return out
+
+
+@pytest.fixture(scope="module")
+def scorer(folder) -> StickersScorer:
+    return StickersScorer.from_pretrained(folder, use_safetensors=True)
+
+
+def test_it_is_right_about_held_out_images(scorer, data):
+    assert scorer.config.styles == list(STYLES) and scorer.config.categories == ["Objects", "Symbols"]
+    assert scorer.config.names["red bar"] == "" and scorer.config.names["red box"] == "Objects"
+    accuracy = scorer.config.accuracy
+    assert accuracy["validation"]["style"] > 0.95 and accuracy["test"]["style"] > 0.9
+    assert accuracy["validation"]["category"] > 0.9
+    assert accuracy["validation"]["retrieval"] > 0.8  # chance is 1 / 12
+    # The saved scorer says the same as the one that was trained.
+    for split in ("validation", "test"):
+        assert score_images(scorer, *load_captioned(str(data), split)) == pytest.approx(accuracy[split], abs=1e-6)
+
+
+def test_wrong_captions_score_low(scorer, data):
+    images, captions = load_captioned(str(data), "validation")
+    other = {"filled": "outlined", "outlined": "filled", "circle": "box", "box": "circle"}
+    wrong = [" ".join(other.get(word, word) for word in caption.replace(",", " ,").split()) for caption in captions]
+    wrong = [caption.replace(" ,", ",") for caption in wrong]
+    scores, right = score_images(scorer, images, wrong), score_images(scorer, images, captions)
+    assert scores["style"] == pytest.approx(1 - right["style"]) and scores["category"] < 0.2
+    assert scores["retrieval"] < right["retrieval"] - 0.3  # bars are still bars
+
+
+def test_larger_images_score_alike(scorer, data):
+    images, captions = load_captioned(str(data), "validation")
+    large = images.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    assert score_images(scorer, large, captions)["style"] == score_images(scorer, images, captions)["style"]
+
+
+def test_the_kernel_distance(scorer, data):
+    """It grows as images are less like the real ones."""
+    images, captions = load_captioned(str(data), "train")
+    real, _ = load_captioned(str(data), "validation")
+    filled = [i for i, caption in enumerate(captions) if caption.endswith("filled")]
+    sets = [images, images[filled], images[filled].flip(1)]  # in the last one, red is blue
+    same, half, wrong = (score_images(scorer, batch, captions[: len(batch)], real)["kid"] for batch in sets)
+    assert same < half / 4 and half < wrong
+    assert "kid" not in score_images(scorer, real[:1], captions[:1])
+
+
+def test_the_kernel_distance_is_unbiased():
+    """The mean over many small sets of one distribution is 0. The values of two pairs of points are computed by hand."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [kernel_distance(*torch.randn(2, 4, 4, generator=generator)) for _ in range(500)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / 500**0.5
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])
+    # (cosine + 1)^3 is 1 between the points of x, 8 between those of y, and 8, 8, 1 and 1 across.
+    assert kernel_distance(x, y) == pytest.approx(1 + 8 - 2 * 18 / 4)
+    with pytest.raises(ValueError, match="needs two images on each side; got 1 and 5"):
+        kernel_distance(torch.zeros(1, 4), torch.zeros(5, 4))
+
+
+def test_the_other_names_are_always_the_same():
+    names = {f"name {i}": i for i in range(200)}
+    drawn = draw_names(names, "name 7")
+    assert drawn[0] == 7 and len(drawn) == len(set(drawn)) == 50
+    assert drawn == draw_names(dict(reversed(names.items())), "name 7") != draw_names(names, "name 8")
+
+
+def test_augmented_images_stay_on_paper_and_flip_if_they_may():
+    torch.manual_seed(0)
+    image = torch.ones(3, 64, 64)
+    image[:, :, 12:28] = 0  # black, left of the middle
+    images = augment(image.repeat(200, 1, 1, 1), torch.tensor([True, False]).repeat(100))
+    assert images.min() >= 0 and images.max() <= 1 and images[:, :, :, [0, -1]].amin() >= 0.79
+    on_the_right = images[..., 32:].mean((1, 2, 3)) < images[..., :32].mean((1, 2, 3))
+    assert 25 < on_the_right[::2].sum() < 75 and not on_the_right[1::2].any()
+    widths = (images.mean((1, 2)) < 0.5).sum(-1)
+    assert widths.min() < 15 and widths.max() > 17
+
+
+@pytest.mark.parametrize(
+    "images,captions,message",
+    [
+        (torch.zeros(1, 3, 64, 64), ["red box"], "1 captions that the scorer does not know, such as ', red box'"),
+        (torch.zeros(1, 3, 64, 64), ["red moon, filled"], "such as 'red moon, filled': a caption must be a name"),
+        (torch.zeros(1, 3, 64, 64), ["red box, woolen"], r"a comma and one of \['filled', 'outlined'\]"),
+        (torch.zeros(2, 3, 64, 64), ["red box, filled"], "must be as many; got 2 and 1"),
+        (torch.zeros(1, 3, 32, 32), ["red box, filled"], r"shape \(1, 3, 32, 32\) must be \(B, 3, R, R\) with R of at least 64"),
+        (torch.zeros(1, 3, 64, 80), ["red box, filled"], r"shape \(1, 3, 64, 80\) must be"),
+        (torch.zeros(1, 64, 64, 3), ["red box, filled"], r"shape \(1, 64, 64, 3\) must be"),
+        (-torch.ones(1, 3, 64, 64), ["red box, filled"], r"must be in \[0, 1\]; got -1 to -1"),
+        (torch.full((1, 3, 64, 64), 255), ["red box, filled"], "got 255 to 255. Divide bytes by 255"),
+    ],
+)  # fmt: skip
+def test_bad_images_and_captions(scorer, images, captions, message):
+    with pytest.raises(ValueError, match=message):
+        score_images(scorer, images, captions)
+
+
+def test_bad_data(data, text_encoder, tmp_path):
+    with pytest.raises(ValueError, match="has no train.parquet"):
+        train(tmp_path, text_encoder, tmp_path / "out")
+    with pytest.raises(ValueError, match="`batch_size=500` is larger than the 160 training images"):
+        train(data, text_encoder, tmp_path / "out", batch_size=500)
+    with pytest.raises(ValueError, match="has no split 'dev', only"):
+        load_captioned(str(data), "dev")
+
+
+def test_the_command_line(folder, data, tmp_path, capsys):
+    """Samples in a folder are scored, after what the scorer is worth on real images."""
+    images, captions = load_captioned(str(data), "test")
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    stickers_scorer.main(["score", "--scorer", str(folder), "--images", str(tmp_path), "--real", str(data)])
+    *real, last = capsys.readouterr().out.splitlines()
+    assert sorted(line[:33] for line in real) == [
+        "real images of test: style 1.000,",
+        "real images of validation: style ",
+    ]
+    assert [word for word in last.split() if word.isalpha()] == ["style", "category", "retrieval", "kid"]
+
+
+def test_features_do_not_depend_on_the_batch(scorer, data):
+    images, _ = load_captioned(str(data), "train")
+    features = compute_features(scorer, images)
+    assert torch.allclose(features[7:9], compute_features(scorer, images[7:9]), atol=1e-4)
