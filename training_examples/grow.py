@@ -50,6 +50,7 @@ from diffusers_greedy_grow.training.growing import (
 )
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
+from diffusers_greedy_grow.training.optimizer import split_for_muon
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.phases import Phase, list_phases
 from diffusers_greedy_grow.training.plan import PhasePlan, plan_phases
@@ -244,6 +245,8 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
     if trains_text:
         groups.append({"name": "text", "params": list(text_encoder.parameters()), "lr": phase.learning_rate})
     module = TrainedModel(unet, text_encoder if trains_text else None)
+    if args.optimizer == "muon":
+        groups = split_for_muon(groups, module)
     shard(accelerator, module, pipeline)
     tokenizer = pipeline.tokenizer if trains_text else None
     loop = TrainingLoop(

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 # The losses that a phase can train on; see `training.objective`.
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
+# The optimizers; see `training.optimizer`.
+OPTIMIZERS = ("adamw", "muon")
 # The precisions to compute in.
 PRECISIONS = ("no", "bf16", "fp16")
 # Arguments for which infinity means "off".
@@ -228,7 +230,9 @@ class LoopArguments:
         metadata={"help": "Number of warmup steps at the start of each phase, at most a tenth of its steps."},
     )
     adam_beta2: float = field(default=0.99, metadata={"help": "Second beta of AdamW."})
-    adam_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    adam_weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay of AdamW, and of the matrices that Muon trains."}
+    )
     max_grad_norm: float = field(
         default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 turns clipping off."}
     )
@@ -320,6 +324,13 @@ class TrainingArguments(LoopArguments):
     )
     learning_rate: list[float] = field(
         default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate at each resolution."}
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": 'Optimizer: "adamw"; or "muon" for the matrices of attention and MLPs, and AdamW for all else. The same learning '
+            "rates suit both."
+        },
     )
     core_lr_scale: float | None = field(
         default=None,

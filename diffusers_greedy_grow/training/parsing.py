@@ -24,6 +24,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from .arguments import (
+    OPTIMIZERS,
     PATHS,
     PRECISIONS,
     UNLIMITED,
@@ -471,5 +472,7 @@ def check_phases(parser: HfArgumentParser, model: ModelArguments, training: Trai
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
     if training.hub_steps is not None and not training.push_to_hub:
         parser.error("--hub_steps needs --push_to_hub.")
+    if training.optimizer not in OPTIMIZERS:
+        parser.error(f"--optimizer {training.optimizer}: choose one of {', '.join(OPTIMIZERS)}.")
     if not {*training.loss_weighting} <= {*WEIGHTINGS}:
         parser.error(f"--loss_weighting {training.loss_weighting}: choose from {', '.join(WEIGHTINGS)}.")

@@ -17,6 +17,7 @@ from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.growable_unet_2d_condition import find_core
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .growing import build_core, get_text_hidden_size, stage_arguments
+from .optimizer import count_orthogonalization, find_matrices
 from .parsing import parse_buckets
 from .phases import Phase
 from .setup import compute_dtype
@@ -38,6 +39,8 @@ class PhasePlan:
         activations (`int`): Bytes per image that are stored for the backward pass.
         checkpointed_activations (`int`): The same with gradient checkpointing.
         largest_unit (`int`): Bytes of the largest group of parameters that FSDP gathers at once.
+        moments (`int`): Numbers that the optimizer keeps: two per trained parameter, one where Muon trains it.
+        optimizer_flops (`int`): Operations per step of Muon on one process. Those of AdamW are few, and not counted.
     """
 
     name: str
@@ -52,6 +55,8 @@ class PhasePlan:
     activations: int
     checkpointed_activations: int
     largest_unit: int
+    moments: int
+    optimizer_flops: int
 
     @property
     def images(self) -> int:
@@ -60,15 +65,15 @@ class PhasePlan:
     @property
     def flops(self) -> int:
         """Operations of the whole phase, without what gradient checkpointing computes twice."""
-        return self.images * self.train_flops
+        return self.images * self.train_flops + self.steps * self.optimizer_flops
 
     def memory(self, num_shards: int = 1, gradient_checkpointing: bool = False) -> int:
         """
-        Return the bytes per process, with the model sharded over `num_shards` processes: float32 weights; the gradient, AdamW's two
-        moments and the moving average of what trains; the activations; and for a sharded model two gathered units, of which
+        Return the bytes per process, with the model sharded over `num_shards` processes: float32 weights; the gradient, the
+        optimizer's moments and the moving average of what trains; the activations; and for a sharded model two gathered units, of which
         one computes while the other arrives. Memory of kernels and of the allocator comes on top.
         """
-        state = 4 * (self.parameters + 4 * self.trained_parameters) // num_shards
+        state = 4 * (self.parameters + 2 * self.trained_parameters + self.moments) // num_shards
         activations = self.checkpointed_activations if gradient_checkpointing else self.activations
         return state + activations * self.process_batch_size + (2 * self.largest_unit if num_shards > 1 else 0)
 
@@ -82,6 +87,7 @@ def plan_phase(
     batches_per_step: int,
     num_tokens: int,
     dtype: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
 ) -> PhasePlan:
     """
     Count one training step, without allocating weights or activations.
@@ -93,10 +99,13 @@ def plan_phase(
         batches_per_step (`int`): Into how many batches a step's images are split.
         num_tokens (`int`): Text tokens per image.
         dtype (`torch.dtype`, defaults to float32): The dtype in which layers compute.
+        optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"muon"`.
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     largest_unit = max(sum(p.numel() for p in unit) for unit in list_units(model)) * dtype.itemsize
+    matrices = find_matrices(model).values() if optimizer == "muon" else ()
+    shapes = [matrix.shape for matrix in matrices if matrix.requires_grad]
 
     # The core's layers are alike: each further layer adds what the second one adds.
     core = model if isinstance(model, ShallowUNet2DModel) else model.core
@@ -124,6 +133,8 @@ def plan_phase(
         activations=activations,
         checkpointed_activations=checkpointed_activations,
         largest_unit=largest_unit,
+        moments=2 * trained - sum(shape.numel() for shape in shapes),
+        optimizer_flops=sum(map(count_orthogonalization, shapes)),
     )
 
 
@@ -233,6 +244,7 @@ def plan_phases(
                     batches_per_step,
                     model_args.max_sequence_length,
                     compute_dtype(accelerator),
+                    args.optimizer,
                 )
             )
     if data_args.aspect_ratio_buckets is not None:
@@ -296,6 +308,8 @@ def format_plan(
             f"{phase.trained_parameters / 1e6:>8.2f} M{phase.train_flops / 1e9:>15.2f}{phase.flops / 1e15:>13.3f}"
             f"{phase.memory(num_shards, gradient_checkpointing) / 2**30:>7.1f} GB"
         )
+    if own := sum(phase.steps * phase.optimizer_flops for phase in phases):
+        lines.append(f"Muon's own operations are {own / sum(phase.flops for phase in phases):.0%} of all.")
     first, last = phases[0], phases[-1]
     if last.resolution > first.resolution:
         ratio = last.forward_flops / first.forward_flops

@@ -68,14 +68,17 @@ class Run:
         """The number of images in a step, over all processes."""
         return phase.batch_size * self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
 
-    def flops_per_image(self, phase: Phase) -> int:
-        """The number of operations of one training image, or 1 where it is not known."""
-        return self.plans[self.phases.index(phase)].train_flops if self.plans else 1
+    def flops_per_step(self, phase: Phase) -> int:
+        """The number of operations of a training step; where it is not known, the number of images."""
+        if not self.plans:
+            return self.images_per_step(phase)
+        plan = self.plans[self.phases.index(phase)]
+        return self.images_per_step(phase) * plan.train_flops + plan.optimizer_flops
 
     def total_flops(self, phase: Phase, step: int) -> int:
         """The number of operations up to `step` of `phase`, over all phases."""
         parts = [(earlier, earlier.steps) for earlier in self.phases[: self.phases.index(phase)]] + [(phase, step)]
-        return sum(steps * self.images_per_step(part) * self.flops_per_image(part) for part, steps in parts)
+        return sum(steps * self.flops_per_step(part) for part, steps in parts)
 
     def total_steps(self, phase: Phase, step: int) -> int:
         """The number of steps up to `step` of `phase`, over all phases."""
@@ -85,7 +88,8 @@ class Run:
         """The minutes of training left at this speed, by the number of operations. Validation and samples come on top."""
         last = self.phases[-1]
         left = self.total_flops(last, last.steps) - self.total_flops(phase, step)
-        return left / (images_per_second * self.flops_per_image(phase)) / 60
+        steps_per_second = images_per_second / self.images_per_step(phase)
+        return left / (steps_per_second * self.flops_per_step(phase)) / 60
 
     # ------------------------------------------------------------------------------------------------------------------
     # Metrics

@@ -207,12 +207,19 @@ def find_resumed_phase(checkpoint: Path, phases: list[Phase], config: dict, resu
         resume_with_changes (`bool`): Whether different settings are accepted.
 
     Raises:
-        `ValueError`: if this run has no such phase, or fewer steps of it, or if settings differ.
+        `ValueError`: if this run has no such phase, or fewer steps of it, or if settings differ. Another optimizer is refused in
+            any case: it could not use the state that the checkpoint holds.
     """
     progress = Progress.read(checkpoint)
     index = next((i for i, phase in enumerate(phases) if phase.is_same(progress.phase_index, progress.phase)), -1)
     if index < 0:
         raise ValueError(f"{checkpoint} is of phase {progress.phase}, which this run does not have.")
+    earlier, now = (values.get("optimizer", "adamw") for values in (progress.config, config))
+    if earlier != now:
+        raise ValueError(
+            f"`optimizer={now!r}`: {checkpoint} holds the state of {earlier}, which {now} cannot use. Resume with `--optimizer "
+            f"{earlier}`, or grow the last finished phase further with `--core` and another `output_dir`."
+        )
     check_changes(checkpoint, progress.config, config, resume_with_changes)
     if progress.step > phases[index].steps:
         raise ValueError(

@@ -129,6 +129,14 @@ def test_frozen_parameters_under_fsdp():
     assert done.returncode == 0 and "as it should be" in done.stdout, done.stdout[-5000:]
 
 
+@pytest.mark.slow
+def test_muon_under_fsdp(tmp_path):
+    """Sharded matrices take the steps of whole ones, and so they do after a checkpoint was loaded."""
+    script, path = FOLDER / "sharded_muon.py", str(GROW.parents[1])
+    done = launch_script(script, [str(tmp_path / "state")], num_processes=2, fsdp=True, PYTHONPATH=path)
+    assert done.returncode == 0 and done.stdout.count("as it should be") == 2, done.stdout[-5000:]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
 

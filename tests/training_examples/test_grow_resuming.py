@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from ..data_utils import write_image_folder
@@ -81,6 +82,28 @@ def test_a_refused_run_keeps_its_checkpoints(finished, data, here, tmp_path):
     with pytest.raises(ValueError, match="lacks lines that were there when the checkpoint was saved: put it back"):
         here(tmp_path / "output", train_data_dir=data, resume_from_checkpoint=checkpoints[0])
     assert len(checkpoints) > 1 and sorted((tmp_path / "output" / "checkpoints").iterdir()) == checkpoints
+
+
+def test_muon_resumes_bit_for_bit_and_only_with_muon(data, here, tmp_path):
+    arguments = {
+        "train_data_dir": data, "optimizer": "muon", "hidden_size": 32, "block_out_channels": "32", "core_steps": 4,
+        "detail_steps": 3, "joint_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 9, "lr_warmup_steps": 0,
+    }  # fmt: skip
+    run(tmp_path / "whole", **arguments)
+    for phase in ("core", "grown-16-detail", "grown-16"):
+        state = torch.load(tmp_path / "whole" / "checkpoints" / f"{phase}-2" / "optimizer.bin")["state"]
+        kinds = {frozenset(values) for values in state.values()}
+        assert kinds == {frozenset({"momentum_buffer"}), frozenset({"step", "exp_avg", "exp_avg_sq"})}
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    run(tmp_path / "resumed", resume_from_checkpoint="grown-16-2", **arguments)
+    assert_same_weights(tmp_path / "whole" / "grown-16", tmp_path / "resumed" / "grown-16")
+    arguments |= {"resume_from_checkpoint": "latest", "resume_with_changes": True, "optimizer": "adamw"}
+    files = list_files(tmp_path / "whole")
+    with pytest.raises(
+        ValueError, match="`optimizer='adamw'`: .*grown-16-4 holds the state of muon, which adamw cannot use"
+    ):
+        here(tmp_path / "whole", **arguments)
+    assert list_files(tmp_path / "whole") == files
 
 
 # ----------------------------------------------------------------------------------------------------------------------
