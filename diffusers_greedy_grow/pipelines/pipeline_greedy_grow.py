@@ -73,7 +73,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         unet ([`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`]):
             Predicts the flow velocity of the image.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]):
-            Any flow-matching scheduler. Its config's `shift` is the resolution divided by the base resolution.
+            Any flow-matching scheduler that draws good images, which `__call__` checks. Its config's `shift` is the
+            resolution divided by the base resolution.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*):
             Any encoder that returns `last_hidden_state`. Without one, pass `prompt_embeds`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -711,7 +712,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
 
         Raises:
-            `ValueError`: if an argument does not fit, before any model runs.
+            `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

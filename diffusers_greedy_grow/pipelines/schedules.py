@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which schedulers fit, and the denoising steps at which growth stages join."""
+"""Which schedulers and noise levels fit, and the denoising steps at which growth stages join."""
 
 import inspect
 import math
@@ -74,15 +74,15 @@ def shift_name(scheduler: SchedulerMixin) -> str:
             "FlowMatchEulerDiscreteScheduler, for example, or a multistep solver with `use_flow_sigmas=True`, "
             '`prediction_type="flow_prediction"` and the shift as `flow_shift`.'
         )
-    if config.get(other, config[name]) != config[name]:
-        raise ValueError(
-            f"`scheduler` has `{name}={config[name]}`, but was made from the config of another kind, with "
-            f"`{other}={config[other]}`: pass `{name}={config[other]}` to `from_config`."
-        )
     if not is_positive(config[name]):
         raise ValueError(
             f"`scheduler` has `{name}={config[name]!r}`, but must have a positive number: the resolution divided by the "
             "base resolution."
+        )
+    if config.get(other, config[name]) != config[name]:
+        raise ValueError(
+            f"`scheduler` has `{name}={config[name]}`, but was made from the config of another kind, with "
+            f"`{other}={config[other]}`: pass `{name}={config[other]}` to `from_config`."
         )
     return name
 
@@ -229,9 +229,10 @@ def check_schedule(scheduler: SchedulerMixin, schedule: dict[str, Any]) -> None:
         return
     settings = find_settings(scheduler, schedule)
     if not settings:
+        name = shift_name(scheduler)
         raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}, but {fault}: pass another one, such as a "
-            "FlowMatchEulerDiscreteScheduler."
+            f"`scheduler` is a {type(scheduler).__name__} with `{name}={scheduler.config[name]}`, but {fault}: pass another "
+            "kind, such as a FlowMatchEulerDiscreteScheduler."
         )
     given = " and ".join(f"`{name}={scheduler.config[name]!r}`" for name in settings)
     defaults = " and ".join(f"`{name}={default!r}`" for name, default in settings.items())
