@@ -18,7 +18,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor, unwrap_module
@@ -35,11 +34,14 @@ from .prompts import find_truncated, max_tokens, repeat_per_image, tokenize
 from .schedules import (
     INTEGER,
     NUMBER,
+    check_schedule,
     count_stages,
     get_handover_sigmas,
     grow_scheduler,
-    is_variance,
+    is_positive,
     shift_name,
+    start_scheduler,
+    step_arguments,
 )
 
 
@@ -77,7 +79,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         unet ([`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`]):
             Predicts the flow velocity of the image.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]):
-            Any flow-matching scheduler. Its config's `shift` is the resolution divided by the base resolution.
+            Any flow-matching scheduler that draws good images, which `__call__` checks. Its config's `shift` is the
+            resolution divided by the base resolution.
         text_encoder ([`~transformers.PreTrainedModel`], *optional*):
             Any encoder that returns `last_hidden_state`. Without one, pass `prompt_embeds`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -132,7 +135,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                     "pass the encoder that the model was trained with."
                 )
         if detail_variances is not None and not (
-            isinstance(detail_variances, (list, tuple)) and all(is_variance(value) for value in detail_variances)
+            isinstance(detail_variances, (list, tuple)) and all(is_positive(value) for value in detail_variances)
         ):
             raise ValueError(
                 f"`detail_variances={detail_variances!r}` must be a list of positive numbers: variances of images "
@@ -256,7 +259,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             kwargs |= {"token": token, "revision": revision}
         config = get_core_config(core, kwargs)
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
-        if detail_variance is not None and not is_variance(detail_variance):
+        if detail_variance is not None and not is_positive(detail_variance):
             raise ValueError(f"`detail_variance={detail_variance}` must be positive: a variance of images in [-1, 1].")
 
         pipeline = cls.from_pretrained(core, unet=None, **kwargs) if isinstance(core, (str, Path)) else core
@@ -384,20 +387,20 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             The timesteps, the number of steps, and the arguments that set the same timesteps again.
 
         Raises:
-            `ValueError`: if the scheduler changes the `timesteps` that were asked for.
+            `ValueError`: if the scheduler draws no good images with its settings, or changes the `timesteps` that were asked for.
         """
         schedule: dict[str, Any] = {"num_inference_steps": num_inference_steps}
         if timesteps is not None:
             shift = self.scheduler.config[shift_name(self.scheduler)]
             schedule = {"sigmas": unshift_sigma(np.array(timesteps) / 1000, shift)}
-        made, num_inference_steps = retrieve_timesteps(self.scheduler, device=device, **schedule)
+        check_schedule(self.scheduler, schedule)
+        made, num_inference_steps = start_scheduler(self.scheduler, schedule, device)
         # Some schedulers round them.
         if timesteps is not None and not np.allclose(made.tolist(), timesteps, rtol=0, atol=1):
             raise ValueError(
                 f"`scheduler` changes `timesteps={list(timesteps)}` to {made.tolist()}: pass `num_inference_steps`, or a scheduler "
                 "that has its shift in its config, no `shift_terminal`, and no sigmas of its own, such as Karras'."
             )
-        self.scheduler.set_begin_index(0)  # otherwise the first step searches for it, which waits for the GPU
         return made, num_inference_steps, schedule
 
     def prepare_latents(
@@ -444,8 +447,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         """
         sizes = self.unet.sample_sizes
         detail = high_band(pred_original_sample, sizes[-1] // sizes[num_stages_before])
-        retrieve_timesteps(self.scheduler, device=latents.device, **schedule)  # a new start, without history
-        self.scheduler.set_begin_index(step)
+        start_scheduler(self.scheduler, schedule, latents.device, step)
         return latents + (1 - sigma) * detail
 
     def encode_prompt(
@@ -763,7 +765,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
 
         Raises:
-            `ValueError`: if an argument does not fit, before any model runs.
+            `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -799,7 +801,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         batch_size *= num_images_per_prompt
         device = self._execution_device
 
-        # 2. Prepare timesteps, before any model runs: only here does it show whether the scheduler takes them as given
+        # 2. Prepare timesteps, before any model runs: only here does it show whether the scheduler fits
         scheduled, num_inference_steps, schedule = self.prepare_timesteps(num_inference_steps, timesteps, device)
         order = self.scheduler.order
         num_stages = count_stages(scheduled.tolist(), order, handover_sigmas)
@@ -828,9 +830,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
         # 5. Denoising loop
         compiled = any(is_compiled_module(one) or one._compiled_call_impl for one in self.unet.modules())
-        step_kwargs = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:  # some schedulers add noise
-            step_kwargs["generator"] = generator
+        step_kwargs = step_arguments(self.scheduler, generator)
         num_warmup_steps = max(len(scheduled) - num_inference_steps * order, 0)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(scheduled):

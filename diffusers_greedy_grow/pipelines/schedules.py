@@ -1,16 +1,19 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which schedulers fit, and the denoising steps at which growth stages join."""
+"""Which schedulers and noise levels fit, and the denoising steps at which growth stages join."""
 
 import inspect
 import math
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+import torch
 from diffusers import SchedulerMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
-from ..flow import handover_sigma, shift_sigma
+from ..flow import SIGMA_MIN, add_noise, handover_sigma, shift_sigma, velocity_from_clean
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 
 
@@ -21,6 +24,22 @@ NUMBER = (int, float, np.integer, np.floating)
 # The bound of `core_first="auto"`: while a stage is left out, the image's share of the variance in the coarsest detail that
 # this stage draws is at most this many times the noise's.
 CORE_FIRST_BOUND = 0.01
+
+# The lowest first noise level of a schedule. Sampling starts from pure noise, but solvers that divide by `1 - sigma` begin
+# below 1.
+FIRST_SIGMA_MIN = 0.9
+# The standard deviation of the pixels that a model cannot know in a rehearsal, about that of images.
+REHEARSED_DEVIATION = 0.5
+# How much larger it may become. It becomes 1.5 times as large at most with the good solvers of diffusers, and 3 to 8 times with
+# an unstable one.
+GROWTH_MAX = 2.0
+# The noise that may be left in an image in [-1, 1]: one of 256 gray levels.
+GRAY_LEVEL = 2 / 255
+
+
+def is_positive(value) -> bool:
+    """Return whether `value` is a positive, finite number."""
+    return isinstance(value, NUMBER) and bool(0 < value < math.inf)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,6 +74,11 @@ def shift_name(scheduler: SchedulerMixin) -> str:
             "FlowMatchEulerDiscreteScheduler, for example, or a multistep solver with `use_flow_sigmas=True`, "
             '`prediction_type="flow_prediction"` and the shift as `flow_shift`.'
         )
+    if not is_positive(config[name]):
+        raise ValueError(
+            f"`scheduler` has `{name}={config[name]!r}`, but must have a positive number: the resolution divided by the "
+            "base resolution."
+        )
     if config.get(other, config[name]) != config[name]:
         raise ValueError(
             f"`scheduler` has `{name}={config[name]}`, but was made from the config of another kind, with "
@@ -72,13 +96,151 @@ def grow_scheduler(scheduler: SchedulerMixin, inner_sample_size: int, sample_siz
     return type(scheduler).from_config({**scheduler.config, **shifts}, **{name: shift})
 
 
+def step_arguments(
+    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None
+) -> dict[str, Any]:
+    """Return the arguments of the scheduler's `step` beside the tensors: the generator, if it may add noise."""
+    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
+def start_scheduler(
+    scheduler: SchedulerMixin, schedule: dict[str, Any], device: torch.device | str, step: int = 0
+) -> tuple[torch.Tensor, int]:
+    """
+    Set a scheduler's timesteps and let it begin at a step, without a history.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): The scheduler.
+        schedule (`dict`): The arguments of diffusers' `retrieve_timesteps`.
+        device (`torch.device` or `str`): The device of the timesteps.
+        step (`int`): The index of the first timestep to come.
+
+    Returns:
+        All timesteps, and the number of steps.
+    """
+    timesteps, num_inference_steps = retrieve_timesteps(scheduler, device=device, **schedule)
+    scheduler.set_begin_index(step)  # otherwise the first step searches for it, which waits for the GPU
+    if getattr(scheduler, "solver_p", None) is not None:  # the predictor that UniPC may have
+        scheduler.solver_p.set_begin_index(step)
+    return timesteps, num_inference_steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+@torch.no_grad()
+def rehearse(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> tuple[float, float]:
+    """
+    Draw two images of independent pixels with the best model that there can be for them. The pixels of one are known; those
+    of the other are normally distributed with [`REHEARSED_DEVIATION`]. The scheduler's timesteps must be set, on the CPU.
+
+    Returns:
+        The root mean squares, over the pixels, of the drawn image minus the mean image: the noise that is left in the known
+        image, and the standard deviation of the other one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mean = 2 * torch.rand((2, 3, 16, 16), generator=generator, device="cpu", dtype=torch.float32) - 1
+    deviation = torch.tensor([0.0, REHEARSED_DEVIATION], device="cpu").reshape(2, 1, 1, 1)
+    image, noise = (torch.randn(mean.shape, generator=generator, device="cpu", dtype=torch.float32) for _ in range(2))
+    sigmas = (timesteps.to(torch.float32) / 1000).clamp(min=SIGMA_MIN)
+    state = add_noise(mean + deviation * image, noise, sigmas[0])
+    kwargs = step_arguments(scheduler, generator)
+    for timestep, sigma in zip(timesteps, sigmas):
+        slope = (1 - sigma) * deviation**2 / ((1 - sigma) ** 2 * deviation**2 + sigma**2)
+        pred_original_sample = mean + slope * (state - (1 - sigma) * mean)
+        velocity = velocity_from_clean(state, pred_original_sample, sigma)
+        state = scheduler.step(velocity, timestep, state, **kwargs, return_dict=False)[0]
+    left, spread = (state - mean).square().mean(dim=(1, 2, 3)).sqrt().tolist()
+    return left, spread
+
+
+def find_fault(scheduler: SchedulerMixin, schedule: dict[str, Any]) -> str | None:
+    """
+    Say why a scheduler does not draw good images with these models, or return None. It is left with its timesteps set, and
+    with the history of a rehearsal: set them again.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A flow-matching scheduler; see [`shift_name`].
+        schedule (`dict`): The arguments of diffusers' `retrieve_timesteps`.
+    """
+    try:
+        timesteps, _ = start_scheduler(scheduler, schedule, "cpu")
+        sigmas = scheduler.sigmas.tolist()
+        levels = [round(sigma, 3) for sigma in sigmas]
+        first = 0.0 if "sigmas" in schedule else FIRST_SIGMA_MIN  # levels that were asked for may start anywhere
+        falls = all(later <= earlier for earlier, later in zip(sigmas, sigmas[1:]))
+        # Float32 rounds the first level of some shifts to a little above 1.
+        if not falls or not first <= sigmas[0] <= 1 + 1e-5 or not sigmas[-2] > sigmas[-1] == 0:
+            return f"its noise levels {levels} do not fall from 1 to 0"
+        # Multistep solvers round timesteps down.
+        if not np.allclose(timesteps.tolist(), [1000 * sigma for sigma in sigmas[:-1]], rtol=0, atol=1.01):
+            return f"its timesteps {timesteps.tolist()} are not 1000 times its noise levels {levels}"
+        left, spread = rehearse(scheduler, timesteps)
+    except Exception as error:  # diffusers refuses some settings only when it draws, by errors of many types
+        return f"it raises {type(error).__name__} ({str(error).rstrip('.')})"
+    if not left < GRAY_LEVEL:  # NaN is not less, either
+        return f"it leaves noise of the standard deviation {left:.2g} in an image"
+    if not spread < GROWTH_MAX * REHEARSED_DEVIATION:
+        return f"it is unstable: pixels of the standard deviation {REHEARSED_DEVIATION} come out with {spread:.2g}"
+    return None
+
+
+def find_settings(scheduler: SchedulerMixin, schedule: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return the settings that cause a scheduler's fault, as few as possible, with their defaults. The scheduler has no fault
+    once they are set to these. If none of its settings is the cause, the result is empty.
+    """
+    needed = ("num_train_timesteps", "use_flow_sigmas", "prediction_type", shift_name(scheduler))
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    settings = {
+        name: parameters[name].default
+        for name, value in scheduler.config.items()
+        if name in parameters and name not in needed and not np.array_equal(value, parameters[name].default)
+    }
+
+    def has_fault(defaults: dict[str, Any]) -> bool:
+        try:
+            return find_fault(type(scheduler).from_config(scheduler.config, **defaults), schedule) is not None
+        except Exception:  # some settings do not go together
+            return True
+
+    if has_fault(settings):
+        return {}
+    for name in list(settings):
+        others = {other: default for other, default in settings.items() if other != name}
+        if not has_fault(others):
+            settings = others
+    return settings
+
+
+def check_schedule(scheduler: SchedulerMixin, schedule: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` unless a scheduler draws good images with these models: its noise levels fall from 1 to 0, its
+    timesteps are 1000 times as high, and a rehearsal on a few pixels succeeds. The error names the settings at fault. The
+    scheduler's timesteps must be set again afterwards.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): A flow-matching scheduler; see [`shift_name`].
+        schedule (`dict`): The arguments of diffusers' `retrieve_timesteps`.
+    """
+    fault = find_fault(scheduler, schedule)
+    if fault is None:
+        return
+    settings = find_settings(scheduler, schedule)
+    if not settings:
+        name = shift_name(scheduler)
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__} with `{name}={scheduler.config[name]}`, but {fault}: pass another "
+            "kind, such as a FlowMatchEulerDiscreteScheduler."
+        )
+    given = " and ".join(f"`{name}={scheduler.config[name]!r}`" for name in settings)
+    defaults = " and ".join(f"`{name}={default!r}`" for name, default in settings.items())
+    raise ValueError(f"`scheduler` has {given}, but then {fault}: set {defaults}.")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Growth stages
-
-
-def is_variance(value) -> bool:
-    """Return whether `value` is a positive, finite number."""
-    return isinstance(value, NUMBER) and bool(0 < value < math.inf)
 
 
 def get_handover_sigmas(
