@@ -154,6 +154,7 @@ def count_two_stages(setting: Setting, arguments: dict) -> int:
     return flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, scale",
     [(arms.SETTINGS[8], 1.0), (arms.SETTINGS[8].enlarge(), arms.LARGE_SCALE)],
@@ -280,6 +281,7 @@ def list_jobs(setting: Setting) -> list[queue_of_runs.Job]:
     return jobs
 
 
+@pytest.mark.slow
 def test_a_name_means_the_same_run_in_all_benchmarks(setting):
     jobs, inputs = list_jobs(setting), {}
     for job in jobs:

@@ -123,6 +123,7 @@ def test_a_run_is_resumed_with_another_number_of_processes(one, two, arguments, 
     assert_same_run(one, tmp_path / "output")
 
 
+@pytest.mark.slow
 def test_frozen_parameters_under_fsdp():
     """They are sharded apart and have no gradients. Layers compute in bfloat16; weights, gradients and images are float32."""
     done = launch_script(FOLDER / "sharded_step.py", [], fsdp=True, PYTHONPATH=str(GROW.parents[1]))
@@ -165,6 +166,7 @@ def test_configurations_of_accelerate(name, monkeypatch):
         assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
 
 
+@pytest.mark.slow
 def test_the_plan_of_eight_billion_parameters():
     """It is made without weights or a network."""
     config = GROW.parent / "configs" / "vermeer_8b.yaml"

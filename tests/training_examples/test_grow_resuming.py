@@ -84,6 +84,7 @@ def test_a_refused_run_keeps_its_checkpoints(finished, data, here, tmp_path):
     assert len(checkpoints) > 1 and sorted((tmp_path / "output" / "checkpoints").iterdir()) == checkpoints
 
 
+@pytest.mark.slow
 def test_muon_resumes_bit_for_bit_and_only_with_muon(data, here, tmp_path):
     arguments = {
         "train_data_dir": data, "optimizer": "muon", "hidden_size": 32, "block_out_channels": "32", "core_steps": 4,
@@ -179,6 +180,7 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(data, whole_runs, tmp_path, n
         assert {k: v for k, v in a.items() if "loss" in k} == {k: v for k, v in b.items() if "loss" in k}
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(data, tmp_path):
     """As when a scheduler requeues a job whose first try is still at work. A run that was killed holds nothing."""
     output_dir, arguments = tmp_path / "output", {"train_data_dir": data, "core_steps": 100_000, "logging_steps": 1}

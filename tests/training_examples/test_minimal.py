@@ -31,12 +31,14 @@ def test_it_fits_on_one_page():
     assert len(SCRIPT.read_text().splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_losses_fall(run):
     for resolution in (16, 64):
         losses = [float(loss) for loss in re.findall(rf"^{resolution} px, .*: loss (\S+)$", run[1], re.MULTILINE)]
         assert len(losses) == 2 and losses[1] < 0.95 * losses[0]
 
 
+@pytest.mark.slow
 def test_what_it_saves_loads_and_samples(run):
     folder, _ = run
     core, grown = (DiffusionPipeline.from_pretrained(folder / name) for name in ("core", "grown-64"))
@@ -49,6 +51,7 @@ def test_what_it_saves_loads_and_samples(run):
     assert image.size == (64, 64) and np.asarray(image).std() > 0
 
 
+@pytest.mark.slow
 def test_it_draws_a_grid_of_both(run):
     folder, log = run
     prompts = re.findall(r"^a (?:small|large) .* background$", log, re.MULTILINE)

@@ -86,6 +86,7 @@ def test_every_phase_is_published(hub, data, tmp_path):
         assert not [name for name, content in hub.files(repo_id, revision).items() if TOKEN.encode() in content]
 
 
+@pytest.mark.slow
 def test_growing_a_core_from_the_hub(hub, data, tmp_path):
     """The core is a tag of another repository, and the card names it."""
     assert publish(tmp_path / "first", hub_model_id="owner/first", train_data_dir=data).returncode == 0
