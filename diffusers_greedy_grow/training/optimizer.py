@@ -124,18 +124,19 @@ class Muon(torch.optim.Optimizer):
 
     def update_matrices(self, group: dict) -> None:
         """Take Muon's step for one group."""
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
+        gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+        if not gradients:
             return
+        parameters = list(gradients)
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = {parameter: self.state[parameter]["momentum_buffer"] for parameter in parameters}
-        torch._foreach_lerp_(list(momenta.values()), [parameter.grad for parameter in parameters], 1 - MOMENTUM)
+        torch._foreach_lerp_(list(momenta.values()), list(gradients.values()), 1 - MOMENTUM)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         dtype = newton_schulz_dtype(parameters[0].device)
         for batch in batches_of_a_shape(parameters):
-            updates = [p.grad.lerp(momenta[p], MOMENTUM).to(dtype) for p in batch]  # Nesterov's momentum
+            updates = [gradients[p].lerp(momenta[p], MOMENTUM).to(dtype) for p in batch]  # Nesterov's momentum
             # Every process orthogonalizes all matrices, as with DDP: then nothing needs to be sent back.
             whole = orthogonalize(torch.stack([gather(update) for update in updates]))
             scale = 0.2 * math.sqrt(max(whole.shape[1:]))
