@@ -8,15 +8,19 @@ all of them; `few_high_res` and `scale_core` vary some.
 """
 
 import argparse
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import cascade
+from benchmarks import cascade, plain
 from benchmarks.queue_of_runs import (
+    CASCADE,
+    COMMON,
     MAX_SEQUENCE_LENGTH,
+    PLAIN,
     STAGE_LEVELS,
     TEXT_HIDDEN_SIZE,
     Job,
@@ -46,14 +50,15 @@ class Arm:
     One way to spend the operations of a comparison.
 
     Attributes:
-        init: How the stage is grown (see `GrowableUNet2DConditionModel.from_core`), or `"cascade"`.
+        init: How the stage is grown (see `GrowableUNet2DConditionModel.from_core`), `"cascade"`, or one of `plain.MODELS`.
         core_share: Share of the operations that trains the core alone; 0 trains everything from scratch.
         frozen_share: Share of the remaining operations that trains the stage around the frozen core.
         stage_levels: See [`growth_job`].
         num_seeds: Arms with one seed run at the largest factor only.
-        options: Further arguments of `grow.py`.
+        options: Further arguments of `grow.py` or `plain.py`, such as `optimizer` and `learning_rate`.
         two_stages: Grow in two steps instead of one.
         scale: Factor on the operations, for arms that have fewer than the others.
+        equal_time: Train a plain model for as long as `REFERENCE` takes, instead of for as many operations.
     """
 
     name: str
@@ -65,12 +70,31 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     two_stages: bool = False
     scale: float = 1.0
+    equal_time: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return self.init in plain.MODELS
 
 
 def from_scratch(name: str, num_seeds: int = 1, **options: Any) -> Arm:
     return Arm(name, core_share=0.0, frozen_share=0.0, num_seeds=num_seeds, options=options)
 
 
+def plain_arms(model: str, optimizer: str) -> list[Arm]:
+    """Return the arms of a plain model with one optimizer: three learning rates, and the usual one for an equal time."""
+    name, usual = model if optimizer == "adamw" else f"{model}, {optimizer.title()}", plain.MODELS[model]
+    options = {"optimizer": optimizer, "learning_rate": usual}
+    shared: dict[str, Any] = {"init": model, "core_share": 0.0}
+    return [
+        Arm(name, num_seeds=3, options=options, **shared),
+        Arm(f"{name}, half of the rate", options={**options, "learning_rate": usual / 2}, **shared),
+        Arm(f"{name}, twice the rate", options={**options, "learning_rate": usual * 2}, **shared),
+        Arm(f"{name}, equal time", num_seeds=3, options=options, equal_time=True, **shared),
+    ]
+
+
+REFERENCE = "ours, detail phase only"
 ARMS = (
     from_scratch("scratch", num_seeds=3),
     Arm("paper's growth", init="random", frozen_share=0.25, num_seeds=3),
@@ -98,6 +122,13 @@ ARMS = (
     # The stage's weighting is "clean" by default.
     Arm("ours, detail phase only, velocity weighting", options={"loss_weighting": ["velocity", "velocity"]}),
     Arm("ours, detail phase only, cosmap weighting", options={"loss_weighting": ["velocity", "cosmap"]}),
+    from_scratch("scratch, half of the rate, Muon", optimizer="muon", learning_rate=[7.5e-4, 7.5e-4]),
+    Arm("ours, detail phase only, Muon", options={"optimizer": "muon"}),
+    *plain_arms("transformer-16", "adamw"),
+    *plain_arms("transformer-16", "muon"),
+    *plain_arms("transformer-8", "adamw"),
+    *plain_arms("transformer-8", "muon"),
+    *plain_arms("unet", "adamw"),
 )
 
 
@@ -114,21 +145,34 @@ def chosen_size(args: argparse.Namespace) -> tuple[dict[int, Setting], list[int]
 
 
 def make_jobs(
-    setting: Setting, arm: Arm, seed: int, data: Path, core_data: Path, scale: float = 1.0, **more: Any
+    setting: Setting,
+    arm: Arm,
+    seed: int,
+    data: Path,
+    core_data: Path,
+    scale: float = 1.0,
+    seconds: dict[str, list[float]] | None = None,
+    **more: Any,
 ) -> list[Job]:
     """
     Return the run of one arm and seed, and before it the run of the core that it grows, which other arms share.
 
-    The list is empty if the arm does not have this seed, or does not run at this factor. `more` are further arguments of
-    `grow.py`.
+    The list is empty if the arm does not have this seed, or does not run at this factor, or is to take an equal time and no
+    `seconds` of `grow_vs_scratch.time_steps` are given. `more` are further arguments of `grow.py`.
     """
-    if seed >= arm.num_seeds or (arm.num_seeds == 1 and setting.factor < max(SETTINGS)):
+    only_largest = arm.num_seeds == 1 or arm.is_plain
+    if seed >= arm.num_seeds or (only_largest and setting.factor < max(SETTINGS)):
         return []
     flops = scale * arm.scale * TOTAL_FLOPS[setting.factor]
+    if arm.is_plain:
+        steps = count_plain_steps(setting, arm, flops, seconds)
+        return [] if steps is None else [plain_job(setting, arm, seed, steps, data)]
     growth_flops = flops * (1 - arm.core_share)
     if arm.two_stages:
         more |= two_stage_arguments(setting, growth_flops)
-    core = core_job(setting, seed, flops * arm.core_share, core_data) if arm.core_share else None
+    core = None
+    if arm.core_share:
+        core = core_job(setting, seed, flops * arm.core_share, core_data, arm.options.get("optimizer", "adamw"))
     if arm.init == "cascade":
         assert core is not None, "A cascade draws on a core."
         return [core, cascade_job(setting, arm, seed, growth_flops, data, core)]
@@ -189,5 +233,49 @@ def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path,
         keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": core.name},
         data=data,
         core=core.name,
-        script="benchmarks/cascade.py",
+        script=CASCADE,
+    )
+
+
+def count_plain_steps(setting: Setting, arm: Arm, flops: float, seconds: dict[str, list[float]] | None) -> int | None:
+    """Return the steps of a plain model, by its operations or, if the arm asks for it, by the time that `REFERENCE` takes."""
+    batch_size = plain_batch_size(setting)
+    if not arm.equal_time:
+        options = setting.resolution, setting.hidden_size, batch_size, arm.options["optimizer"]
+        return round(flops / plain.count_step(arm.init, *options))
+    if seconds is None or arm.init not in seconds:
+        return None
+    reference, costs, time = find_arm(REFERENCE), setting.plans(), 0.0
+    for phase, kind, share in (
+        ("core", "core", reference.core_share),
+        ("detail", "preserve detail", 1 - reference.core_share),
+    ):
+        time += share * flops / costs[phase].train_flops * statistics.median(seconds[kind])
+    return round(time / statistics.median(seconds[arm.init]) / batch_size)
+
+
+def plain_batch_size(setting: Setting) -> int:
+    return 2 * setting.batch_size
+
+
+def plain_job(setting: Setting, arm: Arm, seed: int, steps: int, data: Path) -> Job:
+    """Return the run of a plain model."""
+    words = [f"x{setting.factor}", arm.name.replace(",", "").replace(" ", "-"), steps, "seed", seed]
+    return Job(
+        name="-".join(map(str, words)),
+        arguments={
+            **COMMON,
+            "model": arm.init,
+            "resolution": setting.resolution,
+            "factor": setting.factor,
+            "hidden_size": setting.hidden_size,
+            "seed": seed,
+            "steps": steps,
+            "batch_size": plain_batch_size(setting),
+            "validation_steps": max(steps // 12, 1),
+            **arm.options,
+        },
+        keys={"arm": arm.name, "seed": seed, "factor": setting.factor, "core": None},
+        data=data,
+        script=PLAIN,
     )

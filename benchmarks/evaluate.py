@@ -34,6 +34,19 @@ def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def read_run(folder: Path) -> tuple[dict[str, int], dict[str, float], list[dict]]:
+    """Return by phase the images seen and the seconds of training, and the lines of metrics with a held-out loss."""
+    metrics = read_metrics(folder)
+    images: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for line in metrics:
+        if "images_per_second" in line:
+            phase, before = line["phase"], images.get(line["phase"], 0)
+            seconds[phase] = seconds.get(phase, 0.0) + (line["images"] - before) / line["images_per_second"]
+            images[phase] = line["images"]
+    return images, seconds, [line for line in metrics if "val_loss" in line]
+
+
 def make_noise(count: int, size: int, seed: int = 0) -> torch.Tensor:
     """Draw noise `(count, 3, size, size)`, with one generator per image."""
     return randn_tensor((count, 3, size, size), generator=sample_generators((seed,), 0, count))
@@ -84,16 +97,7 @@ def main() -> None:
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     args = parser.parse_args()
 
-    metrics = read_metrics(args.folder)
-    curve = [line for line in metrics if "val_loss" in line]
-    timed = [line for line in metrics if "images_per_second" in line]
-    seconds: dict[str, float] = {}
-    images: dict[str, int] = {}
-    for line in timed:
-        phase = line["phase"]
-        seconds[phase] = seconds.get(phase, 0.0) + (line["images"] - images.get(phase, 0)) / line["images_per_second"]
-        images[phase] = line["images"]
-
+    images, seconds, curve = read_run(args.folder)
     scores = {}
     for phase in seconds:
         pipeline = GreedyGrowPipeline.from_pretrained(args.folder / phase)

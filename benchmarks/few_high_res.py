@@ -13,6 +13,7 @@ How few high-resolution images are enough? All captions at the core's resolution
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.arms import chosen_size, find_arm
 from benchmarks.arms import make_jobs as make_arm_jobs
@@ -53,7 +54,7 @@ def arm_name(arm: str, share: float) -> str:
 
 
 def make_jobs(setting: Setting, seed: int, share: float, data: Path, num_images: int, scale: float) -> list[Job]:
-    more = {} if share == 1.0 else {"num_high_res_images": round(share * num_images)}
+    more: dict[str, Any] = {} if share == 1.0 else {"num_high_res_images": round(share * num_images)}
     arms = [replace(find_arm(name), name=arm_name(name, share)) for name in ARMS]
     return [job for arm in arms for job in make_arm_jobs(setting, arm, seed, data, data, scale, **more)]
 

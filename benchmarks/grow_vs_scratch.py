@@ -3,10 +3,11 @@
 
 
 """
-Does growing pay? Growing against training from scratch and against a cascade, at equal numbers of operations.
+Does growing pay? Growing against training from scratch, a cascade and plain models, at equal numbers of operations.
 
     python -m benchmarks.grow_vs_scratch                # all factors and seeds; resumes what was stopped
     python -m benchmarks.grow_vs_scratch --factors 8    # 16 -> 128 px only
+    python -m benchmarks.grow_vs_scratch --plain        # a plain transformer and a UNet instead, at 128 px
     python -m benchmarks.grow_vs_scratch --large --workers 9    # larger models, for a GPU
     python -m benchmarks.grow_vs_scratch --quick        # minutes, to see that it works
     python -m benchmarks.grow_vs_scratch --report       # report and plots from the records
@@ -25,12 +26,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 
-from benchmarks import cascade
-from benchmarks.arms import ARMS, SETTINGS, chosen_size, find_arm, make_jobs
+from benchmarks import cascade, plain
+from benchmarks.arms import ARMS, SETTINGS, chosen_size, find_arm, make_jobs, plain_batch_size
 from benchmarks.evaluate import draw_images, load_held_out
 from benchmarks.queue_of_runs import (
     ENVIRONMENT,
     GROW,
+    PLAIN,
     TEXT_HIDDEN_SIZE,
     Job,
     Setting,
@@ -102,6 +104,10 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
     models["cascade"] = cascade.build_unet(setting.resolution, setting.cascade_channels, TEXT_HIDDEN_SIZE)
     sizes = {name: (model, setting.resolution, setting.batch_size) for name, model in models.items()}
     sizes = {"core": (setting.build_core(), setting.core_resolution, setting.core_batch_size), **sizes}
+    if setting.factor == max(SETTINGS):
+        for name in plain.MODELS:
+            model = plain.build_model(name, setting.resolution, setting.hidden_size)
+            sizes[name] = (model, setting.resolution, plain_batch_size(setting))
     steps = {name: Steps(*size, device, dtype, CAPTION_TOKENS) for name, size in sizes.items()}
     if device.type == "cpu" and dtype == torch.bfloat16:  # as in the queue's runs
         for step in steps.values():
@@ -137,6 +143,8 @@ def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str,
     for phase, images in run["images"].items():
         if phase == "cascade":
             kind = phase
+        elif phase == "plain":
+            kind = arguments["model"]
         else:
             is_detail = phase.endswith("-detail") or not arguments["joint_steps"][0]
             kind = f"{arguments['init']} {'detail' if is_detail else 'joint'}"
@@ -153,7 +161,7 @@ def total_curve(run: Record, records: dict[str, Record]) -> Curve:
     last = f"grown-{SETTINGS[run['keys']['factor']].resolution}"
     core = run["keys"].get("core")
     core_flops = records[core]["keys"]["flops"] if core else 0.0
-    return [(core_flops + line["flops"], line) for line in run["curve"] if line["phase"].startswith(last)]
+    return [(core_flops + line["flops"], line) for line in run["curve"] if line["phase"].startswith((last, "plain"))]
 
 
 def scores_by_flops(run: Record, records: dict[str, Record]) -> list[tuple[float, dict[str, float]]]:
@@ -382,6 +390,8 @@ def draw_last_images(jobs: list[Job], args: argparse.Namespace, path: Path, num_
         if job.script == GROW:
             last = list(json.loads((folder / "result.json").read_text(encoding="utf-8"))["scores"])[-1]
             images = draw_images(GreedyGrowPipeline.from_pretrained(folder / last), captions, bfloat16)
+        elif job.script == PLAIN:
+            images = draw_images(plain.load_trained(folder, job.arguments), captions, bfloat16)
         else:
             assert job.core is not None
             unet = UNet2DConditionModel.from_pretrained(folder / "super-resolution")
@@ -399,37 +409,57 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     add_queue_arguments(parser)
     parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
-    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS], help="Run only these arms.")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=[arm.name for arm in ARMS],
+        metavar="ARM",
+        help="Run only these arms. By default, all but those of plain models.",
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="Run all arms of plain models. Their times need `--time`."
+    )
     parser.add_argument("--time", action="store_true", help="Only time training steps; run nothing else meanwhile.")
     parser.add_argument("--images", action="store_true", help="Only draw a grid of the first seed's images.")
     return parser.parse_args(argv)
 
 
+def list_jobs(args: argparse.Namespace, factors: list[int]) -> list[Job]:
+    """Return the runs of the arms that the arguments ask for, and say which are left out."""
+    settings, seeds, scale = chosen_size(args)
+    times = read_json(locate_folders(args)[1] / "grow_vs_scratch_time.json") or {}
+    names = args.arms or [arm.name for arm in ARMS if arm.is_plain == args.plain]
+    jobs: dict[str, Job] = {}
+    core_data = prepare_data(args, 128)
+    for factor in factors:
+        data, seconds = prepare_data(args, settings[factor].resolution), times.get(str(factor), {}).get("seconds", {})
+        for seed in seeds:
+            for arm in map(find_arm, names):
+                own = make_jobs(settings[factor], arm, seed, data, core_data, scale, seconds)
+                jobs |= {job.name: job for job in own}
+    ran = {job.keys["arm"] for job in jobs.values()}
+    if left_out := [name for name in names if find_arm(name).equal_time and name not in ran]:
+        print(f"Left out: {left_out}. Measure the times of training steps first, with `--time`.", flush=True)
+    return list(jobs.values())
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    settings, seeds, scale = chosen_size(args)
+    settings, seeds, _ = chosen_size(args)
     _, results = locate_folders(args)
-    factors = [min(args.factors)] if args.quick else args.factors
+    factors = args.factors
+    if args.quick:
+        factors = [max(SETTINGS) if args.plain else min(args.factors)]
     if args.time:
         measure_time(settings, args, results / "grow_vs_scratch_time.json")
     elif not args.report:
-        jobs: dict[str, Job] = {}
-        core_data = prepare_data(args, 128)
-        for factor in factors:
-            data = prepare_data(args, settings[factor].resolution)
-            for seed in seeds:
-                for arm in ARMS:
-                    if arm.name in args.arms:
-                        own = make_jobs(settings[factor], arm, seed, data, core_data, scale)
-                        jobs |= {job.name: job for job in own}
+        jobs = list_jobs(args, factors)
         if args.images:
             for factor in factors:
-                growths = [
-                    job for job in jobs.values() if job.keys.get("factor") == factor and job.keys["seed"] == seeds[0]
-                ]
+                growths = [job for job in jobs if job.keys.get("factor") == factor and job.keys["seed"] == seeds[0]]
                 draw_last_images(growths, args, results / f"grow_vs_scratch_images_{factor}.png")
             return
-        run_queue(list(jobs.values()), args)
+        run_queue(jobs, args)
 
     write_reports(make_reports(args))
     records = read_records(results / "runs.json")

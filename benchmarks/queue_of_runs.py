@@ -51,7 +51,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH = 128, 16
-GROW = "training_examples/grow.py"
+GROW, PLAIN, CASCADE = "training_examples/grow.py", "benchmarks/plain.py", "benchmarks/cascade.py"
 
 
 @dataclass
@@ -189,20 +189,28 @@ class Setting:
             core, self.resolution, block_out_channels=self.channels, init=init
         )
 
-    def plans(self, init: str = "preserve") -> dict[str, PhasePlan]:
-        """Return the cost of one image in each phase."""
-        return count_costs(self, init)
+    def plans(self, init: str = "preserve", optimizer: str = "adamw") -> dict[str, PhasePlan]:
+        """Return the plan of one step in each phase."""
+        return plan_steps(self, init, optimizer)
 
 
 @functools.cache
-def count_costs(setting: Setting, init: str) -> dict[str, PhasePlan]:
+def plan_steps(setting: Setting, init: str, optimizer: str) -> dict[str, PhasePlan]:
+    shared: dict[str, Any] = {
+        "steps": 1,
+        "batches_per_step": 1,
+        "num_tokens": MAX_SEQUENCE_LENGTH,
+        "optimizer": optimizer,
+    }
     with torch.device("meta"):
         core = setting.build_core()
         grown = setting.grow(core, init)
-        plans = {"core": plan_phase("core", core, setting.core_resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)}
+        plans = {
+            "core": plan_phase("core", core, setting.core_resolution, batch_size=setting.core_batch_size, **shared)
+        }
         for kind in ("detail", "joint"):
             (grown.freeze_core if kind == "detail" else grown.unfreeze_core)()
-            plans[kind] = plan_phase(kind, grown, setting.resolution, 1, 1, 1, MAX_SEQUENCE_LENGTH)
+            plans[kind] = plan_phase(kind, grown, setting.resolution, batch_size=setting.batch_size, **shared)
     return plans
 
 
@@ -219,12 +227,13 @@ STAGE_LEVELS: dict[str, list[Any]] = {
 }
 
 
-def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
+def core_job(setting: Setting, seed: int, flops: float, data: Path, optimizer: str = "adamw") -> Job:
     """Return the run of a core of about `flops` operations, which growths of any factor share."""
-    cost = setting.plans()["core"].train_flops
-    steps = round(flops / cost / setting.core_batch_size)
+    cost = setting.plans(optimizer=optimizer)["core"].flops
+    steps = round(flops / cost)
+    own = {} if optimizer == "adamw" else {"optimizer": optimizer}
     return Job(
-        name=f"core-h{setting.hidden_size}-l{setting.num_layers}-{steps}-seed-{seed}",
+        name="-".join([f"core-h{setting.hidden_size}-l{setting.num_layers}", *own.values(), f"{steps}-seed-{seed}"]),
         arguments={
             **COMMON,
             **setting.core_arguments(),
@@ -238,8 +247,9 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path) -> Job:
             "joint_steps": [0],
             "train_batch_size": [setting.core_batch_size],
             "validation_steps": max(steps // 4, 1),
+            **own,
         },
-        keys={"arm": "core", "seed": seed, "flops": steps * setting.core_batch_size * cost},
+        keys={"arm": "core", "seed": seed, "flops": steps * cost},
         data=data,
     )
 
@@ -263,9 +273,9 @@ def growth_job(
     the loss is the clean image's error; otherwise noise levels and loss are the core's. `more` are further arguments of
     `grow.py`.
     """
-    costs = setting.plans(init)
-    frozen_steps = round(frozen_share * flops / costs["detail"].train_flops / setting.batch_size)
-    joint_steps = round((1 - frozen_share) * flops / costs["joint"].train_flops / setting.batch_size)
+    costs = setting.plans(init, more.get("optimizer", "adamw"))
+    frozen_steps = round(frozen_share * flops / costs["detail"].flops)
+    joint_steps = round((1 - frozen_share) * flops / costs["joint"].flops)
     words = [f"x{setting.factor}", arm.replace(",", "").replace(" ", "-"), frozen_steps, joint_steps, "seed", seed]
     return Job(
         name="-".join(map(str, words)),
@@ -412,6 +422,7 @@ def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], precisio
         arguments["core"] = str(folders[job.core] / "core")
     if job.script == GROW:
         arguments["num_scored_images"] = 0
+    if job.script != CASCADE:
         if torch.cuda.is_available():
             arguments["dataloader_num_workers"] = 1
         if precision == "bf16" and not torch.cuda.is_available():

@@ -124,31 +124,31 @@ class Muon(torch.optim.Optimizer):
 
     def update_matrices(self, group: dict) -> None:
         """Take Muon's step for one group."""
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
+        gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+        if not gradients:
             return
+        parameters = list(gradients)
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        momenta = {parameter: self.state[parameter]["momentum_buffer"] for parameter in parameters}
+        torch._foreach_lerp_(list(momenta.values()), list(gradients.values()), 1 - MOMENTUM)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for batch in batches_of_a_shape(list(zip(parameters, updates))):
-            dtype = newton_schulz_dtype(batch[0][0].device)
-            # Every process orthogonalizes all matrices: passing results on would take longer than computing them again.
-            whole = orthogonalize(torch.stack([gather(update.to(dtype)) for _, update in batch]))
+        dtype = newton_schulz_dtype(parameters[0].device)
+        for batch in batches_of_a_shape(parameters):
+            updates = [gradients[p].lerp(momenta[p], MOMENTUM).to(dtype) for p in batch]  # Nesterov's momentum
+            # Every process orthogonalizes all matrices, as with DDP: then nothing needs to be sent back.
+            whole = orthogonalize(torch.stack([gather(update) for update in updates]))
             scale = 0.2 * math.sqrt(max(whole.shape[1:]))
-            for (parameter, _), update in zip(batch, whole):
+            for parameter, update in zip(batch, whole):
                 parameter.add_(scatter_as(update, like=parameter), alpha=-group["lr"] * scale)
 
 
-def batches_of_a_shape(pairs: list[tuple]) -> Iterator[list[tuple]]:
-    """Divide `pairs` of a parameter and its update into batches of one shape and at most `NUMBERS_PER_BATCH` numbers."""
+def batches_of_a_shape(matrices: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Divide matrices into batches of one shape and at most `NUMBERS_PER_BATCH` numbers."""
     by_shape = defaultdict(list)
-    for pair in pairs:
-        by_shape[pair[0].shape].append(pair)
+    for matrix in matrices:
+        by_shape[matrix.shape].append(matrix)
     for shape, alike in by_shape.items():
         size = max(1, NUMBERS_PER_BATCH // shape.numel())
         yield from (alike[i : i + size] for i in range(0, len(alike), size))

@@ -24,6 +24,7 @@ from benchmarks import (
     few_high_res,
     grow_vs_scratch,
     loader,
+    plain,
     queue_of_runs,
     sampling,
     scale_core,
@@ -163,21 +164,32 @@ def count_two_stages(setting: Setting, arguments: dict) -> int:
 def test_the_arms_of_a_comparison_cost_the_same(setting, scale):
     for arm in arms.ARMS:
         jobs = arms.make_jobs(setting, arm, 0, None, None, scale)
-        costs, flops = setting.plans("preserve" if arm.init == "cascade" else arm.init), 0
+        if arm.equal_time:
+            continue
+        init, optimizer = "random" if arm.init == "random" else "preserve", arm.options.get("optimizer", "adamw")
+        costs, flops = setting.plans(init, optimizer), 0
         for job in jobs:
             arguments = job.arguments
+            assert arguments.get("optimizer", "adamw") == optimizer
+            if arm.is_plain:
+                options = (
+                    arguments[name] for name in ("model", "resolution", "hidden_size", "batch_size", "optimizer")
+                )
+                flops += arguments["steps"] * plain.count_step(*options)
+                continue
             if job.keys["arm"].startswith("cascade"):
                 cost = cascade.count_flops(128, arguments["block_out_channels"], 128, 16)
                 flops += arguments["steps"] * arguments["batch_size"] * cost
                 continue
             if job.keys["arm"] == "core":
-                flops += arguments["core_steps"] * arguments["train_batch_size"][0] * costs["core"].train_flops
+                flops += arguments["core_steps"] * costs["core"].flops
+                assert costs["core"].images == arguments["train_batch_size"][0]
             elif arm.two_stages:
                 flops += count_two_stages(setting, arguments)
             else:
-                batch = arguments["train_batch_size"][1]
-                flops += arguments["detail_steps"][0] * batch * costs["detail"].train_flops
-                flops += arguments["joint_steps"][0] * batch * costs["joint"].train_flops
+                assert costs["detail"].images == costs["joint"].images == arguments["train_batch_size"][1]
+                flops += arguments["detail_steps"][0] * costs["detail"].flops
+                flops += arguments["joint_steps"][0] * costs["joint"].flops
         assert flops == pytest.approx(scale * arm.scale * arms.TOTAL_FLOPS[8], rel=0.002), arm.name
 
 

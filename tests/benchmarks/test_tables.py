@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cascade, evaluate, few_high_res, grow_vs_scratch, queue_of_runs, sampling, scale_core
+from benchmarks import cascade, evaluate, few_high_res, grow_vs_scratch, plain, queue_of_runs, sampling, scale_core
 from benchmarks.arms import ARMS, find_arm, make_jobs
 from benchmarks.queue_of_runs import run_queue
 from benchmarks.swd import sliced_wasserstein
@@ -20,6 +20,8 @@ from ..testing_utils import CAPTIONS, make_core, make_pipeline
 
 
 DATA = Path("shapes")
+# Per image, as `grow_vs_scratch.time_steps` measures them.
+SECONDS = {name: [1.0] for name in ("core", "preserve detail", *plain.MODELS)}
 
 
 def test_the_tables_of_growing(records, setting):
@@ -45,7 +47,7 @@ def test_the_tables_of_growing(records, setting):
 def test_seeds_and_shares_reach_the_runs(setting):
     for arm in ARMS:
         for seed in (0, 1, 2, 3):
-            jobs = make_jobs(setting, arm, seed, DATA, DATA)
+            jobs = make_jobs(setting, arm, seed, DATA, DATA, seconds=SECONDS)
             assert bool(jobs) == (seed < arm.num_seeds)
             assert all(job.arguments["seed"] == job.keys["seed"] == seed for job in jobs)
     for share, count in ((1.0, None), (0.3, 300), (0.01, 10)):
