@@ -194,6 +194,8 @@ def find_damage(checkpoint: Path) -> str | None:
     Raises:
         `CheckpointFormatError`: if another version saved it.
     """
+    if not checkpoint.exists():
+        return "there is no such folder"
     try:
         sizes = Progress.read(checkpoint).sizes
     except CheckpointFormatError:

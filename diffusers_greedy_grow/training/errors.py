@@ -7,15 +7,19 @@ import errno
 import sys
 from collections.abc import Callable
 
+from tqdm.auto import tqdm
+
 
 # What libraries that write files without Python's own functions say of a full disk.
 DISK_IS_FULL = (
     "No space left on device",
     "Disk quota exceeded",
     "os error 28",
+    "File too large",  # by a limit of the file system, or by `ulimit -f`
     "PytorchStreamWriter failed writing file",
+    "unexpected pos",  # torch has noticed at the end of a file only
 )
-FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -31,7 +35,8 @@ def run_script(main: Callable[[], None]) -> None:
         text = describe(error)
         if text is None or "--debug" in sys.argv:
             raise
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {text}", file=sys.stderr)  # not behind a progress bar, in the same line
+        sys.stderr.flush()
         sys.exit(2)
 
 

@@ -62,7 +62,8 @@ def build_core_pipeline(
         checkpoint (`Path`, *optional*): A checkpoint whose tokenizer a small text encoder continues with.
 
     Raises:
-        `ValueError`: if `text_hidden_size` is not the named text encoder's, or it cannot read `max_sequence_length` tokens.
+        `ValueError`: if the named text encoder cannot be loaded, its width is not `text_hidden_size`, or it cannot read
+            `max_sequence_length` tokens.
     """
     if model_args.text_encoder == "small":
         if checkpoint is not None:
@@ -73,8 +74,11 @@ def build_core_pipeline(
             tokenizer, get_text_hidden_size(model_args), model_args.text_num_layers
         )
     else:
-        tokenizer = AutoTokenizer.from_pretrained(model_args.text_encoder)
-        text_encoder = AutoModelForTextEncoding.from_pretrained(model_args.text_encoder, use_safetensors=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_args.text_encoder)
+            text_encoder = AutoModelForTextEncoding.from_pretrained(model_args.text_encoder, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`text_encoder={model_args.text_encoder!r}` cannot be loaded: {error}") from error
         if model_args.text_hidden_size not in (None, text_encoder.config.hidden_size):
             raise ValueError(
                 f"`text_hidden_size={model_args.text_hidden_size}` is not that of "
@@ -108,7 +112,7 @@ def get_text_hidden_size(model_args: ModelArguments) -> int:
         return SMALL_TEXT_HIDDEN_SIZE
     try:
         return AutoConfig.from_pretrained(model_args.text_encoder).get_text_config().hidden_size
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"`text_encoder={model_args.text_encoder!r}` cannot be read: {error} To plan without it, name its "
             "`text_hidden_size`."
@@ -161,7 +165,7 @@ def check_text_encoder(model_args: ModelArguments, own) -> None:
     given, core = f"`text_encoder={model_args.text_encoder!r}`", f"`core={model_args.core!r}`"
     try:
         config = AutoConfig.from_pretrained(model_args.text_encoder).get_text_config()
-    except OSError:
+    except (OSError, ValueError):
         logger.warning(f"{given} cannot be read here, so it is not compared with that of {core}, which is used.")
         return
     for name in ("hidden_size", "vocab_size"):

@@ -260,7 +260,9 @@ def check_texts_and_numbers(parser: HfArgumentParser, *instances: Any) -> None:
             values = value if isinstance(value, list) else [value]
             # As bytes of a command line that are not UTF-8 become: neither tokenizers nor files take them.
             if any(isinstance(one, str) and re.search("[\ud800-\udfff]", one) for one in values):
-                parser.error(f"--{field.name} {value!a}: must be text in UTF-8.")
+                parser.error(
+                    f"--{field.name} {value!a}: must be text in UTF-8. In a locale without it, set PYTHONUTF8=1."
+                )
             numbers = [one for one in values if isinstance(one, float)]
             if field.name not in UNLIMITED and not all(map(math.isfinite, numbers)):
                 parser.error(f"--{field.name} {value}: must be finite.")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tqdm.auto import tqdm
 
 from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.setup import TqdmHandler, set_attention_backend
@@ -40,6 +41,18 @@ def test_a_users_mistake_ends_in_one_line(error, line, capsys, monkeypatch):
         run_script(fail(error))
 
 
+def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["grow.py"])
+
+    def main():
+        with tqdm(total=2, initial=1):
+            run_script(fail(ValueError("a mistake")))
+
+    with pytest.raises(SystemExit):
+        main()
+    assert "\nerror: a mistake\n" in capsys.readouterr().err.replace("\r", "\n")
+
+
 def test_a_fault_of_ours_ends_in_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grow.py"])
     for error in (AttributeError("x"), AssertionError(), RuntimeError("shapes differ")):
@@ -65,7 +78,10 @@ def wrapped():
         write_to_a_full_disk,
         wrapped,
         fail(RuntimeError("[enforce fail at inline_container.cc:603] PytorchStreamWriter failed writing file data/0")),
+        fail(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 54336 vs 54228")),
         fail(Exception("Error while serializing: I/O error: No space left on device (os error 28)")),  # safetensors
+        fail(Exception("Error while serializing: I/O error: File too large (os error 27)")),
+        fail(OSError(27, "File too large")),
     ],
 )
 def test_a_full_disk_says_so(main, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from diffusers_greedy_grow.training.arguments import ModelArguments
-from diffusers_greedy_grow.training.growing import adopt_core, build_core_pipeline
+from diffusers_greedy_grow.training.growing import adopt_core, build_core_pipeline, get_text_hidden_size
 from diffusers_greedy_grow.training.parsing import parse_arguments
 
 from ..testing_utils import make_core
@@ -30,7 +30,7 @@ from .launching import GROW, TRAIN_LORA, assert_same_weights, grow_flags, list_f
         ),
         ({"block_out_channels": "8,8,8,8,8"}, "`block_out_channels=.*between 1 and"),
         ({"core": "nowhere"}, "`core='nowhere'` is not a model"),
-        ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is not a complete checkpoint: progress.json is missing"),
+        ({"resume_from_checkpoint": "nowhere"}, "'nowhere'` is not a complete checkpoint: there is no such folder"),
         ({"aspect_ratio_buckets": "16,16;18,16"}, "`aspect_ratio_buckets='16,16;18,16'`: 18 is not a multiple of 4"),
     ],
 )
@@ -115,6 +115,15 @@ def test_a_text_encoder_that_cannot_read_as_many_tokens(finished, tmp_path):
         build_core_pipeline(model_args, captions=[])
     model_args.max_sequence_length = 9
     assert build_core_pipeline(model_args, captions=[]).config.max_sequence_length == 9
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "not an id"])
+def test_a_text_encoder_that_is_not_there(name, finished):
+    with pytest.raises(ValueError, match=f"`text_encoder='{name}'` cannot be loaded: "):
+        build_core_pipeline(ModelArguments(text_encoder=name), captions=[])
+    with pytest.raises(OSError, match=f"`text_encoder='{name}'` cannot be read: .* name its `text_hidden_size`"):
+        get_text_hidden_size(ModelArguments(text_encoder=name))
+    adopt_core(ModelArguments(core=str(finished[0] / "core"), text_encoder=name))  # it is not compared, nor used
 
 
 def test_a_core_of_another_resolution(finished, data, here, tmp_path):
