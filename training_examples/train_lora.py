@@ -178,14 +178,17 @@ def train(args: LoraArguments, accelerator: Accelerator) -> None:
 
 
 def load_frozen_pipeline(args: LoraArguments, accelerator: Accelerator) -> GreedyGrowPipeline:
-    """Load the pipeline to adapt. Raise a `ValueError` if it has no text encoder."""
-    pipeline = GreedyGrowPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, dtype=compute_dtype(accelerator)
-    ).to(accelerator.device)
+    """Load the pipeline to adapt. Raise a `ValueError` if it cannot be loaded, or has no text encoder."""
+    name = f"`pretrained_model_name_or_path={args.pretrained_model_name_or_path!r}`"
+    try:
+        pipeline = GreedyGrowPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, revision=args.revision, dtype=compute_dtype(accelerator)
+        ).to(accelerator.device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
     if pipeline.text_encoder is None:
         raise ValueError(
-            f"`pretrained_model_name_or_path={args.pretrained_model_name_or_path!r}` has no text encoder, but `train_lora.py` trains "
-            "on captions: name a pipeline that has one."
+            f"{name} has no text encoder, but `train_lora.py` trains on captions: name a pipeline that has one."
         )
     pipeline.text_encoder.requires_grad_(False)
     return pipeline

@@ -326,6 +326,11 @@ def test_arguments_from_a_file(tmp_path):
             "lora-100 is after step 100, but lora has 40 steps now",
         ),
         ("core", {}, "holds a pipeline, whose card this run would replace"),
+        (
+            "new",
+            {"pretrained_model_name_or_path": "/nowhere"},
+            "`pretrained_model_name_or_path='/nowhere'` cannot be loaded: ",
+        ),
     ],
 )
 def test_errors_before_training(grown, data, adapter, tmp_path, monkeypatch, output_dir, others, message):
