@@ -95,6 +95,7 @@ def built(packages, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("built") / "stickers"
     counts = build(out, sets, 32, registry)
     assert counts == {name: rows.num_rows for name, rows in load_dataset(str(out)).items()}
+    assert [path.name for path in out.parent.iterdir()] == ["stickers"]
     return out
 
 
@@ -157,6 +158,12 @@ def test_licenses_are_written_and_printed(built, packages, tmp_path, capsys):
     assert not (tmp_path / "out" / "LICENSE-Apache-2.0.txt").exists()
 
 
+def test_a_single_style_holds_out_subjects_only(packages, tmp_path):
+    registry, sets = packages
+    assert {*build(tmp_path / "out", sets[1:], 16, registry)} == {"train", "test"}
+    assert not (tmp_path / "out" / "validation.parquet").exists()
+
+
 def test_leaving_out(packages, tmp_path):
     registry, sets = packages
     build(tmp_path / "out", sets, 16, registry, ["People & Body", "Flags"], ["pet 1*"])
@@ -195,7 +202,7 @@ def test_splits_do_not_depend_on_what_is_left_out():
 
 
 def test_categories_are_those_of_most_sets():
-    subjects, categories = ["cat", "cat", "cat", "cat", "?"], ["Nature", "Objects", "Animals & Nature", "", "Unknown"]
+    subjects, categories = ["cat", "cat", "cat", "cat", "?"], ["Objects", "Nature", "Animals & Nature", "", "Unknown"]
     assert unify_categories(subjects, categories) == [*["Animals & Nature"] * 4, ""]
 
 
