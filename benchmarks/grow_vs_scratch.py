@@ -417,7 +417,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="Run only these arms. By default, all but those of plain models.",
     )
     parser.add_argument(
-        "--plain", action="store_true", help="Run all arms of plain models. Their times need `--time`."
+        "--plain", action="store_true", help="Run all arms of plain models; those of equal time need `--time` first."
     )
     parser.add_argument("--time", action="store_true", help="Only time training steps; run nothing else meanwhile.")
     parser.add_argument("--images", action="store_true", help="Only draw a grid of the first seed's images.")

@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
     Muon's update is the momentum with all singular values close to 1, times `0.2 * sqrt(max(rows, columns))`: its entries are
     then as large as those of AdamW's update, so that the same learning rates and weight decay suit both (Liu et al., 2025).
     That is what `torch.optim.Muon` does with `adjust_lr_fn="match_rms_adamw"`. This one takes matrices of a shape together,
-    which is several times as fast for small ones, and gathers matrices that FSDP has sharded.
+    which takes half of the time for small ones on a CPU, and gathers matrices that FSDP has sharded.
 
     Args:
         groups (`list[dict]`): Parameter groups with `params`, `lr` and `muon`; see [`split_for_muon`].
