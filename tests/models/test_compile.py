@@ -77,7 +77,7 @@ def test_compile_with_group_offloading(kind):
     model, inputs = make_model_and_inputs(kind)
     expected = model(**inputs).sample
     model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
-    model.compile()
+    model.compile(backend=BACKEND)
     for _ in range(2):
         torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
