@@ -415,6 +415,7 @@ def test_a_card_that_the_hub_refuses_loses_nothing(hub):
     assert ModelCard.load("owner/refused").data.license == "apache-2.0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_core, make_grown, make_pipeline])
 def test_the_code_of_a_card_runs(hub, make, tmp_path):
     repo_id = f"owner/run-{make.__name__}"

@@ -103,7 +103,10 @@ def test_flags_of_commands_exist(page):
     # Those with underscores and a sentence around them, other than accelerate's.
     accelerate = {"num_processes", "num_cpu_threads_per_process", "config_file", "machine_rank", "main_process_ip"}
     accelerate |= {"main_process_port", "dynamo_backend", "dynamo_use_regional_compilation"}
-    assert not set(re.findall(r"--(\w+_\w+)", text)) - known["grow"] - known["train_lora"] - accelerate
+    stickers = set(
+        re.findall(r'"--(\w+)"', (ROOT / "training_examples" / "data" / "stickers.py").read_text(encoding="utf-8"))
+    )
+    assert not set(re.findall(r"--(\w+_\w+)", text)) - known["grow"] - known["train_lora"] - stickers - accelerate
 
 
 def test_what_shapes_other_than_squares_need_is_said_where_sizes_are_chosen():

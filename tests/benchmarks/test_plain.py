@@ -45,6 +45,7 @@ def test_rates_and_optimizers_of_plain_arms():
         assert arm.num_seeds == (1 if rate != 1.0 else 3) and arm.equal_time == arm.name.endswith("equal time")
 
 
+@pytest.mark.slow
 def test_plain_arms_take_the_time_of_ours(setting):
     """Steps are counted by seconds per image that were measured; without them these arms do not run."""
     core, ours = arms.make_jobs(setting, arms.find_arm(arms.REFERENCE), 0, DATA, DATA)
@@ -74,6 +75,7 @@ def small(monkeypatch) -> Setting:
     return setting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["transformer-16, Muon", "unet"])
 def test_a_small_run_of_a_plain_model(name, small, data, tmp_path, monkeypatch):
     """It leaves what a run of `grow.py` leaves, resumes bit for bit, and its images can be drawn again."""
@@ -105,6 +107,7 @@ def test_a_small_run_of_a_plain_model(name, small, data, tmp_path, monkeypatch):
     assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_queue_runs_a_plain_model(small, data, tmp_path, queue_arguments, monkeypatch):
     monkeypatch.setattr(arms, "TOTAL_FLOPS", {2: 3 * plain.count_step("transformer-8", 32, 64, 4)})
     jobs = arms.make_jobs(small, arms.find_arm("transformer-8"), 0, data, data)

@@ -44,6 +44,7 @@ def test_the_tables_of_growing(records, setting):
     assert rows["loss by noise level"]["ours, detail phase only"]["noise .02-.3"] == "1.800 ± 1.273"
 
 
+@pytest.mark.slow
 def test_seeds_and_shares_reach_the_runs(setting):
     for arm in ARMS:
         for seed in (0, 1, 2, 3):

@@ -161,6 +161,7 @@ def test_the_files_of_a_run(grown, adapter):
 # Other ways to run
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed_bit_for_bit(grown, data, adapter, tmp_path):
     output_dir, arguments = (
         tmp_path / "output",
