@@ -334,6 +334,10 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         a cache of its own, which its first step fills. With `at_core`, guidance acts on the core's prediction alone.
         """
         embeds, mask, negative_embeds, negative_mask = (text[name] for name in TEXT_NAMES)
+        # The model would cast them, too. But autocast to bfloat16 on a CPU cannot concatenate what an encoder in float16 returns.
+        embeds, negative_embeds = (
+            one if one is None else one.to(self.unet.dtype) for one in (embeds, negative_embeds)
+        )
         arguments = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         texts: dict[bool, dict[str, Any]] = {
             guided: {**arguments, "text_cache": TextCache()} for guided in (True, False)

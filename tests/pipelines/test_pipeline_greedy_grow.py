@@ -48,7 +48,7 @@ from diffusers_greedy_grow.models.blocks import GreedyGrowOutput
 from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import TEXT_NAMES
 from diffusers_greedy_grow.pipelines.schedules import count_stages, get_handover_sigmas
 
-from ..testing_utils import TEXT_DIM, make_core, make_grown, make_pipeline, randomize
+from ..testing_utils import TEXT_DIM, draw_one, make_core, make_grown, make_pipeline, randomize
 
 
 PROMPTS = ["a large red circle", "a small blue square on a white background"]
@@ -349,6 +349,18 @@ def test_an_exchanged_scheduler_is_checked():
             GreedyGrowPipeline.from_core(pipeline, 64, block_out_channels=(8,))
     pipeline.scheduler = UniPCMultistepScheduler.from_config(euler, **flow, flow_shift=2.0)
     assert draw(pipeline).isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["full", "core"])
+def test_a_text_encoder_in_float16_under_autocast(grown, where):
+    """As training draws its samples with `mixed_precision="bf16"`."""
+    pipeline = make_pipeline(grown)
+    pipeline.text_encoder.to(torch.float16)
+    arguments = {"guidance_scale": 3.0, "guidance_resolution": where}
+    expected = draw_one(pipeline, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        image = draw_one(pipeline, **arguments)
+    assert (image.float() - expected).abs().mean() < 0.02
 
 
 def test_text_encoders(tmp_path, caplog):
