@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 FETCH_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 PEFT_PREFIX = "base_model.model."
+# The ways to start a LoRA that take something out of the model's weights, and would take it out again on loading.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 # Where a file has `lora_A.weight`, the `state_dict()` of a module has `lora_A.default.weight`, with the adapter's name.
 TENSOR_NAME = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_[AB]|lora_magnitude_vector|lokr_\w+)(?:\.(?P<adapter>[^.]+))??(?P<kind>\.weight|\.bias)?"
@@ -231,7 +233,13 @@ def fit_adapter(
             "tensors of one."
         )
     if metadata is not None and is_of_core:
-        metadata = move_into_core(metadata, sorted({layer for layer, _ in places}), core_parts)
+        metadata = move_into_core(metadata, sorted({layer for layer, _ in places}))
+    start = (metadata or {}).get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGES_THE_BASE):
+        raise ValueError(
+            f"The adapter has `init_lora_weights={start!r}`, which also changes the weights of the model. Nothing is loaded. Save it "
+            "by PEFT's `save_pretrained` with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it."
+        )
     tensors = {place: state_dict[name] for place, (name,) in places.items()}
     check_tensors(layers, tensors, metadata)
     return {f"{layer}.{part}": tensor for (layer, part), tensor in tensors.items()}, metadata
@@ -248,15 +256,14 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-def move_into_core(metadata: dict[str, Any], target_modules: list[str], core_parts: tuple[str, ...]) -> dict[str, Any]:
+def move_into_core(metadata: dict[str, Any], target_modules: list[str]) -> dict[str, Any]:
     """Return the configuration of a core's adapter for a grown model, where other layers' names may end as the core's do."""
     selection = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     moved = {**metadata, **selection, "target_modules": target_modules}
     for patterns in ("rank_pattern", "alpha_pattern"):
-        moved[patterns] = {
-            f"^core.{name[1:]}" if name.startswith("^") and name[1:].startswith(core_parts) else name: value
-            for name, value in (metadata.get(patterns) or {}).items()
-        }
+        given = metadata.get(patterns) or {}
+        keys = {layer: get_pattern_key([*given], layer.removeprefix("core.")) for layer in target_modules}
+        moved[patterns] = {f"^{re.escape(layer)}": given[key] for layer, key in keys.items() if key in given}
     return moved
 
 

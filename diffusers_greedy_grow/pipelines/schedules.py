@@ -51,7 +51,11 @@ def shift_name(scheduler: SchedulerMixin) -> str:
     Return the config entry that holds a flow-matching scheduler's resolution shift: `shift`, or `flow_shift` for the
     multistep solvers. Raise a `ValueError` for any other scheduler, and for settings that do not fit these models.
     """
-    config, arguments = scheduler.config, inspect.signature(type(scheduler).__init__).parameters
+    # For a subclass of the user's, the class of diffusers that it extends says what it does.
+    kind = next(
+        (base for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers.")), type(scheduler)
+    )
+    config, arguments = scheduler.config, inspect.signature(kind.__init__).parameters
     for entry, value in (("use_dynamic_shifting", False), ("invert_sigmas", False), ("num_train_timesteps", 1000)):
         if config.get(entry, value) != value:
             raise ValueError(
@@ -60,7 +64,7 @@ def shift_name(scheduler: SchedulerMixin) -> str:
             )
 
     # A scheduler made from the config of another kind keeps that one's entries: ask which ones its own class takes.
-    if type(scheduler).__name__.startswith("FlowMatch") and "shift" in arguments:
+    if kind.__name__.startswith("FlowMatch") and "shift" in arguments:
         name, other = "shift", "flow_shift"
     elif (
         "flow_shift" in arguments

@@ -89,8 +89,11 @@ def test_a_subfolder_beside_another_adapter(load, tmp_path):
     assert torch.equal(draw(model), expected)
 
 
-def test_a_core_of_peft_in_what_was_grown_from_it(load, tmp_path, recwarn):
-    config = {**CONFIG, "rank_pattern": {"^transformer_blocks.1.attn1.to_q": 3}, "target_modules": ["to_q"]}
+@pytest.mark.parametrize(
+    "pattern", ["^transformer_blocks.1.attn1.to_q", r"^(transformer_blocks\.1)\.attn1\.to_q", "1.attn1.to_q"]
+)
+def test_a_core_of_peft_in_what_was_grown_from_it(load, tmp_path, recwarn, pattern):
+    config = {**CONFIG, "rank_pattern": {pattern: 3}, "alpha_pattern": {pattern: 64}, "target_modules": ["to_q"]}
     save_peft(tmp_path, config=LoraConfig(**config))
     grown = GrowableUNet2DConditionModel.from_core(make_core(), 32, block_out_channels=(8,))
     plain = draw(grown)
@@ -247,6 +250,10 @@ def test_an_adapter_of_a_grown_model_is_refused_by_its_core(load, tmp_path):
         ({"r": 4}, r"conv_out.lora_A.weight` is of shape \(2, 32, 3, 3\) and must be of shape \(4, 32, 3, 3\)"),
         ({"rank_pattern": {}}, r"is of shape \(3, 32\) and must be of shape \(2, 32\)"),
         ({"use_dora": True}, "lora_magnitude_vector` is missing"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "`init_lora_weights='pissa_niter_4'`, which also changes the weights",
+        ),
         ({"peft_type": "IA3"}, r"adapter_config.json` is not the configuration of a LoRA adapter: .*IA3Config"),
         ({"peft_type": "strange"}, "adapter_config.json` is not the configuration of a LoRA adapter"),
         (None, "adapter_config.json` is not the configuration of a LoRA adapter"),

@@ -401,3 +401,11 @@ def test_a_check_draws_no_random_numbers_of_ours():
     for scheduler in (FlowMatchLCMScheduler(), DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++")):
         check_schedule(scheduler, {"num_inference_steps": 3})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_subclasses_of_diffusers_schedulers():
+    class MyEuler(FlowMatchEulerDiscreteScheduler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    assert shift_name(MyEuler(shift=2.0)) == "shift"

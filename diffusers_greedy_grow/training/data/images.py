@@ -197,7 +197,7 @@ def warn_of_small_images(width: int, height: int) -> None:
     """Warn that images are smaller than `width` x `height`."""
     warnings.warn(
         f"There are images of less than {width} x {height} pixels. They are enlarged, and a model learns to draw their blur: "
-        "leave them out, or train at lower `resolutions`.",
+        "leave them out, or train at a lower resolution.",
         stacklevel=3,  # the line that calls `to_pixel_values`
     )
 
