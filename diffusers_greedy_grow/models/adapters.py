@@ -234,10 +234,10 @@ def fit_adapter(
         )
     if metadata is not None and is_of_core:
         metadata = move_into_core(metadata, sorted({layer for layer, _ in places}))
-    start = (metadata or {}).get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(CHANGES_THE_BASE):
+    initial = (metadata or {}).get("init_lora_weights")
+    if isinstance(initial, str) and initial.startswith(CHANGES_THE_BASE):
         raise ValueError(
-            f"The adapter has `init_lora_weights={start!r}`, which also changes the weights of the model. Nothing is loaded. Save it "
+            f"The adapter has `init_lora_weights={initial!r}`, which also changes the weights of the model. Nothing is loaded. Save it "
             "by PEFT's `save_pretrained` with `path_initial_model_for_weight_conversion`, which makes a plain LoRA of it."
         )
     tensors = {place: state_dict[name] for place, (name,) in places.items()}

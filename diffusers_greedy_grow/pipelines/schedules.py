@@ -55,7 +55,7 @@ def shift_name(scheduler: SchedulerMixin) -> str:
     kind = next(
         (base for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers.")), type(scheduler)
     )
-    config, arguments = scheduler.config, inspect.signature(kind.__init__).parameters
+    config, arguments = scheduler.config, inspect.signature(kind).parameters
     for entry, value in (("use_dynamic_shifting", False), ("invert_sigmas", False), ("num_train_timesteps", 1000)):
         if config.get(entry, value) != value:
             raise ValueError(
