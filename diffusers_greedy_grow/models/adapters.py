@@ -13,9 +13,10 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import _best_guess_weight_name, _fetch_state_dict
 from diffusers.utils import logging
 from diffusers.utils.hub_utils import _get_model_file
-from peft import LoKrConfig, LoraConfig, PeftConfig
+from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.hotswap import check_hotswap_configs_compatible
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 
@@ -61,7 +62,8 @@ class AdapterMixin(PeftAdapterMixin):
 
         Raises:
             `ValueError`: if there are no tensors, if one does not belong to this model or has another shape, if one is missing,
-                or if pickled weights are asked for. The model stays as it was.
+                if pickled weights are asked for, or if the adapter cannot replace the loaded one in place. The model stays as it
+                was.
             `OSError`: if there is no such file, or it is damaged.
         """
         refuse_pickles(kwargs.pop("use_safetensors", None))
@@ -76,6 +78,9 @@ class AdapterMixin(PeftAdapterMixin):
                 "pass the folder that PEFT's `save_pretrained` wrote, or `metadata=config.to_dict()` to `load_lora_adapter`."
             )
         tensors, metadata = fit_adapter(self, state_dict, metadata, prefix)
+        adapter_name = kwargs.get("adapter_name")
+        if hotswap and adapter_name is not None and adapter_name in getattr(self, "peft_config", {}):
+            check_hotswap(self, tensors, metadata, adapter_name)
         start = f"{prefix}." if prefix else ""  # diffusers expects it, also in the names of `network_alphas`
         super().load_lora_adapter(
             {start + name: tensor for name, tensor in tensors.items()},
@@ -113,7 +118,7 @@ def read_adapter(source: Any, kwargs: dict[str, Any], weight_name: str | None = 
         The tensors, and the configuration from the file's header or from PEFT's `adapter_config.json`, else `None`.
 
     Raises:
-        `ValueError`: if `weight_name` is not that of a safetensors file, or the configuration is not one of a LoRA.
+        `ValueError`: if the file is not one of safetensors, or the configuration is not one of a LoRA.
         `OSError`: if there is no such file, or it is damaged.
     """
     fetching = {name: kwargs.pop(name, None) for name in FETCH_ARGUMENTS}
@@ -121,15 +126,18 @@ def read_adapter(source: Any, kwargs: dict[str, Any], weight_name: str | None = 
         return source, None
     if fetching["subfolder"] and Path(source).is_dir():  # diffusers would prefer a file of the same name above
         source, fetching["subfolder"] = Path(source, fetching["subfolder"]), None
+    name = weight_name or (str(source) if Path(source).is_file() else None)
+    if name is not None and not name.endswith(".safetensors"):
+        raise ValueError(f"`{name}` must end in .safetensors: pickled weights are not safe to load.")
+    if name is None and Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
+        inside = sorted(path.parent.name for path in Path(source).glob("*/*.safetensors"))
+        remedy = f"pass `subfolder={inside[0]!r}`" if inside else "weights in other formats are not safe to load"
+        raise OSError(f"The folder `{source}` has no file that ends in .safetensors: {remedy}.")
     if weight_name is None:
         try:
             weight_name = _best_guess_weight_name(source, ".safetensors", fetching["local_files_only"])
         except IndexError as error:  # it leaves out names with "checkpoint", "optimizer" or "scheduler"
             raise OSError(f"No file of `{source}` has the name of an adapter: pass its `weight_name`.") from error
-    elif not weight_name.endswith(".safetensors"):
-        raise ValueError(
-            f"`weight_name={weight_name!r}` must end in .safetensors: pickled weights are not safe to load."
-        )
     try:
         state_dict, metadata = _fetch_state_dict(
             pretrained_model_name_or_path_or_dict=source,
@@ -214,6 +222,12 @@ def fit_adapter(
         adapters.add(match["adapter"])
         is_of_core = is_of_core or own.startswith(core_parts)
 
+    whole = [name for name in unknown if name.removeprefix(PEFT_PREFIX) in model.state_dict()]
+    if whole:
+        raise ValueError(
+            f"The adapter has whole weights beside LoRA layers: {whole[:3]}. Nothing is loaded. Train it without PEFT's "
+            "`modules_to_save` and `bias`."
+        )
     if unknown or not places:
         example = next(layer for layer in layers if layer.endswith("to_q"))
         raise ValueError(
@@ -296,6 +310,34 @@ def check_tensors(
         raise ValueError(
             f"The adapter does not fit: {'; '.join(problems[:3])}. Nothing is loaded. Pass a whole adapter, with the configuration "
             "that it was saved with, of a model of this size."
+        )
+
+
+def check_hotswap(
+    model: nn.Module, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None, adapter_name: str
+) -> None:
+    """
+    Raise a `ValueError` if an adapter cannot replace the loaded one of this name in place. diffusers would find out later, and
+    remove both.
+    """
+    loaded = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    problem = None
+    if any("lora_magnitude_vector" in name for name in (*loaded, *tensors)):
+        problem = "one of them is of DoRA"
+    elif others := sorted(tensors.keys() - loaded.keys()):
+        problem = f"the loaded one lacks {others[:3]}"
+    elif any(adapter_name in module.merged_adapters for module in tuned):
+        problem = "the loaded one is fused into the weights: call `unfuse_lora` first"
+    else:
+        try:
+            check_hotswap_configs_compatible(model.peft_config[adapter_name], LoraConfig(**(metadata or {})))
+        except ValueError as error:
+            problem = str(error).rstrip(".")
+    if problem is not None:
+        raise ValueError(
+            f"`hotswap=True` cannot replace the adapter `{adapter_name}`: {problem}. The loaded one stays. Load the other one "
+            "under a name of its own, without `hotswap`."
         )
 
 

@@ -32,6 +32,7 @@ from ..models.shallow_unet_2d import check_mask
 from .lora import GreedyGrowLoraLoaderMixin
 from .prompts import find_truncated, max_tokens, repeat_per_image, tokenize
 from .schedules import (
+    FIRST_SIGMA_MIN,
     INTEGER,
     NUMBER,
     check_schedule,
@@ -525,6 +526,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         width,
         num_inference_steps,
         timesteps,
+        latents,
         guidance_scale,
         guidance_stop,
         guider,
@@ -549,6 +551,11 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
                 raise ValueError(
                     f"`timesteps` cannot be set for a {type(self.scheduler).__name__}: pass `num_inference_steps`."
+                )
+            if latents is None and timesteps[0] < 1000 * FIRST_SIGMA_MIN:
+                raise ValueError(
+                    f"`timesteps={list(timesteps)}` must begin at {1000 * FIRST_SIGMA_MIN:.0f} or above, since the image begins as pure "
+                    "noise. To begin below, pass `latents` of that noise level."
                 )
         if not isinstance(guidance_scale, NUMBER) or not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale={guidance_scale}` must be a number; 1 means no guidance.")
@@ -714,7 +721,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 The number of denoising steps.
             timesteps (`list[float]`, *optional*):
                 The decreasing timesteps `1000 * sigma` at which the model is called, instead of `num_inference_steps`. The
-                scheduler's shift is *not* applied to them again.
+                scheduler's shift is *not* applied to them again. They begin at 900 or above, unless `latents` are a noisy image
+                of the first one's noise level.
             guidance_scale (`float`, defaults to 4.0):
                 The scale of classifier-free guidance (Ho & Salimans, 2022), which moves the prediction away from the one
                 for the negative prompt. Guidance is off if <= 1.
@@ -760,8 +768,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             core_first (`float` or `str`, *optional*):
                 Leaves growth stages out while the noise hides what they would draw, down to this noise level in (0, 1]
                 at each stage's own resolution. `"auto"` derives it from `detail_variances`: in all states above it, the
-                image's part of the coarsest detail has at most 1 % of the noise's variance. By default all stages take
-                part in all steps.
+                image's part of the coarsest detail has at most 1 % of the noise's variance. All stages must take part in the
+                last step. By default they take part in all steps.
 
         Examples:
 
@@ -785,6 +793,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             width,
             num_inference_steps,
             timesteps,
+            latents,
             guidance_scale,
             guidance_stop,
             guider,
@@ -809,6 +818,12 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         scheduled, num_inference_steps, schedule = self.prepare_timesteps(num_inference_steps, timesteps, device)
         order = self.scheduler.order
         num_stages = count_stages(scheduled.tolist(), order, handover_sigmas)
+        if num_stages[-1] < len(handover_sigmas):
+            raise ValueError(
+                f"`core_first={core_first!r}` lets a stage join at the noise level {handover_sigmas[-1]:.3g}, but the last of these "
+                f"steps is at {scheduled[-1] / 1000:.3g}: the image would lack that stage's detail. Take more steps, a higher "
+                "level, or None."
+            )
         self._num_timesteps = len(scheduled)
 
         # 3. Encode the prompt

@@ -292,7 +292,8 @@ def check_common(parser: HfArgumentParser, images: ImageArguments, loop: Trainin
         parser,
         (loop, "train_batch_size", 1, math.inf),
         (loop, "learning_rate", 0, math.inf),
-        (loop, "logit_std", 0, math.inf),
+        (loop, "logit_mean", -20, 20),  # further out, all noise levels round to 0 or 1
+        (loop, "logit_std", 0, 20),
         (loop, "validation_steps", 1, math.inf),
         (loop, "logging_steps", 1, math.inf),
         (loop, "checkpointing_steps", 1, math.inf),

@@ -247,10 +247,32 @@ def test_enable_lora_hotswap_called_after_adapter_added(core, warnings):
         core.enable_lora_hotswap(target_rank=8, check_compiled="wrong")
 
 
-def test_hotswap_second_adapter_targets_more_layers_raises(tmp_path, warnings):
-    save_adapter(tmp_path / "0", 4, ["to_q"], 0)
-    save_adapter(tmp_path / "1", 4, ["to_q", "to_k"], 1)
-    core = make_core()
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (
+            {"target_modules": ["to_q", "to_k"]},
+            r"the loaded one lacks \['transformer_blocks.0.attn1.to_k.lora_A.weight'",
+        ),
+        ({"use_dora": True}, "one of them is of DoRA"),
+        ({"lora_bias": True}, r"the loaded one lacks \['transformer_blocks.0.attn1.to_q.lora_B.bias'"),
+        ({"use_rslora": True}, "for use_rslora, False != True"),
+        ({"alpha_pattern": {"to_q": 8}}, "for alpha_pattern"),
+    ],
+)
+def test_an_adapter_that_cannot_be_hotswapped_leaves_the_loaded_one(tmp_path, changes, message):
+    expected = save_adapter(tmp_path / "0", 4, ["to_q"], 0)
+    other = make_core()
+    other.add_adapter(make_config(**{"r": 4, "target_modules": ["to_q"], **changes}))
+    other.save_lora_adapter(tmp_path / "1")
+    core, inputs = make_core(), make_inputs()
     core.load_lora_adapter(tmp_path / "0", prefix=None, adapter_name="adapter")
-    with pytest.raises(RuntimeError, match="unexpected"):
+    with pytest.raises(ValueError, match=f"`hotswap=True` cannot replace the adapter `adapter`: .*{message}"):
         core.load_lora_adapter(tmp_path / "1", prefix=None, adapter_name="adapter", hotswap=True)
+    assert list(core.peft_config) == ["adapter"]
+    torch.testing.assert_close(core(**inputs).sample, expected)
+    core.fuse_lora()
+    with pytest.raises(ValueError, match="the loaded one is fused into the weights: call `unfuse_lora` first"):
+        core.load_lora_adapter(tmp_path / "0", prefix=None, adapter_name="adapter", hotswap=True)
+    torch.testing.assert_close(core(**inputs).sample, expected, atol=1e-5, rtol=1e-4)

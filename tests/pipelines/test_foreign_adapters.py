@@ -275,11 +275,30 @@ def test_damaged_and_pickled_files(load, tmp_path):
         with pytest.raises(OSError, match="does not hold a readable safetensors file"):
             load(make_core(), tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"`weight_name='adapter_model.bin'` must end in .safetensors"):
+    with pytest.raises(ValueError, match=r"`adapter_model.bin` must end in .safetensors"):
         load(make_core(), tmp_path, weight_name="adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "checkpoint.safetensors")
     with pytest.raises(OSError, match="has the name of an adapter: pass its `weight_name`"):
         load(make_core(), tmp_path)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(OSError, match="has no file that ends in .safetensors: weights in other formats are not safe"):
+        load(make_core(), tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_model.bin` must end in .safetensors: pickled weights are not safe"):
+        load(make_core(), tmp_path / "adapter_model.bin")
+    save_peft(tmp_path, adapter_name="style")
+    with pytest.raises(OSError, match="has no file that ends in .safetensors: pass `subfolder='style'`"):
+        load(make_core(), tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"bias": "all"}, {"modules_to_save": ["conv_out"]}], ids=str)
+def test_whole_weights_beside_the_adapter_are_refused(load, tmp_path, option):
+    save_peft(tmp_path, config=LoraConfig(**CONFIG, **option))
+    model = make_core()
+    with pytest.raises(
+        ValueError, match=r"has whole weights beside LoRA layers: \['base_model.model.conv_.*`modules_to_save`"
+    ):
+        load(model, tmp_path)
+    assert not getattr(model, "peft_config", None)
 
 
 def test_a_second_adapter_of_peft_beside_a_first(tmp_path):

@@ -918,6 +918,7 @@ def test_variances_must_be_positive(pipeline, variances):
         ({"timesteps": []}, r"`timesteps=\[\]` must be decreasing, from at most 1000"),
         ({"timesteps": [300.0, 900.0]}, r"`timesteps=\[300.0, 900.0\]` must be decreasing"),
         ({"timesteps": [1200, 500]}, r"`timesteps=\[1200, 500\]` must be decreasing"),
+        ({"timesteps": [300, 200]}, r"`timesteps=\[300, 200\]` must begin at 900 or above, .* pass `latents`"),
         ({"core_first": 1.5}, r"`core_first=1.5` must be \"auto\", a noise level in \(0, 1\], or None"),
         ({"core_first": "full"}, "`core_first='full'` must be"),
         ({"core_first": True}, "`core_first=True` must be"),
@@ -929,6 +930,19 @@ def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
         module.register_forward_hook(lambda *args: calls.append(args))
     with pytest.raises(ValueError, match=message):
         pipeline(**{"prompt": PROMPTS, "num_inference_steps": 2, **arguments})
+    assert not calls
+
+
+@pytest.mark.parametrize("core_first", [0.2, "auto"])
+def test_a_stage_that_would_never_join_raises_before_any_work(core_first):
+    pipeline = make_pipeline(make_grown())
+    pipeline.register_to_config(detail_variances=[0.004])
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *args: calls.append(args))
+    with pytest.raises(
+        ValueError, match=f"`core_first={core_first!r}` lets a stage join at the noise level .* of these steps is at"
+    ):
+        pipeline(PROMPTS[0], num_inference_steps=1, core_first=core_first)
     assert not calls
 
 

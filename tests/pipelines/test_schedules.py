@@ -273,6 +273,17 @@ def test_a_combination_of_flags_has_a_fault_just_if_it_draws_badly(name):
     assert verdicts == ({False: True} if name in NEVER_FIT else {False: True, True: True})
 
 
+@pytest.mark.parametrize("shift,steps", [(1, 4), (1, 6), (2, 8), (8, 10), (8, 20), (2, 50)])
+def test_an_unstable_solver_is_refused_and_its_stable_relatives_are_not(shift, steps):
+    """Its pixels become 3 to 8 times too large, with some schedules only those that vary much."""
+    settings = {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}
+    schedule = {"num_inference_steps": steps}
+    assert "unstable" in find_fault(build("DPMSolverSinglestepScheduler", shift, **settings), schedule)
+    assert find_fault(build("DPMSolverMultistepScheduler", shift, **settings), schedule) is None
+    for change in ({"solver_order": 2}, {"algorithm_type": "dpmsolver++"}, {"solver_type": "midpoint"}):
+        assert find_fault(build("DPMSolverSinglestepScheduler", shift, **{**settings, **change}), schedule) is None
+
+
 @pytest.mark.parametrize(
     "scheduler,message",
     [

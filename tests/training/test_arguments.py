@@ -300,6 +300,7 @@ def test_a_config_that_a_run_writes_reads_back_to_the_same_arguments(classes, tm
         ("--lr_scheduler polynomial --learning_rate 1e-3 0", "with --lr_scheduler polynomial it must be above 1e-7"),
         ("--learning_rate inf", r"--learning_rate \[inf, inf\]: must be finite"),
         ("--logit_mean 0 nan", r"--logit_mean \[0.0, nan\]: must be finite"),
+        ("--logit_mean 1e300", r"--logit_mean \[1e.300, 1e.300\]: must be from -20 to 20"),
         ("--guidance_scale nan", "--guidance_scale nan: must be finite"),
         ("--core_lr_scale inf", "--core_lr_scale inf: must be finite"),
         ("--max_grad_norm nan", "--max_grad_norm nan: must be"),
@@ -356,7 +357,7 @@ def test_a_run_without_stages_grows_from_its_own_config(tmp_path):
         ("--lora_alpha 0", "--lora_alpha 0.0: must not be 0"),
         ("--optimizer muon", "unrecognized arguments: --optimizer muon"),  # the matrices of an adapter are thin
         ("--learning_rate inf", "--learning_rate inf: must be finite"),
-        ("--logit_std -1", "--logit_std -1.0: must be at least 0"),
+        ("--logit_std -1", "--logit_std -1.0: must be from 0 to 20"),
         ("--lr_scheduler polynomial --learning_rate 0", "it must be above 1e-7"),
     ],
 )
