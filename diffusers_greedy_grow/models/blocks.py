@@ -445,7 +445,7 @@ class GrowthEncoder(nn.Module):
 
 class GrowthDecoder(nn.Module):
     """
-    Decoder from the inner model's last features to the detail `(B, C, H, W)`: attention to the text on the inner model's
+    Decoder from the inner model's last features to `out_channels` numbers per pixel: attention to the text on the inner model's
     grid, then the mirror image of [`GrowthEncoder`], with its skip connections. The last convolution starts at zero, so a
     new stage adds nothing.
     """
@@ -492,7 +492,7 @@ class GrowthDecoder(nn.Module):
         text_key_value: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """
-        Return the detail `(B, C, H, W)`, the last features `(B, block_out_channels[0], h, w)`, and the text's keys and
+        Return the numbers `(B, out_channels, H, W)`, the last features `(B, block_out_channels[0], h, w)`, and the text's keys and
         values in [`TextAttention`]. These are an argument and a result, not read from `text.cache`: compiled code would be
         compiled again whenever the cache has grown.
         """
@@ -510,8 +510,8 @@ class GrowthDecoder(nn.Module):
                 else:
                     hidden_states = resnet(hidden_states, temb)
 
-        detail = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
-        return F.pixel_shuffle(detail, self.patch_size), hidden_states, text_key_value
+        output = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+        return F.pixel_shuffle(output, self.patch_size), hidden_states, text_key_value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

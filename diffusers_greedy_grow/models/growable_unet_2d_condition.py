@@ -31,7 +31,7 @@ class GrowthStage(nn.Module):
     """
     An encoder and a decoder around an inner model, added by one growth. With `init="preserve"`, the inner model predicts a
     clean image from the pooled state, as it does alone; the encoder sees this image beside the state, and the decoder adds
-    detail to it. With `init="random"`, the inner model is a transformer between encoder and decoder.
+    detail to it, of its own and from the state. With `init="random"`, the inner model is a transformer between encoder and decoder.
 
     The stage reads the text itself. A core that never saw detail has learned to ignore the words for it, and cannot pass
     them on while it is frozen. All residual blocks get the mean of the text; the decoder also attends to each token, which
@@ -63,7 +63,7 @@ class GrowthStage(nn.Module):
         if not self.preserves:
             self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_channels, kernel_size=1)
         self.decoder = GrowthDecoder(
-            out_channels,
+            2 * out_channels if self.preserves else out_channels,
             patch_size,
             inner_channels,
             block_out_channels,
@@ -130,18 +130,23 @@ class GrowthStage(nn.Module):
             hidden_states, skips = self.encoder(torch.cat([sample, image], dim=1).to(dtype), temb)
         else:
             assert run_core is not None
-            image = torch.zeros_like(sample)
             hidden_states, skips = self.encoder(sample.to(dtype), temb)
             _, inner_features = run_core(self.conv_to_inner(hidden_states))
 
-        # 2. The decoder: detail, from the state and the image so far
+        # 2. The decoder, from the state and the image so far
         text_key_value = None if cache is None else cache.values.get(self.decoder)
-        detail, features, text_key_value = self.decoder(
+        output, features, text_key_value = self.decoder(
             inner_features.to(sample.device), hidden_states, skips, temb, text, text_key_value
         )
         if cache is not None:
             cache.values[self.decoder] = text_key_value
-        return image + detail.to(sample.dtype), features
+        output = output.to(sample.dtype)
+        if not self.preserves:
+            return output, features
+        # The gain is how much of each pixel of the state to believe: all of it at low noise, and nothing where the noise hides
+        # it. So fine detail need not pass through the patches.
+        detail, gain = output.chunk(2, dim=1)
+        return image + detail + gain * (sample - (1 - sigma.reshape(-1, 1, 1, 1)) * image), features
 
 
 class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
@@ -154,9 +159,10 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
 
         x_in   = P x / n(sigma)                     # a state of the inner model's own process, at sigma_in
         x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean image
-        x0_hat = S x0_in + detail(x, S x0_in, features, sigma)
+        x0_hat = S x0_in + detail + gain (x - (1 - sigma) S x0_in)
 
-    `detail` starts at zero: right after growing, `P x0_hat` is the inner model's prediction, up to rounding. With
+    The decoder predicts `detail` and `gain`, for each pixel, from `x`, `S x0_in`, the core's features, the text and `sigma`.
+    Both start at zero: right after growing, `P x0_hat` is the inner model's prediction, up to rounding. With
     `init="random"`, the paper's recipe, the first stage does not add to the core's image: its encoder feeds the core's
     transformer, its decoder alone draws the image, and the core's entry, exit and residual blocks are removed.
 

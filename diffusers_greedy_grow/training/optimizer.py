@@ -57,16 +57,22 @@ def make_optimizer(
 
 def find_matrices(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
-    Return by name the parameters that Muon trains: the weights of linear layers, such as those of attention and MLPs, but not
-    of layers that modulate others, and none with a side shorter than `SMALLEST_MATRIX`.
+    Return by name the parameters that Muon trains: the weights of linear layers and of convolutions, such as those of attention,
+    MLPs and residual blocks, but not of layers that modulate others, and none with a side shorter than `SMALLEST_MATRIX`. A
+    convolution's matrix has a row per output channel.
     """
     return {
         f"{name}.weight": layer.weight
         for name, layer in module.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-        and min(layer.weight.shape) >= SMALLEST_MATRIX
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        and min(matrix_shape(layer.weight.shape)) >= SMALLEST_MATRIX
         and not MODULATION.intersection(name.split("."))
     }
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return the rows and columns of a weight, from its shape."""
+    return shape[0], math.prod(shape[1:])
 
 
 def split_for_muon(groups: list[dict], module: torch.nn.Module) -> list[dict]:
@@ -138,9 +144,9 @@ class Muon(torch.optim.Optimizer):
         for batch in batches_of_a_shape(parameters):
             updates = [gradients[p].lerp(momenta[p], MOMENTUM).to(dtype) for p in batch]  # Nesterov's momentum
             # Every process orthogonalizes all matrices, as with DDP: then nothing needs to be sent back.
-            whole = orthogonalize(torch.stack([gather(update) for update in updates]))
+            whole = orthogonalize(torch.stack([gather(update).flatten(1) for update in updates]))
             scale = 0.2 * math.sqrt(max(whole.shape[1:]))
-            for parameter, update in zip(batch, whole):
+            for parameter, update in zip(batch, whole.reshape(-1, *batch[0].shape)):
                 parameter.add_(scatter_as(update, like=parameter), alpha=-group["lr"] * scale)
 
 
@@ -172,8 +178,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def count_orthogonalization(shape: torch.Size) -> int:
-    """Return the number of operations of [`orthogonalize`] for a matrix of this shape, `(rows, columns)`."""
-    short, long = sorted(shape)
+    """Return the number of operations of [`orthogonalize`] for a weight of this shape."""
+    short, long = sorted(matrix_shape(shape))
     return NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
 
 

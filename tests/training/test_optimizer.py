@@ -28,6 +28,8 @@ from ..testing_utils import make_core, make_grown, make_pipeline
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 BLOCK = (*(f"attn{i}.{name}" for i in (1, 2) for name in ATTENTION), "ff.net.0.proj", "ff.net.2")
+CONVOLUTIONS = ("conv_in", "conv_out", *(f"resnet_{end}.conv{i}" for end in ("in", "out") for i in (1, 2)))
+CORE = (*(f"transformer_blocks.{i}.{name}" for i in (0, 1) for name in BLOCK), *CONVOLUTIONS)
 TEXT_BLOCK = (
     *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
     "layer.1.DenseReluDense.wi",
@@ -39,14 +41,14 @@ TEXT_BLOCK = (
 # Which parameters
 
 
-def test_muon_trains_the_matrices_of_attention_and_mlps():
-    """AdamW keeps word tables, norms, convolutions, biases, what embeds the noise level, and what modulates other layers."""
+def test_muon_trains_the_matrices_of_attention_mlps_and_convolutions():
+    """AdamW keeps word tables, norms, biases, what embeds the noise level, what modulates other layers, and narrow matrices."""
     pipeline = make_pipeline(make_core())
     module = TrainedModel(pipeline.unet, pipeline.text_encoder)
-    expected = {f"unet.transformer_blocks.{i}.{name}.weight" for i in (0, 1) for name in BLOCK}
+    expected = {f"unet.{name}.weight" for name in CORE}
     expected |= {f"text_encoder.encoder.block.0.{name}.weight" for name in TEXT_BLOCK}
     assert set(find_matrices(module)) == expected
-    others = [name for name, p in module.named_parameters() if p.ndim == 2 and name not in expected]
+    others = [name for name, p in module.named_parameters() if p.ndim > 1 and name not in expected]
     assert sorted(others) == [
         "text_encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "text_encoder.shared.weight",
@@ -60,12 +62,21 @@ def test_muon_trains_the_matrices_of_attention_and_mlps():
     ]
 
 
-def test_muon_trains_the_attention_of_a_stage_and_what_is_inside():
-    grown = make_grown(block_out_channels=(16, 32))
-    stage = {f"stages.0.decoder.text_attn.attn.{name}.weight" for name in ATTENTION}
-    core = {f"core.transformer_blocks.{i}.{name}.weight" for i in (0, 1) for name in BLOCK}
-    assert set(find_matrices(grown)) == stage | core
-    # Narrow matrices stay with AdamW.
+def test_muon_trains_the_wide_matrices_of_a_stage_and_what_is_inside():
+    core = {f"core.{name}.weight" for name in CORE}
+    grown = find_matrices(make_grown(block_out_channels=(16, 32)))
+    attention = {f"stages.0.decoder.text_attn.attn.{name}.weight" for name in ATTENTION}
+    assert set(grown) >= attention | core
+    # Of 16 channels, the rows of a kernel are too few for Muon, whatever it reads.
+    assert {name.split(".", 2)[2] for name in grown.keys() - attention - core} == {
+        "encoder.down_blocks.1.resnets.0.conv1.weight",
+        "encoder.down_blocks.1.resnets.0.conv2.weight",
+        "encoder.down_blocks.1.downsampler.weight",
+        "decoder.conv_inner.weight",
+        "decoder.up_blocks.0.resnets.0.conv1.weight",
+        "decoder.up_blocks.0.resnets.0.conv2.weight",
+        "decoder.up_blocks.0.resnets.0.conv_shortcut.weight",
+    }
     assert set(find_matrices(make_grown(block_out_channels=(16, 24)))) == core
 
 
@@ -76,7 +87,7 @@ def test_each_group_is_split_in_two():
     assert [(half["name"], half["muon"], half["lr"]) for half in halves] == [
         ("stage", True, 0.01), ("stage", False, 0.01), ("core", True, 0.005), ("core", False, 0.005),
     ]  # fmt: skip
-    assert [len(half["params"]) for half in halves[::2]] == [4, 20]
+    assert [len(half["params"]) for half in halves[::2]] == [11, 26]
     for group, muon, adamw in zip(groups, halves[::2], halves[1::2]):
         assert {*map(id, muon["params"])} | {*map(id, adamw["params"])} == {*map(id, group["params"])}
         assert len(muon["params"]) + len(adamw["params"]) == len(group["params"])
@@ -183,6 +194,18 @@ def test_steps_are_those_of_torchs_own_muon(monkeypatch):
         theirs.step()
     for parameter, other in zip(parameters, own):
         torch.testing.assert_close(parameter, other, atol=0.002, rtol=0)
+
+
+def test_a_kernel_takes_the_steps_of_its_matrix():
+    matrix = torch.nn.Parameter(make_matrices(0)[0])
+    kernel = torch.nn.Parameter(matrix.detach().reshape(32, 16, 2, 2).clone(memory_format=torch.channels_last))
+    for seed in (1, 2):
+        gradient = make_matrices(seed)[0]
+        matrix.grad, kernel.grad = gradient, gradient.reshape(kernel.shape)
+        for parameter in (matrix, kernel):
+            optimizer = make_muon([parameter, torch.nn.Parameter(torch.zeros(1))])
+            optimizer.step()
+    assert torch.equal(kernel.detach().reshape(matrix.shape), matrix)
 
 
 def test_a_loaded_state_takes_the_same_steps_at_the_rate_that_was_loaded():
