@@ -108,6 +108,13 @@ class DataArguments(ImageArguments):
             "the nearest shape. By default, all images are square. Held-out images always are."
         },
     )
+    horizontal_flip: bool = field(
+        default=False,
+        metadata={
+            "help": "Show the mirror image in half of the visits of a training image, which doubles a small data set. Not for images "
+            "with text, nor for captions that say left or right."
+        },
+    )
     shapes_objects: int = field(
         default=1, metadata={"help": "Largest number of objects in an image of captioned shapes, 1 to 3."}
     )

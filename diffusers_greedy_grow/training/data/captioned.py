@@ -15,12 +15,13 @@ from torch.utils.data import get_worker_info
 
 from .images import MAX_IMAGE_PIXELS, average_down, open_header, open_image, to_pixel_values
 from .rows import BrokenRow, BrokenRows, check_caption, list_captions, name_row
+from .visits import draw_caption, draw_flip
 
 
 class CaptionedImages(torch.utils.data.Dataset):
     """
     Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. If `text` is a list, one of its captions is
-    drawn per visit. Broken captions are left out, as is a row without any other; a row whose image is broken is replaced by the next one of its shape.
+    drawn per visit; with `horizontal_flip`, half of the visits see the mirror image. Broken captions are left out, as is a row without any other; a row whose image is broken is replaced by the next one of its shape.
 
     If all images fit in `max_cache_bytes`, each is decoded and scaled once and then kept in memory. The workers of a data
     loader do without that cache, since each would hold its own.
@@ -38,6 +39,8 @@ class CaptionedImages(torch.utils.data.Dataset):
             The most memory to use for decoded images.
         max_image_pixels (`int`):
             The most pixels that an image file may have.
+        horizontal_flip (`bool`, defaults to `False`):
+            Whether half of the visits see the mirror image.
 
     Raises:
         `ValueError`: if all captions are broken, or too many; later, if too many images are broken, or all of a shape.
@@ -51,8 +54,9 @@ class CaptionedImages(torch.utils.data.Dataset):
         broken: BrokenRows | None = None,
         max_cache_bytes: int = 2 * 2**30,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        horizontal_flip: bool = False,
     ):
-        self.resolution, self.pool_factor = resolution, 1
+        self.resolution, self.pool_factor, self.horizontal_flip = resolution, 1, horizontal_flip
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
         texts, good = [list_captions(text) for text in rows["text"]], []
@@ -93,9 +97,9 @@ class CaptionedImages(torch.utils.data.Dataset):
         return list(itertools.chain.from_iterable(self.caption_lists))
 
     @property
-    def has_several_captions(self) -> bool:
-        """Whether some image has more than one caption."""
-        return any(len(captions) > 1 for captions in self.caption_lists)
+    def varies(self) -> bool:
+        """Whether visits of an image differ: some image has more than one caption, or half of them are mirrored."""
+        return self.horizontal_flip or any(len(captions) > 1 for captions in self.caption_lists)
 
     def at(self, resolution: int) -> "CaptionedImages":
         """Return the same images averaged down to `resolution`. Unless it is their own, they are float32 in [-1, 1]."""
@@ -132,15 +136,15 @@ class CaptionedImages(torch.utils.data.Dataset):
             shapes[i] = find_nearest_bucket(height, width, self.buckets)
         return shapes
 
-    def __getitem__(self, key: int | tuple[int, float]) -> dict:
+    def __getitem__(self, key: int | tuple[int, tuple[int, ...]]) -> dict:
         """
         Return an image and one of its captions.
 
         Args:
-            key (`int` or `tuple[int, float]`): The index, and a number in [0, 1) by which the caption is drawn. Without it,
-                the caption is the first one.
+            key (`int` or `tuple[int, tuple[int, ...]]`): The index, and the key of the visit, see [`VisitOrder`]. Without it, the
+                image is as it is on disk, with its first caption.
         """
-        index, drawn = key if isinstance(key, tuple) else (key, 0.0)
+        index, visit = key if isinstance(key, tuple) else (key, None)
         alike = None  # the rows of the same shape
         for tried in itertools.count(1):
             if index not in self.unreadable:
@@ -159,7 +163,9 @@ class CaptionedImages(torch.utils.data.Dataset):
                 )
             index = int(alike[np.searchsorted(alike, index, side="right") % len(alike)])
         captions = self.caption_lists[index]
-        caption = captions[int(drawn * len(captions))]
+        caption = captions[0] if visit is None else draw_caption(captions, visit)
+        if visit is not None and self.horizontal_flip and draw_flip(visit):
+            pixel_values = pixel_values.flip(-1)
         return {"pixel_values": average_down(pixel_values, self.pool_factor), "caption": caption}
 
     def read(self, index: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..arguments import DataArguments
 from ..parsing import parse_buckets
 from ..signals import leave_signals_to_the_parent
 from .captioned import CaptionedImages
-from .order import BucketOrder, DrawnOrder, EpochOrder
+from .order import BucketOrder, EpochOrder, VisitOrder
 from .rows import BrokenRows
 from .sharing import find_key
 from .sources import Selection, check_data_dir, load_captioned_data
@@ -161,7 +161,14 @@ def load_images(
             dataset_name, data_dir, *columns, num_held_out, broken, data_args.max_image_pixels, selection
         )
         images = StreamedImages(
-            stream, first, resolution, buckets, broken, data_args.shuffle_buffer_size, data_args.max_image_pixels
+            stream,
+            first,
+            resolution,
+            buckets,
+            broken,
+            data_args.shuffle_buffer_size,
+            data_args.max_image_pixels,
+            data_args.horizontal_flip,
         )
         if first > (0, 0):  # later rows may share the images of the rows that are held out
             images.held_out = frozenset(find_key(image) for image in held_out["image"])
@@ -169,7 +176,15 @@ def load_images(
     rows, held_out = load_captioned_data(
         dataset_name, data_dir, *columns, hold_out=num_held_out > 0, selection=selection
     )
-    return CaptionedImages(rows, resolution, buckets, broken, max_image_pixels=data_args.max_image_pixels), held_out
+    images = CaptionedImages(
+        rows,
+        resolution,
+        buckets,
+        broken,
+        max_image_pixels=data_args.max_image_pixels,
+        horizontal_flip=data_args.horizontal_flip,
+    )
+    return images, held_out
 
 
 def take_fingerprint(*sets: CaptionedImages | StreamedImages) -> str:
@@ -223,13 +238,13 @@ def make_loader(
     options["worker_init_fn"] = leave_signals_to_the_parent
     if len(images.buckets) > 1:
         batches: Sampler = BucketOrder(images.shapes, batch_size, batches_per_step, steps_done, steps_left, seed)
-        if images.has_several_captions:
-            batches = DrawnOrder(batches, steps_done * batches_per_step * batch_size, seed)
+        if images.varies:
+            batches = VisitOrder(batches, steps_done * batches_per_step * batch_size, seed)
         loader = DataLoader(images, batch_sampler=batches, **options)
     else:
         images_per_step = batch_size * batches_per_step
         order: Sampler = EpochOrder(len(images), steps_done * images_per_step, steps_left * images_per_step, seed)
-        if images.has_several_captions:
-            order = DrawnOrder(order, steps_done * images_per_step, seed)
+        if images.varies:
+            order = VisitOrder(order, steps_done * images_per_step, seed)
         loader = DataLoader(images, batch_size=batch_size, sampler=order, **options)
     return accelerator.prepare(loader)

@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader, get_worker_info
 from ..signals import leave_signals_to_the_parent
 from .images import MAX_IMAGE_PIXELS, average_down, open_image, to_pixel_values
 from .rows import BrokenRow, BrokenRows, check_caption, is_good, list_captions, name_row
-from .sharing import draw_caption, find_key
+from .sharing import find_key
 from .sources import EVERYTHING, Selection, load_splits
+from .visits import draw_caption, draw_flip
 
 
 # How many rows are taken from a stream at once.
@@ -150,6 +151,8 @@ class StreamedImages:
             The number of rows, still undecoded, among which each lane draws the next one.
         max_image_pixels (`int`):
             The most pixels that an image file may have.
+        horizontal_flip (`bool`, defaults to `False`):
+            Whether half of the visits see the mirror image.
     """
 
     def __init__(
@@ -161,10 +164,11 @@ class StreamedImages:
         broken: BrokenRows | None = None,
         shuffle_buffer_size: int = 1000,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        horizontal_flip: bool = False,
     ):
         self.stream, self.first = stream, first
         self.held_out: frozenset = frozenset()  # the keys of the images of rows that are held out
-        self.resolution, self.pool_factor = resolution, 1
+        self.resolution, self.pool_factor, self.horizontal_flip = resolution, 1, horizontal_flip
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
         self.shuffle_buffer_size, self.max_image_pixels = shuffle_buffer_size, max_image_pixels
@@ -214,9 +218,10 @@ class StreamedImages:
         rng = np.random.default_rng([*seed, epoch, lane])
         buffer: list[tuple[str, dict]] = []
         for (file, row_number), row in self.read_share(self.stream, self.shuffle_files(seed, epoch), lane, lanes):
+            row["visit"] = (*seed, epoch, file, row_number)
             if isinstance(row["text"], list):
                 good = [caption for caption in row["text"] if is_good(caption)] or [None]
-                row["text"] = draw_caption(good, seed, (epoch, file, row_number))
+                row["text"] = draw_caption(good, row["visit"])
             buffer.append((f"row {row_number} of file {file}", row))
             if len(buffer) == self.shuffle_buffer_size:
                 i = int(rng.integers(len(buffer)))
@@ -255,14 +260,16 @@ class StreamedImages:
                 def report(reason: str, name: str = name_row(place, row)) -> None:
                     self.broken.add_ignored(name, reason)
 
-                height, width = bucket
-                waiting[bucket].append((position, to_pixel_values(image, height, width, report), caption))
+                pixel_values = to_pixel_values(image, *bucket, report)
+                if self.horizontal_flip and draw_flip(row["visit"]):
+                    pixel_values = pixel_values.flip(-1)
+                waiting[bucket].append((position, pixel_values, caption))
                 if len(waiting[bucket]) == batch_size:
-                    _, pixel_values, captions = zip(*waiting.pop(bucket))
+                    _, batch, captions = zip(*waiting.pop(bucket))
                     left = [row[0] for rows in waiting.values() for row in rows]
                     left += [row for row in kept if row > position]  # if batches were larger before
                     yield {
-                        "pixel_values": average_down(torch.stack(pixel_values), self.pool_factor),
+                        "pixel_values": average_down(torch.stack(batch), self.pool_factor),
                         "caption": list(captions),
                         "lane": lane,
                         "state": {"read": max(position, done), "waiting": left},
