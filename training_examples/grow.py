@@ -209,7 +209,7 @@ def start_pipeline(
     """
     if first == 0:
         if model_args.core is not None:
-            return load_pipeline(model_args.core, model_args.core_revision)
+            return load_pipeline(model_args.core, model_args.core_revision, dropout=model_args.core_dropout)
         return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
     if not start.exists():
@@ -217,7 +217,7 @@ def start_pipeline(
             f"{checkpoint} resumes from {start}, which is not there: train that phase with the others, in another "
             "`output_dir`, or leave out its steps."
         )
-    return load_pipeline(start)
+    return load_pipeline(start, dropout=model_args.core_dropout)
 
 
 def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None) -> None:

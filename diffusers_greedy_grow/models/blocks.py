@@ -207,8 +207,8 @@ class GreedyGrowAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        hidden_states = hidden_states.flatten(2, 3)
-        return attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[0](hidden_states.flatten(2, 3))
+        return attn.to_out[1](hidden_states)
 
 
 class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
@@ -221,7 +221,7 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = GreedyGrowAttnProcessor
     _available_processors = [GreedyGrowAttnProcessor]
 
-    def __init__(self, query_dim: int, heads: int, cross_attention_dim: int | None = None):
+    def __init__(self, query_dim: int, heads: int, cross_attention_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
         self.heads = heads
         self.head_dim = query_dim // heads
@@ -234,7 +234,7 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
         self.to_v = nn.Linear(key_dim, query_dim, bias=False)
         self.norm_q = LayerNorm(self.head_dim, eps=1e-6, bias=False)  # as good as RMS norms, and faster on a CPU
         self.norm_k = LayerNorm(self.head_dim, eps=1e-6, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
+        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim), nn.Dropout(dropout)])
         self.set_processor(GreedyGrowAttnProcessor())
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,18 +291,26 @@ class GreedyGrowTransformerBlock(nn.Module):
     """
     Self-attention, cross-attention to the text, and an MLP. The timestep modulates the first and the last, through a
     projection that all blocks share and a table that each block has of its own (adaLN-single, Chen et al., 2023).
+    `dropout` acts where diffusers' blocks have it: after each attention and inside the MLP.
     """
 
-    def __init__(self, dim: int, num_attention_heads: int, mlp_ratio: float, cross_attention_dim: int | None):
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        mlp_ratio: float,
+        cross_attention_dim: int | None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn1 = GreedyGrowAttention(dim, num_attention_heads)
+        self.attn1 = GreedyGrowAttention(dim, num_attention_heads, dropout=dropout)
         self.attn2 = None
         if cross_attention_dim is not None:
             self.norm2 = LayerNorm(dim, eps=1e-6)
-            self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim)
+            self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim, dropout)
         self.norm3 = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu")
+        self.ff = FeedForward(dim, mult=mlp_ratio, dropout=dropout, activation_fn="gelu")
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
 
     def forward(

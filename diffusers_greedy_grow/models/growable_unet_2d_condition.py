@@ -173,7 +173,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         init (`str`, defaults to `"preserve"`):
             `"preserve"` or `"random"`: how the first stage was grown. Later stages always preserve.
         in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio,
-        cross_attention_dim:
+        cross_attention_dim, dropout:
             The core's configuration; see [`ShallowUNet2DModel`].
     """
 
@@ -200,6 +200,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         num_attention_heads: int = 12,
         mlp_ratio: float = 4.0,
         cross_attention_dim: int | None = 768,
+        dropout: float = 0.0,
     ):
         super().__init__()
         check_sizes(sample_size=sample_size)
@@ -223,6 +224,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             num_attention_heads=num_attention_heads,
             mlp_ratio=mlp_ratio,
             cross_attention_dim=cross_attention_dim,
+            dropout=dropout,
         )
         if init == "random":
             self.core.remove_shallow_parts()
@@ -406,16 +408,27 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
     def freeze_core(self) -> None:
         """
         Begin the detail phase: only the outermost stage trains. With `init="preserve"`, everything inside runs without
-        gradients from now on; with `init="random"`, gradients cross the frozen core.
+        gradients from now on; with `init="random"`, gradients cross the frozen core. What is frozen stays in evaluation mode,
+        without dropout.
         """
         self.requires_grad_(False)
         self.stages[-1].requires_grad_(True)
         self.core_frozen = True
+        self.train(self.training)
 
     def unfreeze_core(self) -> None:
         """Begin the joint phase: everything trains."""
         self.requires_grad_(True)
         self.core_frozen = False
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "GrowableUNet2DConditionModel":
+        """Switch to training or evaluation. A frozen core stays in evaluation: a stage learns from the core as it is sampled."""
+        super().train(mode)
+        if self.core_frozen and not self._hf_peft_config_loaded:  # as in `forward`: adapters may train anywhere
+            for module in (self.core, *self.stages[:-1]):
+                module.eval()
+        return self
 
     def parameter_groups(self, lr: float, core_lr_scale: float = 1.0) -> list[dict]:
         """
@@ -618,6 +631,7 @@ CORE_CONFIG_NAMES = (
     "num_attention_heads",
     "mlp_ratio",
     "cross_attention_dim",
+    "dropout",
 )
 
 

@@ -53,9 +53,11 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
             Width of the MLPs, as a multiple of `hidden_size`.
         cross_attention_dim (`int`, *optional*, defaults to 768):
             Channels of the text embeddings. `None` for an unconditional model.
+        dropout (`float`, defaults to 0.0):
+            Share of values in [0, 1) that the transformer layers drop in training, after each attention and inside the MLP.
 
     Raises:
-        `ValueError`: if a size is not a whole number or does not fit the others.
+        `ValueError`: if a size is not a whole number or does not fit the others, or `dropout` is out of its range.
     """
 
     _supports_gradient_checkpointing = True
@@ -76,6 +78,7 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
         num_attention_heads: int = 12,
         mlp_ratio: float = 4.0,
         cross_attention_dim: int | None = 768,
+        dropout: float = 0.0,
     ):
         super().__init__()
         check_sizes(
@@ -89,6 +92,8 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
             mlp_ratio=mlp_ratio,
             cross_attention_dim=cross_attention_dim if cross_attention_dim is not None else 1,
         )
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"`dropout={dropout!r}` must be a number, at least 0 and below 1.")
         if out_channels != in_channels:
             raise ValueError(
                 f"`out_channels={out_channels}` must be `in_channels={in_channels}`: the model predicts the image in "
@@ -117,7 +122,7 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
             self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6)
         self.transformer_blocks = nn.ModuleList(
             [
-                GreedyGrowTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim)
+                GreedyGrowTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim, dropout)
                 for _ in range(num_layers)
             ]
         )

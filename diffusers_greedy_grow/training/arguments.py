@@ -177,6 +177,13 @@ class ModelArguments:
     mlp_ratio: float = field(
         default=4.0, metadata={"help": "Width of the core's feed-forward layers, as a multiple of hidden_size."}
     )
+    core_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of values that the core's transformer layers drop while they train, against learning a small data set by "
+            "heart; 0.1 is usual."
+        },
+    )
     block_out_channels: list[str] = field(
         default_factory=lambda: ["48,96"],
         metadata={

@@ -45,6 +45,7 @@ def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowU
         num_attention_heads=model_args.num_attention_heads,
         mlp_ratio=model_args.mlp_ratio,
         cross_attention_dim=cross_attention_dim,
+        dropout=model_args.core_dropout,
     )
     unet.zero_init_output()
     return unet
@@ -123,9 +124,9 @@ def get_text_hidden_size(model_args: ModelArguments) -> int:
 # Loaded and adopted
 
 
-def load_pipeline(folder: str | Path, revision: str | None = None) -> GreedyGrowPipeline:
-    """Load a pipeline to continue training from. All weights of its model must be there."""
-    core = load_core(folder, subfolder="unet", revision=revision)
+def load_pipeline(folder: str | Path, revision: str | None = None, **config) -> GreedyGrowPipeline:
+    """Load a pipeline to continue training from, with changes to its model's `config`. All weights of its model must be there."""
+    core = load_core(folder, subfolder="unet", revision=revision, **config)
     return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
 
 

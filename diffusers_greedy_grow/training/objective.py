@@ -174,6 +174,8 @@ class FlowObjective:
         batches_per_step = accelerator.num_processes * accelerator.gradient_accumulation_steps
         accumulated = micro_step % accelerator.gradient_accumulation_steps
         place = accumulated * accelerator.num_processes + accelerator.process_index
+        # The model's dropout draws from torch's own generators: their state must not depend on what else was drawn.
+        torch.manual_seed(sample_seeds((self.seed, phase.index, step, 1 + place), 0, 1)[0])
         x0 = normalize(batch["pixel_values"].to(accelerator.device, non_blocking=True))
         noise, sigma, dropped = draw_noise(
             (self.seed, phase.index, step),

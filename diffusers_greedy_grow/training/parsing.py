@@ -411,6 +411,7 @@ def check_grow_ranges(
         (model, "resolutions", 1, math.inf),
         *((model, name, 1, math.inf) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")),
         (model, "layers_per_block", 1, math.inf),
+        (model, "core_dropout", 0, 0.99),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),
