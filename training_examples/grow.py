@@ -250,7 +250,7 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
     shard(accelerator, module, pipeline)
     tokenizer = pipeline.tokenizer if trains_text else None
     loop = TrainingLoop(
-        run, phase, args, module, groups, session.interrupt, checkpoint, tokenizer, offload_ema=args.offload_ema
+        run, phase, args, module, groups, session.interrupt, checkpoint, tokenizer, args.offload_ema, args.keep_best
     )
 
     # 2. The loss and the data
@@ -277,7 +277,9 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
             run.log(phase, step.number, **loop.means())
         if step.due(args.validation_steps) or step.last:
             with loop.averaged():
-                run.log(phase, step.number, **held_out_losses(objective, module, *held_out))
+                losses = held_out_losses(objective, module, *held_out)
+            run.log(phase, step.number, **losses)
+            loop.note_losses(losses)
         if step.interrupted:
             loop.leave()
             if publisher is not None:
@@ -298,13 +300,15 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
                     phase.record(pipeline.unet, step.number, run.images_per_step(phase), args.seed)
                     publisher.push_step(phase.name, step.number, pipeline)
 
-    # 4. The result: the averaged weights
-    loop.finish()
+    # 4. The result: the averaged weights, of the last step or of the lowest held-out loss
+    kept = loop.finish()
+    if kept:
+        run.log(phase, phase.steps, **kept)
     unet.disable_gradient_checkpointing()
     consolidate(accelerator, module, pipeline)
     for component in (pipeline.unet, pipeline.text_encoder):
         component.requires_grad_(False).eval()
-    phase.record(pipeline.unet, phase.steps, run.images_per_step(phase), args.seed)
+    phase.record(pipeline.unet, phase.steps, run.images_per_step(phase), args.seed, **kept)
     accelerator.free_memory()
 
 

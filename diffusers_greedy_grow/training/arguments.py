@@ -376,6 +376,13 @@ class TrainingArguments(LoopArguments):
             "help": f"Loss that each resolution trains on, an error or a weighting of noise levels: {', '.join(WEIGHTINGS)}."
         },
     )
+    keep_best: bool = field(
+        default=False,
+        metadata={
+            "help": "End each phase with the averaged weights of its lowest held-out loss instead of its last ones. The loss is taken "
+            "every validation_steps."
+        },
+    )
     sample_steps: int | None = field(
         default=None,
         metadata={
@@ -490,3 +497,7 @@ FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "train_batch_size",
     "gradient_accumulation_steps",
 }
+
+
+# Arguments that decide which weights `keep_best` keeps. Without it, they are free to change.
+OF_EVALUATION = {"validation_steps", "num_validation_images"}

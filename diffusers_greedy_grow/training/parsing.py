@@ -54,6 +54,10 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     check_data(parser, data, model)
     check_model(parser, model)
     check_phases(parser, model, training)
+    if training.keep_best and not data.num_validation_images:
+        parser.error(
+            "--keep_best needs held-out images, and --num_validation_images 0 leaves none: raise it, or leave out --keep_best."
+        )
     return data, model, training
 
 
