@@ -90,7 +90,9 @@ def describe_entry(entry: dict[str, Any]) -> tuple:
         return (f"grown{source}, `init={entry.get('init')!r}`", entry["grown_to"], "", "", "", "")
     row = {name: entry.get(name, "") for name in ("phase", "resolution", "trained", "steps", "images", "seed")}
     if "best_step" in entry:
-        row["steps"] = f"{row['steps']}; weights of step {entry['best_step']}, held-out loss {entry['best_val_loss']:.4g}"
+        row["steps"] = (
+            f"{row['steps']}; weights of step {entry['best_step']}, held-out loss {entry['best_val_loss']:.4g}"
+        )
     return tuple(row.values())
 
 

@@ -160,7 +160,7 @@ def load_images(
         stream, held_out, first = load_captioned_stream(
             dataset_name, data_dir, *columns, num_held_out, broken, data_args.max_image_pixels, selection
         )
-        images = StreamedImages(
+        streamed = StreamedImages(
             stream,
             first,
             resolution,
@@ -171,8 +171,8 @@ def load_images(
             data_args.horizontal_flip,
         )
         if first > (0, 0):  # later rows may share the images of the rows that are held out
-            images.held_out = frozenset(find_key(image) for image in held_out["image"])
-        return images, held_out
+            streamed.held_out = frozenset(find_key(image) for image in held_out["image"])
+        return streamed, held_out
     rows, held_out = load_captioned_data(
         dataset_name, data_dir, *columns, hold_out=num_held_out > 0, selection=selection
     )

@@ -260,7 +260,8 @@ class StreamedImages:
                 def report(reason: str, name: str = name_row(place, row)) -> None:
                     self.broken.add_ignored(name, reason)
 
-                pixel_values = to_pixel_values(image, *bucket, report)
+                height, width = bucket
+                pixel_values = to_pixel_values(image, height, width, report)
                 if self.horizontal_flip and draw_flip(row["visit"]):
                     pixel_values = pixel_values.flip(-1)
                 waiting[bucket].append((position, pixel_values, caption))
