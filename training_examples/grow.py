@@ -49,6 +49,7 @@ from diffusers_greedy_grow.training.growing import (
     load_pipeline,
 )
 from diffusers_greedy_grow.training.loop import TrainingLoop
+from diffusers_greedy_grow.training.nearest import NearestImages
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.optimizer import split_for_muon
 from diffusers_greedy_grow.training.parsing import parse_arguments
@@ -79,6 +80,7 @@ class Session:
     args: TrainingArguments
     data: TrainingData
     samples: Samples
+    nearest: NearestImages
     interrupt: Interrupt
     embeddings: TextEmbeddings | None  # of all captions, if they are cached
     publisher: Publisher | None  # on the main process, if the run is published
@@ -150,7 +152,8 @@ def train(
         embeddings = embed_captions(pipeline, accelerator, data, data_args, args.seed)
 
     # 5. The phases. From here on Ctrl-C saves a checkpoint; before, there is nothing to save
-    session = Session(run, data_args, model_args, args, data, samples, Interrupt(), embeddings, publisher)
+    nearest = NearestImages(output_dir / "nearest.png", data, args.seed)
+    session = Session(run, data_args, model_args, args, data, samples, nearest, Interrupt(), embeddings, publisher)
     if publisher is not None and checkpoint is not None:
         publisher.push_missing(names[:first], output_dir)
     scores = {}
@@ -319,7 +322,9 @@ def finish_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline) -
     folder, grid, scores = run.output_dir / phase.name, run.output_dir / "samples.png", {}
     save_pipeline(pipeline, folder)
     pipeline.to(run.accelerator.device)
-    samples.add_row(phase, pipeline)
+    distances = session.nearest.draw(phase, samples.add_row(phase, pipeline))
+    if distances:
+        run.log(phase, phase.steps, **distances)
     draw_losses(run.metrics_path, run.output_dir / "loss.png")
     logger.info(f"{phase.name} is done: {folder}, images in {grid}.")
     if data_args.on_shapes and data_args.num_scored_images:
