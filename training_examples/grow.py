@@ -196,7 +196,9 @@ def load_data(
     if checkpoint is None and accelerator.is_main_process:
         broken.forget()
     accelerator.wait_for_everyone()
-    data = load_training_data(data_args, model_args.resolutions, train_data_dir, broken, args.seed)
+    data = load_training_data(
+        data_args, model_args.resolutions, train_data_dir, broken, args.seed, model_args.random_crop
+    )
     logger.info(data.describe())
     return data, broken
 

@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_embed
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
@@ -77,6 +78,39 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time, and which part of an image it is
+
+# The top, the left, and the missing share of the sides.
+CROP_DIM = 3
+
+
+def embed_time(time_embedding: TimestepEmbedding, projected: torch.Tensor, crop: torch.Tensor | None) -> torch.Tensor:
+    """Return the embedding of a timestep's projection and, if the model is told, of the crop, in the embedding's dtype."""
+    dtype = get_parameter_dtype(time_embedding)
+    return time_embedding(projected.to(dtype), None if crop is None else crop.to(dtype))
+
+
+def complete_crop(crop_conditioning: bool, crop: torch.Tensor | None, timestep: torch.Tensor) -> torch.Tensor | None:
+    """
+    Return the crop of each image `(B, 3)`: zeros, the whole image, if none is given; None for a model that is not told. Zeros
+    change nothing, since the projection has no bias, but all parameters take part.
+
+    Raises:
+        `ValueError`: if a crop is given to a model that is not told, or it is of another shape.
+    """
+    if not crop_conditioning:
+        if crop is not None:
+            raise ValueError("`crop` was given to a model with `crop_conditioning=False`: leave it out.")
+        return None
+    shape = (len(timestep), CROP_DIM)
+    if crop is None:
+        return timestep.new_zeros(shape)
+    if crop.shape != shape:
+        raise ValueError(f"`crop` must be of shape {shape} but is {tuple(crop.shape)}.")
+    return crop
 
 
 # ----------------------------------------------------------------------------------------------------------------------

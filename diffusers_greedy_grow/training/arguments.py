@@ -184,6 +184,13 @@ class ModelArguments:
             "heart; 0.1 is usual."
         },
     )
+    random_crop: float = field(
+        default=1.0,
+        metadata={
+            "help": "Smallest share of the sides of a training image that a visit shows. Half of the visits show a part, of random size "
+            "and place; the model is told which, so that samples are whole images. By default, 1.0, all show the whole image."
+        },
+    )
     block_out_channels: list[str] = field(
         default_factory=lambda: ["48,96"],
         metadata={

@@ -115,7 +115,8 @@ def flow_loss(
             One of `WEIGHTINGS`: the error of the `"velocity"`, the error of the `"clean"` image, the error of the noise times the
             `"sigmoid"` of minus the log-SNR (Hoogeboom et al., simpler diffusion, 2024), or `"sigma_sqrt"` and `"cosmap"`
             (Esser et al., SD3, 2024, section 3.1).
-        conditions: `encoder_hidden_states` and `encoder_attention_mask`, or `input_ids` for a [`TrainedModel`] with text encoder.
+        conditions: `encoder_hidden_states` and `encoder_attention_mask`, or `input_ids` for a [`TrainedModel`] with text encoder;
+            and `crop`, if the model is told which part of an image it sees.
     """
     output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions)
     scale = sigma.clamp(min=SIGMA_MIN_OF_LOSS)
@@ -189,8 +190,11 @@ class FlowObjective:
             self.caption_dropout,
         )
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
+        # Which part of its image each is, for a model that is told.
+        crops = {"crop": batch["crop"].to(accelerator.device)} if "crop" in batch else {}
         with accelerator.autocast():
-            return flow_loss(model, x0, noise, sigma, self.band_factor, phase.loss_weighting, **self.encode(captions))
+            conditions = {**self.encode(captions), **crops}
+            return flow_loss(model, x0, noise, sigma, self.band_factor, phase.loss_weighting, **conditions)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

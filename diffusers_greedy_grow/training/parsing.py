@@ -416,6 +416,7 @@ def check_grow_ranges(
         *((model, name, 1, math.inf) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")),
         (model, "layers_per_block", 1, math.inf),
         (model, "core_dropout", 0, 0.99),
+        (model, "random_crop", 0.1, 1),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),

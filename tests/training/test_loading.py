@@ -23,9 +23,9 @@ from diffusers_greedy_grow.training.parsing import parse_arguments
 from ..data_utils import make_image, to_bytes, write_parquet, write_rows
 
 
-def load(folder, resolutions=(8, 16), seed=0, **kwargs):
+def load(folder, resolutions=(8, 16), seed=0, random_crop=1.0, **kwargs):
     data_args = DataArguments(image_column="photo", train_data_dir=str(folder), **kwargs)
-    return load_training_data(data_args, list(resolutions), data_args.train_data_dir, BrokenRows(), seed)
+    return load_training_data(data_args, list(resolutions), data_args.train_data_dir, BrokenRows(), seed, random_crop)
 
 
 def digest_of(*sets: CaptionedImages) -> str:

@@ -28,6 +28,7 @@ ARGUMENTS = {
     "checkpoints_total_limit": 99,
     "horizontal_flip": True,
     "core_dropout": 0.3,
+    "random_crop": 0.5,
     "keep_best": True,
 }
 PHASES = ("core", "grown-16-detail", "grown-16")
@@ -46,7 +47,8 @@ def test_phases_end_with_the_weights_of_their_lowest_held_out_loss(whole):
     for phase in PHASES:
         lines = [line for line in metrics if line["phase"] == phase]
         best = min((line for line in lines if "val_loss" in line), key=lambda line: line["val_loss"])
-        assert {"best_step": best["step"], "best_val_loss": best["val_loss"]}.items() <= lines[-1].items()
+        (kept,) = [line for line in lines if "best_step" in line]
+        assert (kept["best_step"], kept["best_val_loss"]) == (best["step"], best["val_loss"])
         steps.append(best["step"])
         averages = load_file(whole / "checkpoints" / f"{phase}-{best['step']}" / "ema.safetensors")
         saved = weights(whole / phase)
@@ -64,8 +66,12 @@ def test_phases_end_with_the_weights_of_their_lowest_held_out_loss(whole):
     assert not list((whole / "checkpoints").glob(".best*"))
 
 
-def test_dropout_is_the_cores(whole):
+def test_the_models_know_of_dropout_and_crops(whole):
     grown = GrowableUNet2DConditionModel.from_pretrained(whole / "grown-16", subfolder="unet")
+    untrained = GrowableUNet2DConditionModel.from_config(grown.config)
+    for module, other in zip((grown.core, *grown.stages), (untrained.core, *untrained.stages), strict=True):
+        weight = module.time_embedding.cond_proj.weight
+        assert weight.shape[1] == 3 and weight.abs().max() > 1 > other.time_embedding.cond_proj.weight.abs().max()
     assert grown.config.dropout == 0.3 and [entry.get("phase") for entry in get_lineage(grown)] == [
         "core", None, "grown-16-detail", "grown-16",
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from .rows import BrokenRows
 from .sharing import find_key
 from .sources import Selection, check_data_dir, load_captioned_data
 from .streaming import StreamedImages, StreamLoader, load_captioned_stream
+from .visits import Augmentation
 
 
 logger = get_logger(__name__)
@@ -72,7 +73,12 @@ class TrainingData:
 
 
 def load_training_data(
-    data_args: DataArguments, resolutions: list[int], train_data_dir: str | None, broken: BrokenRows, seed: int
+    data_args: DataArguments,
+    resolutions: list[int],
+    train_data_dir: str | None,
+    broken: BrokenRows,
+    seed: int,
+    random_crop: float = 1.0,
 ) -> TrainingData:
     """
     Load the data that the arguments name.
@@ -83,19 +89,20 @@ def load_training_data(
         train_data_dir (`str`, *optional*): The folder with the core's data: `data_args.train_data_dir`, or captioned shapes.
         broken ([`BrokenRows`]): The counter of broken rows.
         seed (`int`): The seed by which `num_high_res_images` are chosen.
+        random_crop (`float`, defaults to 1.0): See [`Augmentation`].
 
     Raises:
         `ValueError`: if there is no such data, or if it cannot be used.
     """
     final_resolution = resolutions[-1]
+    augmentation = Augmentation(data_args.horizontal_flip, random_crop)
     num_held_out = max(8, data_args.num_validation_images, data_args.num_scored_images * data_args.on_shapes)
     if data_args.high_res_data_dir is not None:
         check_data_dir(data_args.high_res_data_dir, "high_res_data_dir")
 
     def load(dataset_name: str | None, data_dir: str | None, resolution: int, num_held_out: int):
-        return load_images(
-            data_args, dataset_name, data_dir, resolution, final_resolution // resolution, num_held_out, broken
-        )
+        factor = final_resolution // resolution
+        return load_images(data_args, dataset_name, data_dir, resolution, factor, num_held_out, broken, augmentation)
 
     if data_args.has_high_res_data:
         core, _ = load(data_args.dataset_name, train_data_dir, resolutions[0], 0)
@@ -130,6 +137,7 @@ def load_images(
     factor: int,
     num_held_out: int,
     broken: BrokenRows,
+    augmentation: Augmentation,
 ) -> tuple[CaptionedImages | StreamedImages, Dataset]:
     """
     Load the images of one source, streamed or not.
@@ -141,6 +149,7 @@ def load_images(
         factor (`int`): How many times smaller the images are than `aspect_ratio_buckets` says.
         num_held_out (`int`): How many rows of a stream to hold out; with 0, none of any source.
         broken ([`BrokenRows`]): The counter of broken rows.
+        augmentation ([`Augmentation`]): How visits of an image differ.
 
     Returns:
         The images to train on, and the rows that are held out.
@@ -168,7 +177,7 @@ def load_images(
             broken,
             data_args.shuffle_buffer_size,
             data_args.max_image_pixels,
-            data_args.horizontal_flip,
+            augmentation,
         )
         if first > (0, 0):  # later rows may share the images of the rows that are held out
             streamed.held_out = frozenset(find_key(image) for image in held_out["image"])
@@ -182,7 +191,7 @@ def load_images(
         buckets,
         broken,
         max_image_pixels=data_args.max_image_pixels,
-        horizontal_flip=data_args.horizontal_flip,
+        augmentation=augmentation,
     )
     return images, held_out
 
