@@ -49,6 +49,7 @@ from diffusers_greedy_grow.training.growing import (
     load_pipeline,
 )
 from diffusers_greedy_grow.training.loop import TrainingLoop
+from diffusers_greedy_grow.training.nearest import NearestImages
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.optimizer import split_for_muon
 from diffusers_greedy_grow.training.parsing import parse_arguments
@@ -79,6 +80,7 @@ class Session:
     args: TrainingArguments
     data: TrainingData
     samples: Samples
+    nearest: NearestImages
     interrupt: Interrupt
     embeddings: TextEmbeddings | None  # of all captions, if they are cached
     publisher: Publisher | None  # on the main process, if the run is published
@@ -150,7 +152,8 @@ def train(
         embeddings = embed_captions(pipeline, accelerator, data, data_args, args.seed)
 
     # 5. The phases. From here on Ctrl-C saves a checkpoint; before, there is nothing to save
-    session = Session(run, data_args, model_args, args, data, samples, Interrupt(), embeddings, publisher)
+    nearest = NearestImages(output_dir / "nearest.png", data, args.seed)
+    session = Session(run, data_args, model_args, args, data, samples, nearest, Interrupt(), embeddings, publisher)
     if publisher is not None and checkpoint is not None:
         publisher.push_missing(names[:first], output_dir)
     scores = {}
@@ -193,7 +196,9 @@ def load_data(
     if checkpoint is None and accelerator.is_main_process:
         broken.forget()
     accelerator.wait_for_everyone()
-    data = load_training_data(data_args, model_args.resolutions, train_data_dir, broken, args.seed)
+    data = load_training_data(
+        data_args, model_args.resolutions, train_data_dir, broken, args.seed, model_args.random_crop
+    )
     logger.info(data.describe())
     return data, broken
 
@@ -209,7 +214,7 @@ def start_pipeline(
     """
     if first == 0:
         if model_args.core is not None:
-            return load_pipeline(model_args.core, model_args.core_revision)
+            return load_pipeline(model_args.core, model_args.core_revision, dropout=model_args.core_dropout)
         return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
     if not start.exists():
@@ -217,7 +222,7 @@ def start_pipeline(
             f"{checkpoint} resumes from {start}, which is not there: train that phase with the others, in another "
             "`output_dir`, or leave out its steps."
         )
-    return load_pipeline(start)
+    return load_pipeline(start, dropout=model_args.core_dropout)
 
 
 def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, checkpoint: Path | None) -> None:
@@ -250,7 +255,7 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
     shard(accelerator, module, pipeline)
     tokenizer = pipeline.tokenizer if trains_text else None
     loop = TrainingLoop(
-        run, phase, args, module, groups, session.interrupt, checkpoint, tokenizer, offload_ema=args.offload_ema
+        run, phase, args, module, groups, session.interrupt, checkpoint, tokenizer, args.offload_ema, args.keep_best
     )
 
     # 2. The loss and the data
@@ -277,7 +282,9 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
             run.log(phase, step.number, **loop.means())
         if step.due(args.validation_steps) or step.last:
             with loop.averaged():
-                run.log(phase, step.number, **held_out_losses(objective, module, *held_out))
+                losses = held_out_losses(objective, module, *held_out)
+            run.log(phase, step.number, **losses)
+            loop.note_losses(losses)
         if step.interrupted:
             loop.leave()
             if publisher is not None:
@@ -298,13 +305,15 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
                     phase.record(pipeline.unet, step.number, run.images_per_step(phase), args.seed)
                     publisher.push_step(phase.name, step.number, pipeline)
 
-    # 4. The result: the averaged weights
-    loop.finish()
+    # 4. The result: the averaged weights, of the last step or of the lowest held-out loss
+    kept = loop.finish()
+    if kept:
+        run.log(phase, phase.steps, **kept)
     unet.disable_gradient_checkpointing()
     consolidate(accelerator, module, pipeline)
     for component in (pipeline.unet, pipeline.text_encoder):
         component.requires_grad_(False).eval()
-    phase.record(pipeline.unet, phase.steps, run.images_per_step(phase), args.seed)
+    phase.record(pipeline.unet, phase.steps, run.images_per_step(phase), args.seed, **kept)
     accelerator.free_memory()
 
 
@@ -315,7 +324,9 @@ def finish_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline) -
     folder, grid, scores = run.output_dir / phase.name, run.output_dir / "samples.png", {}
     save_pipeline(pipeline, folder)
     pipeline.to(run.accelerator.device)
-    samples.add_row(phase, pipeline)
+    distances = session.nearest.draw(phase, samples.add_row(phase, pipeline))
+    if distances:
+        run.log(phase, phase.steps, **distances)
     draw_losses(run.metrics_path, run.output_dir / "loss.png")
     logger.info(f"{phase.name} is done: {folder}, images in {grid}.")
     if data_args.on_shapes and data_args.num_scored_images:

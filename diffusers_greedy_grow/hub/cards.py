@@ -88,7 +88,12 @@ def describe_entry(entry: dict[str, Any]) -> tuple:
         core, revision = entry.get("core"), entry.get("core_revision")
         source = f" from `{core}`" + (f" at `{revision[:12]}`" if revision else "") if core else ""
         return (f"grown{source}, `init={entry.get('init')!r}`", entry["grown_to"], "", "", "", "")
-    return tuple(entry.get(name, "") for name in ("phase", "resolution", "trained", "steps", "images", "seed"))
+    row = {name: entry.get(name, "") for name in ("phase", "resolution", "trained", "steps", "images", "seed")}
+    if "best_step" in entry:
+        row["steps"] = (
+            f"{row['steps']}; weights of step {entry['best_step']}, held-out loss {entry['best_val_loss']:.4g}"
+        )
+    return tuple(row.values())
 
 
 def write_card(folder: Path, pushed, repo_id: str, samples: str | Path | None = None, **card: Any) -> None:

@@ -13,7 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_embed
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
@@ -77,6 +78,39 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Time, and which part of an image it is
+
+# The top, the left, and the missing share of the sides.
+CROP_DIM = 3
+
+
+def embed_time(time_embedding: TimestepEmbedding, projected: torch.Tensor, crop: torch.Tensor | None) -> torch.Tensor:
+    """Return the embedding of a timestep's projection and, if the model is told, of the crop, in the embedding's dtype."""
+    dtype = get_parameter_dtype(time_embedding)
+    return time_embedding(projected.to(dtype), None if crop is None else crop.to(dtype))
+
+
+def complete_crop(crop_conditioning: bool, crop: torch.Tensor | None, timestep: torch.Tensor) -> torch.Tensor | None:
+    """
+    Return the crop of each image `(B, 3)`: zeros, the whole image, if none is given; None for a model that is not told. Zeros
+    change nothing, since the projection has no bias, but all parameters take part.
+
+    Raises:
+        `ValueError`: if a crop is given to a model that is not told, or it is of another shape.
+    """
+    if not crop_conditioning:
+        if crop is not None:
+            raise ValueError("`crop` was given to a model with `crop_conditioning=False`: leave it out.")
+        return None
+    shape = (len(timestep), CROP_DIM)
+    if crop is None:
+        return timestep.new_zeros(shape)
+    if crop.shape != shape:
+        raise ValueError(f"`crop` must be of shape {shape} but is {tuple(crop.shape)}.")
+    return crop
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,8 +241,8 @@ class GreedyGrowAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        hidden_states = hidden_states.flatten(2, 3)
-        return attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[0](hidden_states.flatten(2, 3))
+        return attn.to_out[1](hidden_states)
 
 
 class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
@@ -221,7 +255,7 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = GreedyGrowAttnProcessor
     _available_processors = [GreedyGrowAttnProcessor]
 
-    def __init__(self, query_dim: int, heads: int, cross_attention_dim: int | None = None):
+    def __init__(self, query_dim: int, heads: int, cross_attention_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
         self.heads = heads
         self.head_dim = query_dim // heads
@@ -234,7 +268,7 @@ class GreedyGrowAttention(nn.Module, AttentionModuleMixin):
         self.to_v = nn.Linear(key_dim, query_dim, bias=False)
         self.norm_q = LayerNorm(self.head_dim, eps=1e-6, bias=False)  # as good as RMS norms, and faster on a CPU
         self.norm_k = LayerNorm(self.head_dim, eps=1e-6, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
+        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim), nn.Dropout(dropout)])
         self.set_processor(GreedyGrowAttnProcessor())
 
     def project_text(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,18 +325,26 @@ class GreedyGrowTransformerBlock(nn.Module):
     """
     Self-attention, cross-attention to the text, and an MLP. The timestep modulates the first and the last, through a
     projection that all blocks share and a table that each block has of its own (adaLN-single, Chen et al., 2023).
+    `dropout` acts where diffusers' blocks have it: after each attention and inside the MLP.
     """
 
-    def __init__(self, dim: int, num_attention_heads: int, mlp_ratio: float, cross_attention_dim: int | None):
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        mlp_ratio: float,
+        cross_attention_dim: int | None,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn1 = GreedyGrowAttention(dim, num_attention_heads)
+        self.attn1 = GreedyGrowAttention(dim, num_attention_heads, dropout=dropout)
         self.attn2 = None
         if cross_attention_dim is not None:
             self.norm2 = LayerNorm(dim, eps=1e-6)
-            self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim)
+            self.attn2 = GreedyGrowAttention(dim, num_attention_heads, cross_attention_dim, dropout)
         self.norm3 = LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(dim, mult=mlp_ratio, activation_fn="gelu")
+        self.ff = FeedForward(dim, mult=mlp_ratio, dropout=dropout, activation_fn="gelu")
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / math.sqrt(dim))
 
     def forward(

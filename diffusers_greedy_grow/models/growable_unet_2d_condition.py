@@ -23,7 +23,17 @@ from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import HubMixin
 from .adapters import AdapterMixin
-from .blocks import GreedyGrowOutput, GrowthDecoder, GrowthEncoder, TextCache, TextInputs, check_sizes
+from .blocks import (
+    CROP_DIM,
+    GreedyGrowOutput,
+    GrowthDecoder,
+    GrowthEncoder,
+    TextCache,
+    TextInputs,
+    check_sizes,
+    complete_crop,
+    embed_time,
+)
 from .shallow_unet_2d import ShallowUNet2DModel, check_text
 
 
@@ -49,12 +59,15 @@ class GrowthStage(nn.Module):
         cross_attention_dim: int | None,
         init: str,
         factor: int,
+        crop_conditioning: bool = False,
     ):
         super().__init__()
         self.preserves, self.factor = init == "preserve", factor
         temb_channels = 4 * block_out_channels[0]
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(256, temb_channels)
+        self.time_embedding = TimestepEmbedding(
+            256, temb_channels, cond_proj_dim=CROP_DIM if crop_conditioning else None
+        )
         if cross_attention_dim is not None:
             self.norm_text = RMSNorm(cross_attention_dim, eps=1e-6)
             self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
@@ -73,14 +86,18 @@ class GrowthStage(nn.Module):
         )
 
     def embed(
-        self, timestep: torch.Tensor, text_sum: torch.Tensor | None, dtype: torch.dtype, cache: TextCache | None = None
+        self,
+        timestep: torch.Tensor,
+        text_sum: torch.Tensor | None,
+        dtype: torch.dtype,
+        cache: TextCache | None = None,
+        crop: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Return the conditioning of the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)` and the sum of the text's
-        tokens, see [`TextInputs.sum_tokens`].
+        Return the conditioning of the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)`, the sum of the text's
+        tokens, see [`TextInputs.sum_tokens`], and the crop, see [`complete_crop`].
         """
-        time_dtype = get_parameter_dtype(self.time_embedding)
-        temb = self.time_embedding(self.time_proj(timestep).to(time_dtype)).to(dtype)
+        temb = embed_time(self.time_embedding, self.time_proj(timestep), crop).to(dtype)
         if text_sum is None:
             return temb
         if cache is not None and (cached := cache.values.get(self.text_proj)):
@@ -102,6 +119,7 @@ class GrowthStage(nn.Module):
         inner_image: torch.Tensor | None,
         inner_features: torch.Tensor | None,
         run_core: Callable[[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor]] | None = None,
+        crop: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -114,12 +132,13 @@ class GrowthStage(nn.Module):
             inner_features (`torch.Tensor`, *optional*): The inner model's features.
             run_core (`Callable`, *optional*): Used with `init="random"` instead of the two: `run_core(features)` returns
                 None and the core's features.
+            crop (`torch.Tensor` of shape `(B, 3)`, *optional*): The crop, for a model that is told, see [`complete_crop`].
 
         Returns:
             The clean image `(B, C, H, W)` and the stage's features.
         """
         cache = text.cache
-        temb = self.embed(1000 * sigma, text_sum, dtype, cache)
+        temb = self.embed(1000 * sigma, text_sum, dtype, cache, crop)
 
         # 1. The encoder, around the inner model. With a device map, that may be on another device.
         if self.preserves:
@@ -179,7 +198,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         init (`str`, defaults to `"preserve"`):
             `"preserve"` or `"random"`: how the first stage was grown. Later stages always preserve.
         in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio,
-        cross_attention_dim:
+        cross_attention_dim, dropout, crop_conditioning:
             The core's configuration; see [`ShallowUNet2DModel`].
     """
 
@@ -206,6 +225,8 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         num_attention_heads: int = 12,
         mlp_ratio: float = 4.0,
         cross_attention_dim: int | None = 768,
+        dropout: float = 0.0,
+        crop_conditioning: bool = False,
     ):
         super().__init__()
         check_sizes(sample_size=sample_size)
@@ -229,6 +250,8 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             num_attention_heads=num_attention_heads,
             mlp_ratio=mlp_ratio,
             cross_attention_dim=cross_attention_dim,
+            dropout=dropout,
+            crop_conditioning=crop_conditioning,
         )
         if init == "random":
             self.core.remove_shallow_parts()
@@ -249,6 +272,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
                     "cross_attention_dim": cross_attention_dim,
                     "init": init if i == 0 else "preserve",
                     "factor": sample_sizes[i + 1] // sample_sizes[i],
+                    "crop_conditioning": crop_conditioning,
                 }
             )
             inner_patch_size, inner_channels = stage_patch_size, channels[0]
@@ -412,16 +436,27 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
     def freeze_core(self) -> None:
         """
         Begin the detail phase: only the outermost stage trains. With `init="preserve"`, everything inside runs without
-        gradients from now on; with `init="random"`, gradients cross the frozen core.
+        gradients from now on; with `init="random"`, gradients cross the frozen core. What is frozen stays in evaluation mode,
+        without dropout.
         """
         self.requires_grad_(False)
         self.stages[-1].requires_grad_(True)
         self.core_frozen = True
+        self.train(self.training)
 
     def unfreeze_core(self) -> None:
         """Begin the joint phase: everything trains."""
         self.requires_grad_(True)
         self.core_frozen = False
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "GrowableUNet2DConditionModel":
+        """Switch to training or evaluation. A frozen core stays in evaluation: a stage learns from the core as it is sampled."""
+        super().train(mode)
+        if self.core_frozen and not self._hf_peft_config_loaded:  # as in `forward`: adapters may train anywhere
+            for module in (self.core, *self.stages[:-1]):
+                module.eval()
+        return self
 
     def parameter_groups(self, lr: float, core_lr_scale: float = 1.0) -> list[dict]:
         """
@@ -453,6 +488,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         negative_encoder_attention_mask: torch.Tensor | None = None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         text_cache: TextCache | None = None,
+        crop: torch.Tensor | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -480,7 +516,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
                 Its mask; needed if there is an `encoder_attention_mask`.
             guide (`Callable`, *optional*):
                 `guide(pred, negative_pred)` combines two clean images at the core's resolution into one.
-            text_cache ([`TextCache`], *optional*):
+            text_cache ([`TextCache`], *optional*), crop (`torch.Tensor` of shape `(B, 3)`, *optional*):
                 See [`ShallowUNet2DModel.forward`].
 
         Returns:
@@ -492,6 +528,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         """
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
         sigma = timestep / 1000
+        crop = complete_crop(self.config.crop_conditioning, crop, timestep)
         num_stages = len(self.stages) if num_stages is None else num_stages
         grad_enabled = torch.is_grad_enabled()
         if grad_enabled:
@@ -517,7 +554,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         # 2. The core; before it, what the stages read of the text, the same for all
         stage_text = text.cast(dtype)
         text_sum = stage_text.sum_tokens() if num_stages else None  # the core alone does not read it
-        run_core = partial(self.run_core, core_sample, core_sigma, text, negative_text, guide)
+        run_core = partial(self.run_core, core_sample, core_sigma, text, negative_text, guide, crop=crop)
         if self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
                 image, features = run_core()
@@ -528,7 +565,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         # 3. Outwards: the stages that take part add detail, from the innermost to the outermost
         for stage, state in zip(self.stages[:num_stages], stage_states):
             with torch.set_grad_enabled(grad_enabled if stage is self.stages[-1] else inner_grad_enabled):
-                image, features = stage(*state, stage_text, text_sum, dtype, image, features, run_core)
+                image, features = stage(*state, stage_text, text_sum, dtype, image, features, run_core, crop)
         assert image is not None
 
         # Stages that are left out enlarge by `U`, not `S`: the state gets no high band at all until they join.
@@ -549,6 +586,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         negative_text: TextInputs | None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         features: torch.Tensor | None = None,
+        crop: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """
         Run the core on a state of its own resolution; with a `guide`, once for both texts together. `features` are those of
@@ -566,6 +604,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             if mask is not None and negative_mask is not None:
                 mask = torch.cat([mask, negative_mask])
             sample, sigma = torch.cat([sample, sample]), torch.cat([sigma, sigma])
+            crop = None if crop is None else torch.cat([crop, crop])
         output = self.core(
             sample,
             1000 * sigma,
@@ -574,6 +613,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             cross_attention_kwargs=text.cross_attention_kwargs,
             features=features,
             text_cache=text.cache,
+            crop=crop,
         )
         if guide is None:
             return output.pred_original_sample, output.features
@@ -624,6 +664,8 @@ CORE_CONFIG_NAMES = (
     "num_attention_heads",
     "mlp_ratio",
     "cross_attention_dim",
+    "dropout",
+    "crop_conditioning",
 )
 
 

@@ -9,18 +9,21 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
 
 from ..flow import velocity_from_clean
 from ..hub.mixins import HubMixin
 from .adapters import AdapterMixin
 from .blocks import (
+    CROP_DIM,
     GreedyGrowOutput,
     GreedyGrowTransformerBlock,
     GroupNorm,
     TextCache,
     check_sizes,
+    complete_crop,
+    embed_time,
     get_image_rotary_emb,
     residual_block,
 )
@@ -53,9 +56,13 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
             Width of the MLPs, as a multiple of `hidden_size`.
         cross_attention_dim (`int`, *optional*, defaults to 768):
             Channels of the text embeddings. `None` for an unconditional model.
+        dropout (`float`, defaults to 0.0):
+            Share of values in [0, 1) that the transformer layers drop in training, after each attention and inside the MLP.
+        crop_conditioning (`bool`, defaults to `False`):
+            Whether the model is told which part of an image it sees, see `crop` of [`~ShallowUNet2DModel.forward`].
 
     Raises:
-        `ValueError`: if a size is not a whole number or does not fit the others.
+        `ValueError`: if a size is not a whole number or does not fit the others, or `dropout` is out of its range.
     """
 
     _supports_gradient_checkpointing = True
@@ -76,6 +83,8 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
         num_attention_heads: int = 12,
         mlp_ratio: float = 4.0,
         cross_attention_dim: int | None = 768,
+        dropout: float = 0.0,
+        crop_conditioning: bool = False,
     ):
         super().__init__()
         check_sizes(
@@ -89,6 +98,8 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
             mlp_ratio=mlp_ratio,
             cross_attention_dim=cross_attention_dim if cross_attention_dim is not None else 1,
         )
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"`dropout={dropout!r}` must be a number, at least 0 and below 1.")
         if out_channels != in_channels:
             raise ValueError(
                 f"`out_channels={out_channels}` must be `in_channels={in_channels}`: the model predicts the image in "
@@ -108,7 +119,9 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
         # 1. Entry
         self.conv_in = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(256, hidden_size)
+        self.time_embedding = TimestepEmbedding(
+            256, hidden_size, cond_proj_dim=CROP_DIM if crop_conditioning else None
+        )
         self.time_modulation = nn.Linear(hidden_size, 6 * hidden_size)
         self.resnet_in = residual_block(hidden_size, hidden_size, hidden_size)
 
@@ -117,7 +130,7 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
             self.norm_encoder = nn.RMSNorm(cross_attention_dim, eps=1e-6)
         self.transformer_blocks = nn.ModuleList(
             [
-                GreedyGrowTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim)
+                GreedyGrowTransformerBlock(hidden_size, num_attention_heads, mlp_ratio, cross_attention_dim, dropout)
                 for _ in range(num_layers)
             ]
         )
@@ -158,6 +171,7 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
         return_dict: bool = True,
         features: torch.Tensor | None = None,
         text_cache: TextCache | None = None,
+        crop: torch.Tensor | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -178,12 +192,15 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
             text_cache ([`TextCache`], *optional*):
                 The text's keys and values from earlier calls with the same text. Ignored while gradients are enabled:
                 cached values belong to the graph of an earlier step, or to none.
+            crop (`torch.Tensor` of shape `(B, 3)`, *optional*):
+                With `crop_conditioning`, the part of the image that `sample` is: its top, its left, and the missing share of the
+                sides, as shares of the whole image. By default zeros, the whole image.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
 
         Raises:
-            `ValueError`: if the text, its mask, or the sides of `sample` do not fit the model.
+            `ValueError`: if the text, its mask, the sides of `sample` or the `crop` do not fit the model.
         """
         if torch.is_grad_enabled():
             text_cache = None
@@ -198,7 +215,8 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
 
         # 1. Timestep
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch_size)
-        temb = self.time_embedding(self.time_proj(timestep).to(get_parameter_dtype(self.time_embedding)))
+        crop = complete_crop(self.config.crop_conditioning, crop, timestep)
+        temb = embed_time(self.time_embedding, self.time_proj(timestep), crop)
         modulation = self.time_modulation(F.silu(temb)).unflatten(-1, (6, -1))
         temb = temb.to(dtype)
 

@@ -108,6 +108,13 @@ class DataArguments(ImageArguments):
             "the nearest shape. By default, all images are square. Held-out images always are."
         },
     )
+    horizontal_flip: bool = field(
+        default=False,
+        metadata={
+            "help": "Show the mirror image in half of the visits of a training image, which doubles a small data set. Not for images "
+            "with text, nor for captions that say left or right."
+        },
+    )
     shapes_objects: int = field(
         default=1, metadata={"help": "Largest number of objects in an image of captioned shapes, 1 to 3."}
     )
@@ -169,6 +176,20 @@ class ModelArguments:
     num_attention_heads: int = field(default=2, metadata={"help": "Number of attention heads of each core layer."})
     mlp_ratio: float = field(
         default=4.0, metadata={"help": "Width of the core's feed-forward layers, as a multiple of hidden_size."}
+    )
+    core_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of values that the core's transformer layers drop while they train, against learning a small data set by "
+            "heart; 0.1 is usual."
+        },
+    )
+    random_crop: float = field(
+        default=1.0,
+        metadata={
+            "help": "Smallest share of the sides of a training image that a visit shows. Half of the visits show a part, of random size "
+            "and place; the model is told which, so that samples are whole images. By default, 1.0, all show the whole image."
+        },
     )
     block_out_channels: list[str] = field(
         default_factory=lambda: ["48,96"],
@@ -362,6 +383,13 @@ class TrainingArguments(LoopArguments):
             "help": f"Loss that each resolution trains on, an error or a weighting of noise levels: {', '.join(WEIGHTINGS)}."
         },
     )
+    keep_best: bool = field(
+        default=False,
+        metadata={
+            "help": "End each phase with the averaged weights of its lowest held-out loss instead of its last ones. The loss is taken "
+            "every validation_steps."
+        },
+    )
     sample_steps: int | None = field(
         default=None,
         metadata={
@@ -476,3 +504,7 @@ FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "train_batch_size",
     "gradient_accumulation_steps",
 }
+
+
+# Arguments that decide which weights `keep_best` keeps. Without it, they are free to change.
+OF_EVALUATION = {"validation_steps", "num_validation_images"}

@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils.constants import SCALER_NAME
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from .ema import BestAverage, load_averages, save_averages
 from .files import remove_checkpoint
-from .sharding import gather, scatter_as
 
 
 logger = logging.get_logger(__name__)
@@ -91,12 +90,14 @@ def save_checkpoint(
     losses: torch.Tensor,
     total_limit: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    best: BestAverage | None = None,
 ) -> Path:
     """
     Save a checkpoint and keep the newest `total_limit` in `folder`. Called on all processes.
 
     It holds what accelerate has prepared; the moving average by parameter name; the `losses` that are not in the metrics yet;
-    `progress`; and the `tokenizer` of a text encoder that trains, since the rows of the encoder's embeddings are its token numbers.
+    `progress`; the `tokenizer` of a text encoder that trains, since the rows of the encoder's embeddings are its token numbers; and
+    the `best` average so far, if one is kept.
     """
     checkpoint = folder / f"{progress.phase}-{progress.step}"
     temporary = folder / f".{checkpoint.name}.tmp"
@@ -107,14 +108,11 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()  # until the files of all processes are there
-    shadows = {}
-    for (name, _), shadow in zip(named_parameters, ema.shadow_params, strict=True):
-        whole = gather(shadow.to(accelerator.device))  # a process may have its averages on the CPU
-        if accelerator.is_main_process:
-            shadows[name] = whole.cpu().contiguous()
+    save_averages(accelerator, temporary / "ema.safetensors", ema, named_parameters)
     if accelerator.is_main_process:
-        save_file(shadows, temporary / "ema.safetensors")
         save_file({"losses": losses}, temporary / "losses.safetensors")
+        if best is not None:
+            best.copy_into(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary / "tokenizer")
         files = [path for path in temporary.rglob("*") if path.is_file()]
@@ -153,12 +151,7 @@ def load_checkpoint(
         )
     restore_state(accelerator, checkpoint)
     ema = EMAModel([], decay=ema_decay, foreach=not accelerator.is_fsdp2)
-    with safe_open(checkpoint / "ema.safetensors", framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        if shapes != {name: tuple(parameter.shape) for name, parameter in named_parameters}:
-            raise ValueError(f"{checkpoint} has a moving average of other parameters than this phase trains.")
-        # Matched by name: diffusers matches by position.
-        ema.shadow_params = [scatter_as(file.get_tensor(name), parameter) for name, parameter in named_parameters]
+    ema.shadow_params = load_averages(checkpoint / "ema.safetensors", named_parameters)
     ema.optimization_step = Progress.read(checkpoint).ema_optimization_step
     return ema, load_file(checkpoint / "losses.safetensors")["losses"]
 

@@ -3,6 +3,7 @@
 
 """Files that are complete or absent: each is written under a temporary name and then renamed."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,17 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file that is only ever replaced as a whole a second name, or copy it where the file system has no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        temporary = target.with_name(target.name + ".tmp")
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:

@@ -45,6 +45,8 @@ def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowU
         num_attention_heads=model_args.num_attention_heads,
         mlp_ratio=model_args.mlp_ratio,
         cross_attention_dim=cross_attention_dim,
+        dropout=model_args.core_dropout,
+        crop_conditioning=model_args.random_crop < 1,
     )
     unet.zero_init_output()
     return unet
@@ -123,9 +125,9 @@ def get_text_hidden_size(model_args: ModelArguments) -> int:
 # Loaded and adopted
 
 
-def load_pipeline(folder: str | Path, revision: str | None = None) -> GreedyGrowPipeline:
-    """Load a pipeline to continue training from. All weights of its model must be there."""
-    core = load_core(folder, subfolder="unet", revision=revision)
+def load_pipeline(folder: str | Path, revision: str | None = None, **config) -> GreedyGrowPipeline:
+    """Load a pipeline to continue training from, with changes to its model's `config`. All weights of its model must be there."""
+    core = load_core(folder, subfolder="unet", revision=revision, **config)
     return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
 
 
@@ -134,7 +136,7 @@ def adopt_core(model_args: ModelArguments) -> None:
     Set the arguments that describe a core and its text encoder to those of the pipeline that `core` names.
 
     Raises:
-        `ValueError`: if other values were given, or that pipeline has no text encoder.
+        `ValueError`: if other values were given, that pipeline has no text encoder, or it was not trained with `random_crop`.
     """
     core, revision = model_args.core, model_args.core_revision
     assert core is not None
@@ -142,6 +144,11 @@ def adopt_core(model_args: ModelArguments) -> None:
     if config["cross_attention_dim"] is None:
         raise ValueError(
             f"`core={core!r}` has no text encoder, but `grow.py` trains on captions: name a core that has one."
+        )
+    if model_args.random_crop < 1 and not config.get("crop_conditioning"):
+        raise ValueError(
+            f"`random_crop={model_args.random_crop}`: `core={core!r}` was not trained with random crops, so it cannot be told of them. "
+            "Leave it out, or train a core with it."
         )
     text_config = AutoConfig.from_pretrained(core, subfolder="text_encoder", revision=revision).get_text_config()
     names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio")

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import LoopArguments
 from .checkpoints import Progress, load_checkpoint, save_checkpoint, sorted_checkpoints
 from .data.streaming import StreamLoader
-from .ema import averaged
+from .ema import BestAverage, averaged
 from .guard import GradientGuard
 from .objective import FlowObjective, LossMeter
 from .optimizer import make_optimizer
@@ -114,6 +114,8 @@ class TrainingLoop:
         checkpoint (`Path`, *optional*): A checkpoint of this phase to resume from.
         tokenizer (*optional*): The tokenizer of a text encoder that trains along, to be saved with it.
         offload_ema (`bool`, defaults to `False`): Whether to keep the moving average in the CPU's memory.
+        keep_best (`bool`, defaults to `False`):
+            Whether to end with the averaged weights of the lowest held-out loss, see [`~TrainingLoop.note_losses`].
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class TrainingLoop:
         checkpoint: Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         offload_ema: bool = False,
+        keep_best: bool = False,
     ):
         self.run, self.phase, self.args, self.interrupt = run, phase, args, interrupt
         self.tokenizer, self.offload_ema = tokenizer, offload_ema
@@ -151,6 +154,7 @@ class TrainingLoop:
             self.meter = LossMeter(losses)
             self.guard.load_state_dict(progress.guard)
         self.ema.to("cpu" if offload_ema else accelerator.device)
+        self.best = BestAverage(accelerator, run.checkpoints, checkpoint) if keep_best else None
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training
@@ -285,6 +289,11 @@ class TrainingLoop:
         """Give the trained parameters the values of their moving average within a `with` block."""
         return averaged(self.ema, self.parameters)
 
+    def note_losses(self, losses: dict[str, float]) -> None:
+        """With `keep_best`, keep the averaged weights if their `losses["val_loss"]` is the lowest so far. Called on all processes."""
+        if self.best is not None:
+            self.best.offer(self.step, losses.get("val_loss", math.nan), self.ema, self.named_parameters)
+
     # ------------------------------------------------------------------------------------------------------------------
     # Stopping
 
@@ -309,6 +318,7 @@ class TrainingLoop:
             self.meter.gather(self.accelerator),
             self.args.checkpoints_total_limit,
             self.tokenizer,
+            self.best,
         )
 
     def leave(self) -> None:
@@ -327,9 +337,17 @@ class TrainingLoop:
         )
         self.accelerator.end_training()
 
-    def finish(self) -> None:
-        """Leave the averaged weights in the model: they are the phase's result."""
+    def finish(self) -> dict[str, float]:
+        """
+        Leave the averaged weights in the model: they are the phase's result. With `keep_best`, these are the ones with the lowest
+        held-out loss. Return their `best_step` and `best_val_loss`, or nothing if they are those of the last step by default.
+        """
+        kept: dict[str, float] = {}
+        if self.best is not None and self.best.step is not None:
+            kept = {"best_step": self.best.step, "best_val_loss": self.best.loss}
+            self.ema.shadow_params = self.best.take(self.named_parameters)
         self.ema.copy_to(self.parameters)
+        return kept
 
 
 def memory_in_use(device: torch.device) -> float:

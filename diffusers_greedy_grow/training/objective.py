@@ -115,7 +115,8 @@ def flow_loss(
             One of `WEIGHTINGS`: the error of the `"velocity"`, the error of the `"clean"` image, the error of the noise times the
             `"sigmoid"` of minus the log-SNR (Hoogeboom et al., simpler diffusion, 2024), or `"sigma_sqrt"` and `"cosmap"`
             (Esser et al., SD3, 2024, section 3.1).
-        conditions: `encoder_hidden_states` and `encoder_attention_mask`, or `input_ids` for a [`TrainedModel`] with text encoder.
+        conditions: `encoder_hidden_states` and `encoder_attention_mask`, or `input_ids` for a [`TrainedModel`] with text encoder;
+            and `crop`, if the model is told which part of an image it sees.
     """
     output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions)
     scale = sigma.clamp(min=SIGMA_MIN_OF_LOSS)
@@ -174,6 +175,8 @@ class FlowObjective:
         batches_per_step = accelerator.num_processes * accelerator.gradient_accumulation_steps
         accumulated = micro_step % accelerator.gradient_accumulation_steps
         place = accumulated * accelerator.num_processes + accelerator.process_index
+        # The model's dropout draws from torch's own generators: their state must not depend on what else was drawn.
+        torch.manual_seed(sample_seeds((self.seed, phase.index, step, 1 + place), 0, 1)[0])
         x0 = normalize(batch["pixel_values"].to(accelerator.device, non_blocking=True))
         noise, sigma, dropped = draw_noise(
             (self.seed, phase.index, step),
@@ -187,8 +190,11 @@ class FlowObjective:
             self.caption_dropout,
         )
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
+        # Which part of its image each is, for a model that is told.
+        crops = {"crop": batch["crop"].to(accelerator.device)} if "crop" in batch else {}
         with accelerator.autocast():
-            return flow_loss(model, x0, noise, sigma, self.band_factor, phase.loss_weighting, **self.encode(captions))
+            conditions = {**self.encode(captions), **crops}
+            return flow_loss(model, x0, noise, sigma, self.band_factor, phase.loss_weighting, **conditions)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     check_data(parser, data, model)
     check_model(parser, model)
     check_phases(parser, model, training)
+    if training.keep_best and not data.num_validation_images:
+        parser.error(
+            "--keep_best needs held-out images, and --num_validation_images 0 leaves none: raise it, or leave out --keep_best."
+        )
     return data, model, training
 
 
@@ -411,6 +415,8 @@ def check_grow_ranges(
         (model, "resolutions", 1, math.inf),
         *((model, name, 1, math.inf) for name in ("patch_size", "hidden_size", "num_layers", "num_attention_heads")),
         (model, "layers_per_block", 1, math.inf),
+        (model, "core_dropout", 0, 0.99),
+        (model, "random_crop", 0.1, 1),
         (model, "max_sequence_length", 1, math.inf),
         (model, "text_num_layers", 1, math.inf),
         (model, "text_hidden_size", 1, math.inf),

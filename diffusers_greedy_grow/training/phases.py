@@ -55,9 +55,14 @@ class Phase:
             unet.unfreeze_core()
 
     def record(
-        self, unet: ShallowUNet2DModel | GrowableUNet2DConditionModel, steps: int, images_per_step: int, seed: int
+        self,
+        unet: ShallowUNet2DModel | GrowableUNet2DConditionModel,
+        steps: int,
+        images_per_step: int,
+        seed: int,
+        **kept: float,
     ) -> None:
-        """Add what `steps` of this phase did to the lineage of `unet`."""
+        """Add what `steps` of this phase did to the lineage of `unet`, and which weights were `kept`, if not the last."""
         add_to_lineage(
             unet,
             phase=self.name,
@@ -66,6 +71,7 @@ class Phase:
             steps=steps,
             images=steps * images_per_step,
             seed=seed,
+            **kept,
         )
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, HfApi
 from huggingface_hub.utils import disable_progress_bars
 
 from ..hub.cards import write_card
+from ..hub.lineage import get_lineage
 from ..hub.publish import new_upload_folder
 from ..hub.upload import UploadError, check_license, prepare_repository, upload
 from ..pipelines import GreedyGrowPipeline
@@ -131,6 +132,8 @@ def write_phase_card(
     held_out = data_args.high_res_dataset_name if data_args.has_high_res_data else data_args.dataset_name
     lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
     losses = [line for line in lines if line["phase"] == folder.name and "val_loss" in line]
+    best_step = get_lineage(pipeline.unet)[-1].get("best_step")  # if not the last weights were kept
+    losses = [line for line in losses if best_step in (None, line["step"])]
     names = {"loss": "held-out loss", "loss_low": "held-out loss, low band", "loss_high": "held-out loss, high band"}
     figures = {("loss", label): losses[-1][f"val_{name}"] for name, label in names.items() if losses}
     figures |= {("accuracy", name): value for name, value in scores.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .arguments import FREE_TO_CHANGE, OF_ONE_LAUNCH
+from .arguments import FREE_TO_CHANGE, OF_EVALUATION, OF_ONE_LAUNCH
 from .phases import Phase
 from .plan import PhasePlan
 
@@ -53,8 +53,10 @@ class Run:
     @property
     def decisive_config(self) -> dict[str, Any]:
         """The settings that must match for a resumed run to be the same run."""
+        config = self.config
+        free = FREE_TO_CHANGE - (OF_EVALUATION if config.get("keep_best") else set())
         return {
-            **{name: value for name, value in self.config.items() if name not in FREE_TO_CHANGE},
+            **{name: value for name, value in config.items() if name not in free},
             "mixed_precision": self.accelerator.mixed_precision,
             "images per step": {phase.name: self.images_per_step(phase) for phase in self.phases},
             "captions": self.fingerprint,

@@ -101,10 +101,11 @@ class Samples:
         for name, component in components.items():
             component.to(devices[name])
 
-    def add_row(self, phase: Phase, pipeline: GreedyGrowPipeline) -> None:
-        """Add the row of a finished phase to the sample grid, `samples.png`."""
+    def add_row(self, phase: Phase, pipeline: GreedyGrowPipeline) -> list[Image.Image]:
+        """Add the row of a finished phase to the sample grid, `samples.png`, and return its images."""
         self.folder.mkdir(exist_ok=True)
-        strip = make_image_grid(self.draw(pipeline, self.captions), rows=1, cols=len(self.captions))
+        images = self.draw(pipeline, self.captions)
+        strip = make_image_grid(images, rows=1, cols=len(self.captions))
         captions, info = json.dumps(self.captions), PngInfo()
         info.add_text("captions", captions)
         strip.save(self.folder / f"{phase.name}.png", pnginfo=info)
@@ -115,6 +116,7 @@ class Samples:
                 size = row.height
                 rows[name] = [row.crop((i * size, 0, (i + 1) * size, size)) for i in range(row.width // size)]
         draw_grid(rows, self.captions, self.run.output_dir / "samples.png")
+        return images
 
 
 def draw_grid(rows: dict[str, list[Image.Image]], captions: list[str], path: str | Path) -> None:

@@ -72,6 +72,11 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"max_sequence_length": 0}, "--max_sequence_length 0: must be at least 1"),
         ({"core_revision": "core"}, "--core_revision core: needs --core"),
         ({"hub_steps": 5}, "--hub_steps needs --push_to_hub"),
+        ({"core_dropout": 1}, "--core_dropout 1.0: must be from 0 to 0.99"),
+        (
+            {"keep_best": True, "num_validation_images": 0},
+            "--keep_best needs held-out images, and --num_validation_images 0 leaves none",
+        ),
         ({"init": "zero"}, '--init zero: choose "preserve" or "random"'),
         ({"learning_rat": 1}, "learning_rat"),
         ({"logging_steps": 0}, "--logging_steps 0: must be at least 1"),

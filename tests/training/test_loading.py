@@ -23,9 +23,9 @@ from diffusers_greedy_grow.training.parsing import parse_arguments
 from ..data_utils import make_image, to_bytes, write_parquet, write_rows
 
 
-def load(folder, resolutions=(8, 16), seed=0, **kwargs):
+def load(folder, resolutions=(8, 16), seed=0, random_crop=1.0, **kwargs):
     data_args = DataArguments(image_column="photo", train_data_dir=str(folder), **kwargs)
-    return load_training_data(data_args, list(resolutions), data_args.train_data_dir, BrokenRows(), seed)
+    return load_training_data(data_args, list(resolutions), data_args.train_data_dir, BrokenRows(), seed, random_crop)
 
 
 def digest_of(*sets: CaptionedImages) -> str:
@@ -164,6 +164,55 @@ def test_batches_after_some_steps_are_those_that_would_have_followed(files, buck
     assert [batch["caption"] for batch in rest] == [batch["caption"] for batch in whole[8:]]
     assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(rest, whole[8:]))
     assert read(images, 7, 7)[0] == []
+
+
+def is_mirrored(images: CaptionedImages, row: dict) -> bool:
+    """Whether pixels are the mirror image of the row's image, and not the image."""
+    i = images.captions.index(row["caption"])
+    pixels, image = row["pixel_values"].double(), images[i]["pixel_values"].double()
+    same, mirrored = (torch.allclose(pixels, one, rtol=0, atol=1e-6) for one in (image, image.flip(-1)))
+    assert same != mirrored
+    return mirrored
+
+
+@pytest.mark.parametrize("buckets", [None, "16,16;8,32"])
+@pytest.mark.parametrize("resolution", [8, 16])
+def test_half_of_the_visits_are_mirrored(files, buckets, resolution):
+    """By the seed and the place in the phase alone: also after a resume, by any number of workers, and with other batches."""
+    data = load(files, aspect_ratio_buckets=buckets, horizontal_flip=True)
+    images = data.at(1, resolution)
+    assert not data.validation.varies and images.varies
+    whole, _ = read(images, 0, 40)
+
+    def list_visits(batches: list[dict]) -> list[tuple]:
+        rows = [dict(zip(batch, values)) for batch in batches for values in zip(*batch.values())]
+        return [(row["caption"], is_mirrored(images, row)) for row in rows]
+
+    visits = list_visits(whole)
+    assert 0.4 < sum(mirrored for _, mirrored in visits) / len(visits) < 0.6
+    assert len(set(visits)) == 2 * len(images)  # each image both ways
+    assert list_visits(read(images, 17, 40, num_workers=2)[0]) == visits[17 * 6 :]
+    assert list_visits(read(images, 17, 40, accumulation=1, batch_size=6)[0]) == visits[17 * 6 :]
+
+
+def test_half_of_the_visits_of_a_stream_are_mirrored(files):
+    """By the seed, the epoch and the row alone: the same after a resume, by any number of workers."""
+    images = load(files, streaming=True, horizontal_flip=True, num_validation_images=8).at(1, 16)
+    plain = load(files, streaming=True, num_validation_images=8).at(1, 16)
+    whole, _ = read(images, 0, 10, num_workers=2)
+    other, _ = read(plain, 0, 10, num_workers=2)
+    assert [batch["caption"] for batch in whole] == [batch["caption"] for batch in other]
+    same = [
+        torch.equal(a, b)
+        for one, two in zip(whole, other)
+        for a, b in zip(one["pixel_values"], two["pixel_values"], strict=True)
+    ]
+    mirrored = [torch.equal(a["pixel_values"].flip(-1), b["pixel_values"]) for a, b in zip(whole, other)]
+    assert 0.3 < sum(same) / len(same) < 0.7 and not all(mirrored)
+    _, loader = read(images, 0, 5, num_workers=2)
+    rest, _ = read(images, 5, 10, num_workers=1, state=loader.state())
+    assert len(rest) == 10
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(rest, whole[10:]))
 
 
 @pytest.mark.parametrize("buckets", [None, "16,16;8,32"])

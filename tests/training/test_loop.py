@@ -30,7 +30,7 @@ def test_rates_by_a_polynomial_start_from_their_own():
     assert lr_scheduler.get_last_lr() == pytest.approx([0.25, 0.125], rel=1e-3)
 
 
-def make_loop(tmp_path: Path, **kwargs) -> TrainingLoop:
+def make_loop(tmp_path: Path, keep_best: bool = False, **kwargs) -> TrainingLoop:
     """A loop over one parameter."""
     args = LoraArguments(pretrained_model_name_or_path="", lr_warmup_steps=0, adam_weight_decay=0.0, **kwargs)
     phase = Phase(0, "core", "core", 0, 8, 20, 2, 1.0, 0.0, 1.0, "velocity")
@@ -38,7 +38,8 @@ def make_loop(tmp_path: Path, **kwargs) -> TrainingLoop:
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
     interrupt = SimpleNamespace(noted=lambda accelerator, ask: False)
-    return TrainingLoop(run, phase, args, module, [{"params": [module.weight], "lr": 1.0}], interrupt)
+    groups = [{"params": [module.weight], "lr": 1.0}]
+    return TrainingLoop(run, phase, args, module, groups, interrupt, keep_best=keep_best)
 
 
 @pytest.mark.parametrize("max_grad_norm,clipped", [(0.5, 0.5), (0, 4.0)])
@@ -78,6 +79,33 @@ def test_a_phase_does_not_end_with_weights_that_are_not_finite(tmp_path):
     loop.step = 18
     with pytest.raises(FloatingPointError, match="core ends with weights that are not finite"):
         assert [step.number for step in loop.steps([{}, {}], loss)] == [19]
+
+
+def test_the_kept_average_is_that_of_the_lowest_held_out_loss(tmp_path):
+    """Losses that are missing or not finite are never the lowest. Before there is any, the last average is the result."""
+    (tmp_path / "checkpoints").mkdir()
+    left_over = tmp_path / "checkpoints" / ".best.safetensors"
+    left_over.write_bytes(b"of another phase")
+    loop = make_loop(tmp_path, keep_best=True)
+    assert not left_over.exists()
+
+    def evaluate(value: float, **losses: float) -> None:
+        loop.step += 1
+        loop.ema.shadow_params[0].fill_(value)
+        loop.note_losses(losses)
+
+    evaluate(1.0)
+    evaluate(2.0, val_loss=math.nan)
+    assert loop.finish() == {} and loop.parameters[0].item() == 2
+    for value, loss in ((3.0, 0.5), (4.0, 0.25), (5.0, 0.25), (6.0, math.nan), (7.0, 0.3)):
+        evaluate(value, val_loss=loss)
+    assert loop.finish() == {"best_step": 4, "best_val_loss": 0.25} and loop.parameters[0].item() == 4
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+    loop = make_loop(tmp_path)
+    evaluate(1.0, val_loss=0.1)
+    evaluate(2.0, val_loss=0.2)
+    assert loop.finish() == {} and loop.parameters[0].item() == 2
 
 
 def test_interruptions(monkeypatch, capfd):

@@ -92,7 +92,10 @@ def test_metrics_and_images(finished):
     assert min(line["loss"] for line in metrics if "loss" in line) > 0
     flops = [line["flops"] for line in metrics]
     assert flops == sorted(flops) and flops[0] > 0
-    for name in ("samples.png", "loss.png"):
+    for phase in ("core", "grown-16-detail", "grown-16"):
+        (line,) = [line for line in metrics if line["phase"] == phase and "nearest_ratio" in line]
+        assert line["nearest_ratio"] == pytest.approx(line["nearest_distance"] / line["nearest_distance_held_out"])
+    for name in ("samples.png", "loss.png", "nearest.png"):
         assert np.array(Image.open(output_dir / name)).std() > 1
     assert {path.name for path in (output_dir / "samples").iterdir()} == {
         "core.png", "grown-16-detail.png", "grown-16.png",

@@ -79,6 +79,12 @@ def test_a_core_without_text_is_refused(tmp_path):
         adopt_core(ModelArguments(core=str(tmp_path)))
 
 
+def test_a_core_that_was_trained_without_crops_is_not_grown_with_them(tmp_path):
+    make_core().save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match="`random_crop=0.5`: `core=.*` was not trained with random crops"):
+        adopt_core(ModelArguments(core=str(tmp_path), random_crop=0.5))
+
+
 def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
     PartialState(cpu=True)  # its loggers need it
     core, config = finished[0] / "core", finished[0] / "config.yaml"

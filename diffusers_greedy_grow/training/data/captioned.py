@@ -15,12 +15,13 @@ from torch.utils.data import get_worker_info
 
 from .images import MAX_IMAGE_PIXELS, average_down, open_header, open_image, to_pixel_values
 from .rows import BrokenRow, BrokenRows, check_caption, list_captions, name_row
+from .visits import Augmentation, draw_caption
 
 
 class CaptionedImages(torch.utils.data.Dataset):
     """
     Rows of `image` and `text` as `pixel_values` `(3, H, W)`, uint8, and `caption`. If `text` is a list, one of its captions is
-    drawn per visit. Broken captions are left out, as is a row without any other; a row whose image is broken is replaced by the next one of its shape.
+    drawn per visit; visits may see the mirror image and a part of the image, see [`Augmentation`]. Broken captions are left out, as is a row without any other; a row whose image is broken is replaced by the next one of its shape.
 
     If all images fit in `max_cache_bytes`, each is decoded and scaled once and then kept in memory. The workers of a data
     loader do without that cache, since each would hold its own.
@@ -38,6 +39,8 @@ class CaptionedImages(torch.utils.data.Dataset):
             The most memory to use for decoded images.
         max_image_pixels (`int`):
             The most pixels that an image file may have.
+        augmentation ([`Augmentation`], *optional*):
+            How visits of an image differ. By default, they do not.
 
     Raises:
         `ValueError`: if all captions are broken, or too many; later, if too many images are broken, or all of a shape.
@@ -51,8 +54,10 @@ class CaptionedImages(torch.utils.data.Dataset):
         broken: BrokenRows | None = None,
         max_cache_bytes: int = 2 * 2**30,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        augmentation: Augmentation | None = None,
     ):
         self.resolution, self.pool_factor = resolution, 1
+        self.augmentation = augmentation or Augmentation()
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
         texts, good = [list_captions(text) for text in rows["text"]], []
@@ -93,9 +98,9 @@ class CaptionedImages(torch.utils.data.Dataset):
         return list(itertools.chain.from_iterable(self.caption_lists))
 
     @property
-    def has_several_captions(self) -> bool:
-        """Whether some image has more than one caption."""
-        return any(len(captions) > 1 for captions in self.caption_lists)
+    def varies(self) -> bool:
+        """Whether visits of an image differ: by its captions, of which there are several, or by the augmentation."""
+        return self.augmentation.varies or any(len(captions) > 1 for captions in self.caption_lists)
 
     def at(self, resolution: int) -> "CaptionedImages":
         """Return the same images averaged down to `resolution`. Unless it is their own, they are float32 in [-1, 1]."""
@@ -115,7 +120,8 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def make_cache(self) -> dict[int, torch.Tensor] | None:
         """Return an empty cache for decoded images, or `None` if not all of them fit."""
-        return {} if len(self) * 3 * self.resolution**2 <= self.max_cache_bytes else None
+        side = self.augmentation.size_to_read(self.resolution)
+        return {} if len(self) * 3 * side**2 <= self.max_cache_bytes else None
 
     def find_shapes(self) -> np.ndarray:
         """Return the index of each row's bucket, from the headers of the images."""
@@ -132,15 +138,18 @@ class CaptionedImages(torch.utils.data.Dataset):
             shapes[i] = find_nearest_bucket(height, width, self.buckets)
         return shapes
 
-    def __getitem__(self, key: int | tuple[int, float]) -> dict:
+    def __getitem__(self, key: int | tuple[int, tuple[int, ...]]) -> dict:
         """
         Return an image and one of its captions.
 
         Args:
-            key (`int` or `tuple[int, float]`): The index, and a number in [0, 1) by which the caption is drawn. Without it,
-                the caption is the first one.
+            key (`int` or `tuple[int, tuple[int, ...]]`): The index, and the key of the visit, see [`VisitOrder`]. Without it, the
+                image is as it is on disk, with its first caption.
+
+        Returns:
+            `pixel_values`, `caption` and, with random crops, `crop`, see [`Augmentation.apply`].
         """
-        index, drawn = key if isinstance(key, tuple) else (key, 0.0)
+        index, visit = key if isinstance(key, tuple) else (key, None)
         alike = None  # the rows of the same shape
         for tried in itertools.count(1):
             if index not in self.unreadable:
@@ -159,12 +168,13 @@ class CaptionedImages(torch.utils.data.Dataset):
                 )
             index = int(alike[np.searchsorted(alike, index, side="right") % len(alike)])
         captions = self.caption_lists[index]
-        caption = captions[int(drawn * len(captions))]
-        return {"pixel_values": average_down(pixel_values, self.pool_factor), "caption": caption}
+        caption = captions[0] if visit is None else draw_caption(captions, visit)
+        row = self.augmentation.apply(pixel_values, visit, *self.buckets[self.shapes[index]])
+        return {**row, "pixel_values": average_down(row["pixel_values"], self.pool_factor), "caption": caption}
 
     def read(self, index: int) -> torch.Tensor:
         """
-        Return the pixels of a row, from the cache if they are there.
+        Return the pixels of a row, as many as the augmentation needs, from the cache if they are there.
 
         Raises:
             [`BrokenRow`]: if the image cannot be read.
@@ -173,7 +183,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         if cache is not None and index in cache:
             return cache[index]
         self.broken.read += 1
-        row, (height, width) = self.rows[index], self.buckets[self.shapes[index]]
+        row, (height, width) = self.rows[index], map(self.augmentation.size_to_read, self.buckets[self.shapes[index]])
         image = open_image(row["image"], max(height, width), self.max_image_pixels)
 
         def report(reason: str) -> None:

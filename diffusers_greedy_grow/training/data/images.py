@@ -191,6 +191,23 @@ def to_pixel_values(
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def resize_part(pixel_values: torch.Tensor, crop: tuple[float, float, float], height: int, width: int) -> torch.Tensor:
+    """
+    Return a part of an image as `(3, height, width)`, uint8, scaled with antialiasing.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(3, H, W)`): The image, uint8.
+        crop (`tuple[float, float, float]`): The top, the left, and the missing share of both sides, as shares of the image.
+        height (`int`), width (`int`): The size of the result.
+    """
+    image = PILImage.fromarray(pixel_values.permute(1, 2, 0).numpy())
+    top, left, cut = crop
+    right, bottom = min(1, left + 1 - cut), min(1, top + 1 - cut)  # not beyond the image by rounding
+    box = left * image.width, top * image.height, right * image.width, bottom * image.height
+    resized = image.resize((width, height), PILImage.Resampling.LANCZOS, box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
 # The cache makes it warn once per size: Python's own record of past warnings is reset whenever an image is opened.
 @functools.cache
 def warn_of_small_images(width: int, height: int) -> None:

@@ -17,11 +17,12 @@ from ..arguments import DataArguments
 from ..parsing import parse_buckets
 from ..signals import leave_signals_to_the_parent
 from .captioned import CaptionedImages
-from .order import BucketOrder, DrawnOrder, EpochOrder
+from .order import BucketOrder, EpochOrder, VisitOrder
 from .rows import BrokenRows
 from .sharing import find_key
 from .sources import Selection, check_data_dir, load_captioned_data
 from .streaming import StreamedImages, StreamLoader, load_captioned_stream
+from .visits import Augmentation
 
 
 logger = get_logger(__name__)
@@ -72,7 +73,12 @@ class TrainingData:
 
 
 def load_training_data(
-    data_args: DataArguments, resolutions: list[int], train_data_dir: str | None, broken: BrokenRows, seed: int
+    data_args: DataArguments,
+    resolutions: list[int],
+    train_data_dir: str | None,
+    broken: BrokenRows,
+    seed: int,
+    random_crop: float = 1.0,
 ) -> TrainingData:
     """
     Load the data that the arguments name.
@@ -83,19 +89,20 @@ def load_training_data(
         train_data_dir (`str`, *optional*): The folder with the core's data: `data_args.train_data_dir`, or captioned shapes.
         broken ([`BrokenRows`]): The counter of broken rows.
         seed (`int`): The seed by which `num_high_res_images` are chosen.
+        random_crop (`float`, defaults to 1.0): See [`Augmentation`].
 
     Raises:
         `ValueError`: if there is no such data, or if it cannot be used.
     """
     final_resolution = resolutions[-1]
+    augmentation = Augmentation(data_args.horizontal_flip, random_crop)
     num_held_out = max(8, data_args.num_validation_images, data_args.num_scored_images * data_args.on_shapes)
     if data_args.high_res_data_dir is not None:
         check_data_dir(data_args.high_res_data_dir, "high_res_data_dir")
 
     def load(dataset_name: str | None, data_dir: str | None, resolution: int, num_held_out: int):
-        return load_images(
-            data_args, dataset_name, data_dir, resolution, final_resolution // resolution, num_held_out, broken
-        )
+        factor = final_resolution // resolution
+        return load_images(data_args, dataset_name, data_dir, resolution, factor, num_held_out, broken, augmentation)
 
     if data_args.has_high_res_data:
         core, _ = load(data_args.dataset_name, train_data_dir, resolutions[0], 0)
@@ -130,6 +137,7 @@ def load_images(
     factor: int,
     num_held_out: int,
     broken: BrokenRows,
+    augmentation: Augmentation,
 ) -> tuple[CaptionedImages | StreamedImages, Dataset]:
     """
     Load the images of one source, streamed or not.
@@ -141,6 +149,7 @@ def load_images(
         factor (`int`): How many times smaller the images are than `aspect_ratio_buckets` says.
         num_held_out (`int`): How many rows of a stream to hold out; with 0, none of any source.
         broken ([`BrokenRows`]): The counter of broken rows.
+        augmentation ([`Augmentation`]): How visits of an image differ.
 
     Returns:
         The images to train on, and the rows that are held out.
@@ -160,16 +169,31 @@ def load_images(
         stream, held_out, first = load_captioned_stream(
             dataset_name, data_dir, *columns, num_held_out, broken, data_args.max_image_pixels, selection
         )
-        images = StreamedImages(
-            stream, first, resolution, buckets, broken, data_args.shuffle_buffer_size, data_args.max_image_pixels
+        streamed = StreamedImages(
+            stream,
+            first,
+            resolution,
+            buckets,
+            broken,
+            data_args.shuffle_buffer_size,
+            data_args.max_image_pixels,
+            augmentation,
         )
         if first > (0, 0):  # later rows may share the images of the rows that are held out
-            images.held_out = frozenset(find_key(image) for image in held_out["image"])
-        return images, held_out
+            streamed.held_out = frozenset(find_key(image) for image in held_out["image"])
+        return streamed, held_out
     rows, held_out = load_captioned_data(
         dataset_name, data_dir, *columns, hold_out=num_held_out > 0, selection=selection
     )
-    return CaptionedImages(rows, resolution, buckets, broken, max_image_pixels=data_args.max_image_pixels), held_out
+    images = CaptionedImages(
+        rows,
+        resolution,
+        buckets,
+        broken,
+        max_image_pixels=data_args.max_image_pixels,
+        augmentation=augmentation,
+    )
+    return images, held_out
 
 
 def take_fingerprint(*sets: CaptionedImages | StreamedImages) -> str:
@@ -223,13 +247,13 @@ def make_loader(
     options["worker_init_fn"] = leave_signals_to_the_parent
     if len(images.buckets) > 1:
         batches: Sampler = BucketOrder(images.shapes, batch_size, batches_per_step, steps_done, steps_left, seed)
-        if images.has_several_captions:
-            batches = DrawnOrder(batches, steps_done * batches_per_step * batch_size, seed)
+        if images.varies:
+            batches = VisitOrder(batches, steps_done * batches_per_step * batch_size, seed)
         loader = DataLoader(images, batch_sampler=batches, **options)
     else:
         images_per_step = batch_size * batches_per_step
         order: Sampler = EpochOrder(len(images), steps_done * images_per_step, steps_left * images_per_step, seed)
-        if images.has_several_captions:
-            order = DrawnOrder(order, steps_done * images_per_step, seed)
+        if images.varies:
+            order = VisitOrder(order, steps_done * images_per_step, seed)
         loader = DataLoader(images, batch_size=batch_size, sampler=order, **options)
     return accelerator.prepare(loader)

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from .sharing import draw
-
 
 class EpochOrder(Sampler[int]):
     """
@@ -84,10 +82,10 @@ class BucketOrder(Sampler[list[int]]):
                 step += 1
 
 
-class DrawnOrder(Sampler):
+class VisitOrder(Sampler):
     """
-    The indices, or batches of indices, of another order, each index with a number in [0, 1) by which one of the captions of
-    its image is drawn. It depends on the seed and on the index's place in the phase, not on how steps are split into batches.
+    The indices, or batches of indices, of another order, each index with the key of its visit, by which a caption and a mirror
+    image are drawn: the seed and the index's place in the phase. It does not depend on how steps are split into batches.
 
     Args:
         order (`EpochOrder` or `BucketOrder`): The other order.
@@ -107,6 +105,6 @@ class DrawnOrder(Sampler):
         place = self.start
         for item in self.order:
             indices = item if isinstance(item, list) else [item]
-            drawn = [(index, draw(self.seed, (place + i,))) for i, index in enumerate(indices)]
+            visits = [(index, (*self.seed, place + i)) for i, index in enumerate(indices)]
             place += len(indices)
-            yield drawn if isinstance(item, list) else drawn[0]
+            yield visits if isinstance(item, list) else visits[0]

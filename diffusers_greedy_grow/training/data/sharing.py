@@ -79,13 +79,3 @@ def merge_rows(rows: Dataset) -> Dataset:
     merged = Dataset.from_dict({"text": captions}, features=features)
     first = [indices[0] for indices in groups.values()]
     return concatenate_datasets([rows.remove_columns("text"), merged], axis=1).select(first)
-
-
-def draw_caption(captions: list, seed: tuple[int, ...], place: tuple[int, ...]) -> str | None:
-    """Return one of several captions, drawn by the seed and the place of the visit."""
-    return captions[int(draw(seed, place) * len(captions))]
-
-
-def draw(seed: tuple[int, ...], place: tuple[int, ...]) -> float:
-    """Return a number in [0, 1) that depends on the seed and the place of a visit alone."""
-    return float(np.random.default_rng([*seed, *place, 1]).random())

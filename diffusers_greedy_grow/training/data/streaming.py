@@ -28,13 +28,14 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from diffusers.training_utils import find_nearest_bucket
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from ..signals import leave_signals_to_the_parent
 from .images import MAX_IMAGE_PIXELS, average_down, open_image, to_pixel_values
 from .rows import BrokenRow, BrokenRows, check_caption, is_good, list_captions, name_row
-from .sharing import draw_caption, find_key
+from .sharing import find_key
 from .sources import EVERYTHING, Selection, load_splits
+from .visits import Augmentation, draw_caption
 
 
 # How many rows are taken from a stream at once.
@@ -150,6 +151,8 @@ class StreamedImages:
             The number of rows, still undecoded, among which each lane draws the next one.
         max_image_pixels (`int`):
             The most pixels that an image file may have.
+        augmentation ([`Augmentation`], *optional*):
+            How visits of an image differ. By default, they do not.
     """
 
     def __init__(
@@ -161,10 +164,12 @@ class StreamedImages:
         broken: BrokenRows | None = None,
         shuffle_buffer_size: int = 1000,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        augmentation: Augmentation | None = None,
     ):
         self.stream, self.first = stream, first
         self.held_out: frozenset = frozenset()  # the keys of the images of rows that are held out
         self.resolution, self.pool_factor = resolution, 1
+        self.augmentation = augmentation or Augmentation()
         self.buckets = buckets or [(resolution, resolution)]
         self.broken = broken or BrokenRows()
         self.shuffle_buffer_size, self.max_image_pixels = shuffle_buffer_size, max_image_pixels
@@ -214,9 +219,10 @@ class StreamedImages:
         rng = np.random.default_rng([*seed, epoch, lane])
         buffer: list[tuple[str, dict]] = []
         for (file, row_number), row in self.read_share(self.stream, self.shuffle_files(seed, epoch), lane, lanes):
+            row["visit"] = (*seed, epoch, file, row_number)
             if isinstance(row["text"], list):
                 good = [caption for caption in row["text"] if is_good(caption)] or [None]
-                row["text"] = draw_caption(good, seed, (epoch, file, row_number))
+                row["text"] = draw_caption(good, row["visit"])
             buffer.append((f"row {row_number} of file {file}", row))
             if len(buffer) == self.shuffle_buffer_size:
                 i = int(rng.integers(len(buffer)))
@@ -236,6 +242,8 @@ class StreamedImages:
         done = tuple(state["read"]) if state is not None else (0, 0)
         kept = {tuple(position) for position in state["waiting"]} if state is not None else set()
         waiting: dict[tuple[int, int], list] = defaultdict(list)
+        size_to_read = self.augmentation.size_to_read
+        largest = size_to_read(max(map(max, self.buckets)))
         unread = set(range(self.first[0], self.stream.num_shards))  # files that may still have a row for this lane
         for epoch in itertools.count(min([done, *kept])[0]):
             position = (epoch, 0)
@@ -246,7 +254,7 @@ class StreamedImages:
                 self.broken.read += 1
                 try:
                     caption = check_caption(row["text"])
-                    image = open_image(row["image"], max(map(max, self.buckets)), self.max_image_pixels)
+                    image = open_image(row["image"], largest, self.max_image_pixels)
                 except BrokenRow as error:
                     self.broken.add(name_row(place, row), error)
                     continue
@@ -255,15 +263,17 @@ class StreamedImages:
                 def report(reason: str, name: str = name_row(place, row)) -> None:
                     self.broken.add_ignored(name, reason)
 
-                height, width = bucket
-                waiting[bucket].append((position, to_pixel_values(image, height, width, report), caption))
+                height, width = map(size_to_read, bucket)
+                pixel_values = to_pixel_values(image, height, width, report)
+                shown = {**self.augmentation.apply(pixel_values, row["visit"], *bucket), "caption": caption}
+                waiting[bucket].append((position, shown))
                 if len(waiting[bucket]) == batch_size:
-                    _, pixel_values, captions = zip(*waiting.pop(bucket))
+                    batch = default_collate([shown for _, shown in waiting.pop(bucket)])
                     left = [row[0] for rows in waiting.values() for row in rows]
                     left += [row for row in kept if row > position]  # if batches were larger before
                     yield {
-                        "pixel_values": average_down(torch.stack(pixel_values), self.pool_factor),
-                        "caption": list(captions),
+                        **batch,
+                        "pixel_values": average_down(batch["pixel_values"], self.pool_factor),
                         "lane": lane,
                         "state": {"read": max(position, done), "waiting": left},
                     }
