@@ -165,9 +165,10 @@ def test_one_model_brings_its_own_scores(models, data, tmp_path, capsys):
 
 def test_images_that_are_equal_count_each(models, tmp_path):
     """A model that draws the same image for all captions must not look like one that drew a single image."""
-    image = draw(1, (24, 24), 0)
-    folder = write_folder(tmp_path / "collapsed", image * 4, ["b", "c", "d", "e"])
-    images = open_images("samples", folder)
+    rows = {"image": draw(1, (24, 24), 0) * 4, "text": ["b", "c", "d", "e"]}
+    features = Features({"image": ImageFeature(), "text": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    images = open_images("samples", str(tmp_path / "train.parquet"))
     assert len(images.rows) == 4 and images.captions == ["b", "c", "d", "e"]
 
 

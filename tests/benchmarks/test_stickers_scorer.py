@@ -1,8 +1,12 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The scorer of stickers, trained for seconds on drawn shapes in two styles: what it learns, refuses and prints."""
+"""
+The scorer of stickers, trained for seconds on drawn shapes in two styles: what it learns, refuses and prints, and the training
+comparisons on such data.
+"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 
-from benchmarks import stickers_scorer
+from benchmarks import arms, few_high_res, grow_vs_scratch, plain, stickers_scorer
+from benchmarks.evaluate import draw_images, load_held_out, score
+from benchmarks.queue_of_runs import Setting, growth_job, run_inputs, run_queue
 from benchmarks.stickers_scorer import (
     StickersScorer,
     augment,
@@ -22,6 +28,7 @@ from benchmarks.stickers_scorer import (
     score_images,
     train,
 )
+from benchmarks.swd import sliced_wasserstein
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
 
@@ -195,3 +202,81 @@ def test_features_do_not_depend_on_the_batch(scorer, data):
     images, _ = load_captioned(str(data), "train")
     features = compute_features(scorer, images)
     assert torch.allclose(features[7:9], compute_features(scorer, images[7:9]), atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparisons of training on such data
+def test_a_run_is_scored_by_the_scorer_that_is_named(folder, data, scorer):
+    captions, real = load_held_out(str(data), 64, 20)
+    distances = {f"swd_{size}": value for size, value in sliced_wasserstein(real, real).items()}
+    assert score(real, captions, real) == distances  # the captions are not of shapes
+    expected = score_images(scorer, real, captions, real)
+    assert score(real, captions, real, str(folder)) == distances | expected
+    small = real[..., ::2, ::2]  # what a run of two stages leaves on the way
+    assert set(score(small, captions, small, str(folder))) == {"swd_32", "swd_16"}
+
+
+@pytest.mark.parametrize("module", [grow_vs_scratch, few_high_res])
+def test_a_pretrained_text_encoder_reaches_all_runs(module, data, text_encoder):
+    """Runs are as long as its width and the number of tokens allow, and neither records nor reports hold paths."""
+    flags = ["--text_encoder", text_encoder, "--max_sequence_length", "24", "--resolutions", "64", "128"]
+    args = module.parse_arguments([*flags, "--train_data_dir", str(data), "--results_dir", "results"])
+    settings, _, _ = arms.chosen_size(args)
+    for name in ("scratch", "ours, detail phase only", "transformer-8", "unet", "cascade"):
+        for resolution in args.resolutions:
+            usual, setting = (one[resolution // 16] for one in (arms.SETTINGS, settings))
+            *_, short = arms.make_jobs(usual, arms.find_arm(name), 0, data, data)
+            *core, job = arms.make_jobs(setting, arms.find_arm(name), 0, data, data)
+            for one in [*core, *([job] if name != "cascade" else [])]:
+                assert one.arguments["text_encoder"] == text_encoder and one.arguments["max_sequence_length"] == 24
+                assert one.arguments["text_hidden_size"] == 32
+                inputs = run_inputs(one)
+                assert inputs["text_encoder"] == Path(text_encoder).name and str(data) not in str(inputs)
+            assert job.name != short.name  # more or fewer steps
+    assert setting.build_core().config.cross_attention_dim == 32
+    (report,) = module.make_reports(args).values()
+    command = report.splitlines()[0]
+    assert str(data) not in command and f"--results_dir {args.results_dir}/{data.name}" in command.replace(
+        str(Path.cwd()), ""
+    )
+
+
+def test_captions_that_the_scorer_does_not_know_stop_the_queue_first(folder, data, tmp_path, queue_arguments):
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = {"image": [Image.new("RGB", (64, 64))] * 2, "text": ["a red moon"] * 2}
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "text": Value("string")})).to_parquet(
+            other / f"{split}.parquet"
+        )
+    jobs = arms.make_jobs(arms.SETTINGS[4], arms.find_arm("scratch"), 0, other, other)
+    flags = ["--work_dir", tmp_path / "runs", "--results_dir", tmp_path / "results", "--scorer"]
+    with pytest.raises(ValueError, match="1 captions that the scorer does not know, such as 'a red moon'"):
+        run_queue(jobs, queue_arguments(*flags, folder))
+    with pytest.raises(ValueError, match="`scorer='.*' is not a trained benchmarks.stickers_scorer"):
+        run_queue(jobs, queue_arguments(*flags, other))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_queue_on_stickers(folder, data, text_encoder, tmp_path, queue_arguments, monkeypatch):
+    """Runs of both scripts train around a frozen text encoder, and are scored."""
+    setting = Setting(64, "4,8", (8,), 2, hidden_size=64, num_layers=1, num_attention_heads=1)
+    setting = replace(setting, text_encoder=text_encoder, text_hidden_size=32, max_sequence_length=8)
+    ours = growth_job(setting, "scratch", 0, 2 * setting.plans()["joint"].flops, 0.0, data, core=None)
+    monkeypatch.setattr(plain, "NUM_LAYERS", 1)
+    theirs = arms.plain_job(setting, arms.find_arm("transformer-8"), 0, 2, data)
+    folders = ["--work_dir", tmp_path, "--results_dir", tmp_path / "results", "--scorer", folder]
+    records = run_queue([ours, theirs], queue_arguments(*folders, "--mixed_precision", "no"))
+    for record in records.values():
+        (scores,) = record["scores"].values()
+        assert list(scores) == ["swd_64", "swd_32", "swd_16", "style", "category", "retrieval", "kid"]
+        assert record["curve"][-1]["val_low_noise_loss"] > 0
+        assert str(tmp_path) not in str(record) and text_encoder not in str(record)
+    first, details = grow_vs_scratch.make_tables(records, setting, None)
+    assert [row["arm"] for row in first] == [row["arm"] for row in details] == ["scratch", "transformer-8"]
+    assert all(row.values() for row in first) and len(first[0]) == 6
+    # The frozen encoder is not saved with the plain model, and is there when it is loaded.
+    monkeypatch.undo()
+    pipeline = plain.load_trained(tmp_path / theirs.name, theirs.arguments)
+    assert draw_images(pipeline, ["red box, filled"], bfloat16=False).isfinite().all()
