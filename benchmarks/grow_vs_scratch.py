@@ -254,7 +254,9 @@ def detail_scores(runs: list[Record]) -> Row:
     """Return the means of the scores of an arm's runs that are not in the first table."""
     scores, resolution = [final_scores(run) for run in runs], SETTINGS[runs[0]["keys"]["factor"]].resolution
     shown = (f"swd_{resolution}", f"swd_{resolution // 2}")
-    names = {name: SCORES.get(name, name.replace("swd_", "SWD ")) for one in scores for name in one if name not in shown}
+    names = {
+        name: SCORES.get(name, name.replace("swd_", "SWD ")) for one in scores for name in one if name not in shown
+    }
     digits = {name: 0 if name.startswith("swd_") else 2 for name in names}
     return {label: format_mean((one.get(name) for one in scores), digits[name]) for name, label in names.items()}
 
