@@ -86,7 +86,10 @@ def predict(
 def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
     embeds, mask, _, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     assert mask is not None
-    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    return {
+        "encoder_hidden_states": embeds.float(),
+        "encoder_attention_mask": mask,
+    }  # a pretrained encoder may be in float16
 
 
 @torch.no_grad()
