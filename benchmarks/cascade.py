@@ -86,10 +86,8 @@ def predict(
 def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
     embeds, mask, _, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     assert mask is not None
-    return {
-        "encoder_hidden_states": embeds.float(),
-        "encoder_attention_mask": mask,
-    }  # a pretrained encoder may be in float16
+    embeds = embeds.float()  # a pretrained encoder may be in float16
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
 @torch.no_grad()
