@@ -97,7 +97,8 @@ class PixelUNet(UNet2DConditionModel):
         return_dict: bool = True,
         **ours: Any,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
-        text = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        embeds = encoder_hidden_states.to(sample.dtype)  # a pretrained encoder may be in float16
+        text = {"encoder_hidden_states": embeds, "encoder_attention_mask": encoder_attention_mask}
         clean = super().forward(sample, timestep, **text, return_dict=False)[0].to(sample.dtype)
         velocity = velocity_from_clean(sample, clean, timestep / 1000)
         return GreedyGrowOutput(sample=velocity, pred_original_sample=clean) if return_dict else (velocity,)
