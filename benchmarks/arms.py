@@ -9,7 +9,7 @@ all of them; `few_high_res` and `scale_core` vary some.
 
 import argparse
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from benchmarks import cascade, plain
 from benchmarks.queue_of_runs import (
     CASCADE,
     COMMON,
-    MAX_SEQUENCE_LENGTH,
     PLAIN,
     STAGE_LEVELS,
-    TEXT_HIDDEN_SIZE,
     Job,
     Setting,
     core_job,
     growth_job,
 )
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.training.arguments import ModelArguments
+from diffusers_greedy_grow.training.growing import get_text_hidden_size
 from diffusers_greedy_grow.training.plan import plan_phase
 
 
@@ -137,9 +137,28 @@ def find_arm(name: str) -> Arm:
     return arm
 
 
+def add_resolutions(parser: argparse.ArgumentParser, default: list[int]) -> None:
+    choices = [setting.resolution for setting in SETTINGS.values()]
+    parser.add_argument(
+        "--resolutions",
+        type=int,
+        nargs="+",
+        default=default,
+        choices=choices,
+        help="Resolutions to grow to, each from 16 px.",
+    )
+
+
 def chosen_size(args: argparse.Namespace) -> tuple[dict[int, Setting], list[int], float]:
     """Return the settings by growth factor, the seeds, and the factor on the operations."""
-    settings = {factor: setting.enlarge() for factor, setting in SETTINGS.items()} if args.large else SETTINGS
+    text: dict[str, Any] = {
+        "text_encoder": args.text_encoder,
+        "text_hidden_size": get_text_hidden_size(ModelArguments(text_encoder=args.text_encoder)),
+        "max_sequence_length": args.max_sequence_length,
+    }
+    settings = {
+        factor: replace(setting.enlarge() if args.large else setting, **text) for factor, setting in SETTINGS.items()
+    }
     scale = LARGE_SCALE if args.large else 1.0
     return (settings, args.seeds[:1], 0.01 * scale) if args.quick else (settings, args.seeds, scale)
 
@@ -160,7 +179,7 @@ def make_jobs(
     The list is empty if the arm does not have this seed, or does not run at this factor, or is to take an equal time and no
     `seconds` of `grow_vs_scratch.time_steps` are given. `more` are further arguments of `grow.py`.
     """
-    only_largest = arm.num_seeds == 1 or arm.is_plain
+    only_largest = arm.num_seeds == 1 or (arm.is_plain and not plain.fits(arm.init, setting.resolution))
     if seed >= arm.num_seeds or (only_largest and setting.factor < max(SETTINGS)):
         return []
     flops = scale * arm.scale * TOTAL_FLOPS[setting.factor]
@@ -203,7 +222,7 @@ def two_stage_arguments(setting: Setting, flops: float) -> dict[str, Any]:
         for size, block_out_channels in zip(sizes[1:], channels):
             unet = GrowableUNet2DConditionModel.from_core(unet, size, block_out_channels=block_out_channels)
             unet.freeze_core()
-            cost = plan_phase("detail", unet, size, 1, 1, 1, MAX_SEQUENCE_LENGTH).train_flops
+            cost = plan_phase("detail", unet, size, 1, 1, 1, setting.max_sequence_length).train_flops
             steps.append(round(flops / 2 / cost / setting.batch_size))
     return {
         "resolutions": sizes,
@@ -218,7 +237,7 @@ def two_stage_arguments(setting: Setting, flops: float) -> dict[str, Any]:
 def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path, core: Job) -> Job:
     """Return the run of a cascade's super-resolution model, which draws on the images of a `core`."""
     channels = setting.cascade_channels
-    cost = cascade.count_flops(setting.resolution, channels, TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH)
+    cost = cascade.count_flops(setting.resolution, channels, setting.text_hidden_size, setting.max_sequence_length)
     steps = round(flops / cost / setting.batch_size)
     return Job(
         name=f"x{setting.factor}-{arm.name.replace(', ', '-').replace(' ', '-')}-{steps}-seed-{seed}",
@@ -242,7 +261,8 @@ def count_plain_steps(setting: Setting, arm: Arm, flops: float, seconds: dict[st
     batch_size = plain_batch_size(setting)
     if not arm.equal_time:
         options = setting.resolution, setting.hidden_size, batch_size, arm.options["optimizer"]
-        return round(flops / plain.count_step(arm.init, *options))
+        text = setting.text_hidden_size, setting.max_sequence_length
+        return round(flops / plain.count_step(arm.init, *options, *text))
     if seconds is None or arm.init not in seconds:
         return None
     reference, costs, time = find_arm(REFERENCE), setting.plans(), 0.0
@@ -269,6 +289,7 @@ def plain_job(setting: Setting, arm: Arm, seed: int, steps: int, data: Path) -> 
             "resolution": setting.resolution,
             "factor": setting.factor,
             "hidden_size": setting.hidden_size,
+            **setting.text_arguments(),
             "seed": seed,
             "steps": steps,
             "batch_size": plain_batch_size(setting),

@@ -86,6 +86,7 @@ def predict(
 def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
     embeds, mask, _, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     assert mask is not None
+    embeds = embeds.float()  # a pretrained encoder may be in float16
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
@@ -170,6 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", default="no")
+    parser.add_argument("--scorer", help="Folder of a trained benchmarks/stickers_scorer.")
     return parser.parse_args()
 
 
@@ -194,7 +196,7 @@ def main() -> None:
         "images": {"cascade": args.steps * args.batch_size},
         "seconds": {"cascade": seconds},
         "curve": [],  # its loss, given the true low resolution, is not comparable
-        "scores": {"cascade": score(draw_cascade(unet, pipeline, captions, bfloat16), captions, real)},
+        "scores": {"cascade": score(draw_cascade(unet, pipeline, captions, bfloat16), captions, real, args.scorer)},
     }
     unet.save_pretrained(args.output_dir / "super-resolution")
     write_json(args.output_dir / "result.json", result)

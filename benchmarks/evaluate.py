@@ -3,8 +3,8 @@
 
 
 """
-Evaluate a run of `grow.py`: collect its held-out losses, and score the images of the pipelines that it left with the shapes
-scorer and the sliced Wasserstein distance to real images. The result is `result.json` in the run's folder.
+Evaluate a run of `grow.py`: collect its held-out losses, and score the images of the pipelines that it left with a scorer of
+shapes or stickers and the sliced Wasserstein distance to real images. The result is `result.json` in the run's folder.
 
     python -m benchmarks.evaluate benchmarks/runs/some-run data_folder
 """
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from benchmarks import stickers_scorer
+from benchmarks.stickers_scorer import StickersScorer
 from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
@@ -65,12 +67,28 @@ def draw_images(pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: boo
     return torch.cat(images)
 
 
-def score(images: torch.Tensor, captions: list[str], real: torch.Tensor) -> dict[str, float]:
+def check_captions(scorer: str, captions: list[str]) -> None:
+    """Raise a `ValueError` if a stickers scorer cannot be loaded from the folder `scorer`, or does not know all captions."""
+    try:
+        stickers_scorer.read_captions(StickersScorer.from_pretrained(scorer, use_safetensors=True), captions)
+    except OSError as error:
+        raise ValueError(f"`scorer={scorer!r}` is not a trained benchmarks.stickers_scorer: {error}") from error
+
+
+def score(
+    images: torch.Tensor, captions: list[str], real: torch.Tensor, scorer: str | None = None
+) -> dict[str, float]:
     """
-    Return the distances `swd_<pixels>` and, if the captions are of shapes, the shapes scorer's shares. Textures are left
-    out below 64 px, where the scorer is wrong for a quarter of the real images.
+    Return the distances `swd_<pixels>` and the scores of a stickers `scorer`, which is a folder; without one, the shapes
+    scorer's shares if the captions are of shapes. Below 64 px, stickers are not scored, and textures are left out: there the
+    scorer of shapes is wrong for a quarter of the real images.
     """
     scores = {f"swd_{size}": value for size, value in sliced_wasserstein(images, real).items()}
+    if scorer is not None:
+        if images.shape[-1] < stickers_scorer.RESOLUTION:
+            return scores
+        network = StickersScorer.from_pretrained(scorer, use_safetensors=True)
+        return scores | stickers_scorer.score_images(network, images, captions, real)
     arrays = [(image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for image in images]
     try:
         scores |= score_images(arrays, captions)
@@ -95,6 +113,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("data_folder")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--scorer", help="Folder of a trained benchmarks/stickers_scorer.")
     args = parser.parse_args()
 
     images, seconds, curve = read_run(args.folder)
@@ -110,7 +129,7 @@ def main() -> None:
         elif bfloat16:
             pipeline.unet.set_attention_backend("_native_math")
         captions, real = load_held_out(args.data_folder, pipeline.unet.config.sample_size)
-        scores[phase] = score(draw_images(pipeline, captions, bfloat16), captions, real)
+        scores[phase] = score(draw_images(pipeline, captions, bfloat16), captions, real, args.scorer)
         print(f"{phase}: {scores[phase]} in {time.perf_counter() - started:.0f} s", flush=True)
 
     result = {"images": images, "seconds": seconds, "curve": curve, "scores": scores}

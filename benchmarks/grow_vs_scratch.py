@@ -5,14 +5,19 @@
 """
 Does growing pay? Growing against training from scratch, a cascade and plain models, at equal numbers of operations.
 
-    python -m benchmarks.grow_vs_scratch                # all factors and seeds; resumes what was stopped
-    python -m benchmarks.grow_vs_scratch --factors 8    # 16 -> 128 px only
-    python -m benchmarks.grow_vs_scratch --plain        # a plain transformer and a UNet instead, at 128 px
+    python -m benchmarks.grow_vs_scratch                      # all resolutions and seeds; resumes what was stopped
+    python -m benchmarks.grow_vs_scratch --resolutions 128    # 16 -> 128 px only
+    python -m benchmarks.grow_vs_scratch --plain              # a plain transformer and a UNet instead, at 64 and 128 px
     python -m benchmarks.grow_vs_scratch --large --workers 9    # larger models, for a GPU
     python -m benchmarks.grow_vs_scratch --quick        # minutes, to see that it works
     python -m benchmarks.grow_vs_scratch --report       # report and plots from the records
     python -m benchmarks.grow_vs_scratch --time         # seconds per image of each phase, for the report
     python -m benchmarks.grow_vs_scratch --images       # a grid of the arms' images
+
+On captioned images of one's own, such as the stickers of `training_examples/data/stickers.py`, with a pretrained text encoder:
+
+    python -m benchmarks.grow_vs_scratch --train_data_dir data/stickers --text_encoder FOLDER_OR_REPO --max_sequence_length 24 \
+        --resolutions 64 128 --scorer output/stickers_scorer
 """
 
 import argparse
@@ -20,6 +25,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,13 +33,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 
 from benchmarks import cascade, plain
-from benchmarks.arms import ARMS, SETTINGS, chosen_size, find_arm, make_jobs, plain_batch_size
+from benchmarks.arms import ARMS, SETTINGS, add_resolutions, chosen_size, find_arm, make_jobs, plain_batch_size
 from benchmarks.evaluate import draw_images, load_held_out
 from benchmarks.queue_of_runs import (
     ENVIRONMENT,
     GROW,
     PLAIN,
-    TEXT_HIDDEN_SIZE,
     Job,
     Setting,
     add_queue_arguments,
@@ -66,7 +71,8 @@ from diffusers_greedy_grow.training.samples import draw_grid
 Curve = list[tuple[float, Record]]  # operations spent, and the line of metrics with held-out losses there
 
 CAPTION_TOKENS = 10  # in a caption of shapes
-LOSSES = {"loss": "val_loss", "low band": "val_loss_low", "high band": "val_loss_high"}
+BANDS = {"low band": "val_loss_low", "high band": "val_loss_high"}
+LOSSES = {"loss": "val_loss", **BANDS}
 # By noise level. The first is measured separately, below the levels that most of the held-out loss is taken at.
 LEVELS = {
     ".02-.3": "val_low_noise_loss",
@@ -75,15 +81,19 @@ LEVELS = {
     ".8-.9": "val_loss_sigma_0.8_0.9",
     ".9-1": "val_loss_sigma_0.9_1.0",
 }
+SCORES = {"shape": "shapes", "texture": "textures", "color": "colors", "size": "sizes", "kid": "KID"}
 NOTE = """
 *Loss*: mean squared error of the velocity on 128 held-out images, with the same noise in all runs, at the core's noise
-levels shifted to the resolution. The *low band* is what pooling to 16 px leaves, the *high band* the rest. The *baseline*
-is the best arm trained from scratch of those with the most seeds; each seed is compared with the baseline of the same
-seed. *Compute to baseline's loss*: operations, the core's included, at which an arm reaches the baseline's final loss, per
-seed. *Time*: that of training steps (`--time`) relative to the baseline's. Shapes, textures and colors: share of 96
-held-out captions drawn right. *SWD n*: sliced Wasserstein distance to real images at the pyramid level of n px, in
-thousandths of the real images' standard deviation. ± is the standard deviation over seeds. A cascade has no comparable
-loss: its second model is given the true low resolution.
+levels shifted to the resolution. *Low-noise loss*: the same at noise .02-.3. *Alignment*: mean of the scores of shapes
+(shapes, colors, sizes, ...) or, for stickers, the share of names that are retrieved, on 96 held-out captions. *SWD n*: sliced
+Wasserstein distance to real images at the pyramid level of n px, in thousandths of the real images' standard deviation.
+*Time*: that of training, the core's included, by steps measured alone (`--time`), else as the runs recorded it.
+
+The *baseline* is the best arm trained from scratch of those with the most seeds; each seed is compared with the baseline of
+the same seed. *Compute to baseline's loss*: operations, the core's included, at which an arm reaches the baseline's final
+loss, per seed. The *low band* is what pooling to 16 px leaves, the *high band* the rest. Shapes, textures, ..., style,
+category: share of the captions drawn right. *KID*: kernel distance to real images, in thousandths. ± is the standard
+deviation over seeds. A cascade has no comparable loss: its second model is given the true low resolution.
 """.strip()
 
 
@@ -101,14 +111,15 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
         models[f"{init} detail"] = detail = setting.grow(setting.build_core(), init)
         models[f"{init} joint"] = setting.grow(setting.build_core(), init)
         detail.freeze_core()
-    models["cascade"] = cascade.build_unet(setting.resolution, setting.cascade_channels, TEXT_HIDDEN_SIZE)
+    models["cascade"] = cascade.build_unet(setting.resolution, setting.cascade_channels, setting.text_hidden_size)
     sizes = {name: (model, setting.resolution, setting.batch_size) for name, model in models.items()}
     sizes = {"core": (setting.build_core(), setting.core_resolution, setting.core_batch_size), **sizes}
-    if setting.factor == max(SETTINGS):
-        for name in plain.MODELS:
-            model = plain.build_model(name, setting.resolution, setting.hidden_size)
+    for name in plain.MODELS:
+        if setting.factor == max(SETTINGS) or plain.fits(name, setting.resolution):
+            model = plain.build_model(name, setting.resolution, setting.hidden_size, setting.text_hidden_size)
             sizes[name] = (model, setting.resolution, plain_batch_size(setting))
-    steps = {name: Steps(*size, device, dtype, CAPTION_TOKENS) for name, size in sizes.items()}
+    text = CAPTION_TOKENS, setting.text_hidden_size
+    steps = {name: Steps(*size, device, dtype, *text) for name, size in sizes.items()}
     if device.type == "cpu" and dtype == torch.bfloat16:  # as in the queue's runs
         for step in steps.values():
             step.model.set_attention_backend("_native_math")
@@ -127,16 +138,18 @@ def measure_time(settings: dict[int, Setting], args: argparse.Namespace, path: P
         command = [sys.executable, "-m", "benchmarks.grow_vs_scratch", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, **ENVIRONMENT})
     origin = {"machine": describe_machine(), "mixed_precision": args.mixed_precision}
-    measured = {str(factor): {**origin, "seconds": time_steps(settings[factor], args)} for factor in args.factors}
+    measured = {str(factor): {**origin, "seconds": time_steps(one, args)} for factor, one in settings.items()}
     write_json(path, (read_json(path) or {}) | measured)
 
 
-def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str, list[float]]) -> float | None:
+def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str, list[float]] | None) -> float | None:
     """
-    Return the time that the images of a run take, its core's included, by the `seconds` of [`time_steps`]; `None` if the
-    run has phases that are not timed there.
+    Return the time that a run takes to train, its core's included: for its images by the `seconds` of [`time_steps`] if they are
+    given, else as recorded. `None` if the run has phases that are not timed there.
     """
     arguments, core = run["arguments"], run["keys"].get("core")
+    if not seconds:
+        return sum(sum(part["seconds"].values()) for part in (run, records.get(core)) if part)
     if len(arguments.get("resolutions", [])) > 2:
         return None
     total = sum(records[core]["images"].values()) * statistics.median(seconds["core"]) if core else 0.0
@@ -148,6 +161,8 @@ def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str,
         else:
             is_detail = phase.endswith("-detail") or not arguments["joint_steps"][0]
             kind = f"{arguments['init']} {'detail' if is_detail else 'joint'}"
+        if kind not in seconds:
+            return None
         total += images * statistics.median(seconds[kind])
     return total
 
@@ -204,25 +219,67 @@ def find_baseline(by_arm: dict[str, dict[int, Record]]) -> dict[int, Record]:
     return min((runs for runs in arms if len(runs) == most), key=loss, default={})
 
 
+def find_alignment(scores: dict[str, float]) -> float | None:
+    """Return how well images fit their captions: the retrieval of stickers' names, or the mean of the scores of shapes."""
+    shares = [value for name, value in scores.items() if not name.startswith("swd_")]
+    return scores.get("retrieval", statistics.mean(shares) if shares else None)
+
+
+def format_mean(values: Iterable[float | None], digits: int) -> str:
+    """Format the mean and the deviation of the values that are there."""
+    there = [value for value in values if value is not None]
+    return mean_and_deviation(there, digits) if there else ""
+
+
+def summarize(
+    arm: str, runs: list[Record], records: dict[str, Record], seconds: dict[str, list[float]] | None = None
+) -> Row:
+    """Return the row of an arm in the first table, given its runs and the `seconds` of [`time_steps`], if they are known."""
+    ends = [curve[-1][1] for run in runs if (curve := total_curve(run, records))]
+    scores = [final_scores(run) for run in runs]
+    resolution = SETTINGS[runs[0]["keys"]["factor"]].resolution
+    finest = [format_mean((one.get(f"swd_{size}") for one in scores), 0) for size in (resolution, resolution // 2)]
+    taken = [training_seconds(run, records, seconds) for run in runs]
+    return {
+        "arm": arm,
+        "loss": format_mean((line["val_loss"] for line in ends), 4),
+        "low-noise loss": format_mean((line.get("val_low_noise_loss") for line in ends), 3),
+        "alignment": format_mean(map(find_alignment, scores), 2),
+        f"SWD {resolution}; {resolution // 2}": "; ".join(finest),
+        "time, minutes": format_mean((None if one is None else one / 60 for one in taken), 1),
+    }
+
+
+def detail_scores(runs: list[Record]) -> Row:
+    """Return the means of the scores of an arm's runs that are not in the first table."""
+    scores, resolution = [final_scores(run) for run in runs], SETTINGS[runs[0]["keys"]["factor"]].resolution
+    shown = (f"swd_{resolution}", f"swd_{resolution // 2}")
+    names = {
+        name: SCORES.get(name, name.replace("swd_", "SWD ")) for one in scores for name in one if name not in shown
+    }
+    digits = {name: 0 if name.startswith("swd_") else 2 for name in names}
+    return {label: format_mean((one.get(name) for one in scores), digits[name]) for name, label in names.items()}
+
+
 def make_tables(
     records: dict[str, Record], setting: Setting, seconds: dict[str, list[float]] | None
-) -> dict[str, list[Row]]:
+) -> tuple[list[Row], list[Row]]:
     """
-    Return the tables of one growth factor, each with one row per arm. Relative time is there if the `seconds` of
-    [`time_steps`] are given.
+    Return two tables of one growth factor with one row per arm: the first one, and one with everything else. Times are those of
+    the `seconds` of [`time_steps`] if they are given.
     """
-    tables: dict[str, list[Row]] = {
-        name: [] for name in ("compute", "held-out loss", "loss by noise level", "images", "distances")
-    }
+    first_table: list[Row] = []
+    details: list[Row] = []
     by_arm = runs_by_arm(records, setting.factor)
     baseline = find_baseline(by_arm)
     baseline_ends = {seed: total_curve(run, records)[-1] for seed, run in baseline.items()}
     for arm, runs in by_arm.items():
+        first_table.append(summarize(arm, list(runs.values()), records, seconds))
         curves = {seed: curve for seed, run in runs.items() if (curve := total_curve(run, records))}
         ends = [curve[-1] for curve in curves.values()]
         first = next(iter(runs.values()))
         core = records.get(first["keys"].get("core"))
-        compute: Row = {
+        row: Row = {
             "arm": arm,
             "seeds": len(runs),
             "TFLOP": f"{ends[0][0] / 1e12:.0f}" if ends else "",
@@ -233,47 +290,22 @@ def make_tables(
             taken, of_baseline = (
                 training_seconds(run, records, seconds) for run in (first, next(iter(baseline.values())))
             )
-            compute["time / baseline's"] = "" if taken is None or of_baseline is None else f"{taken / of_baseline:.2f}"
-        tables["compute"].append(compute)
-        if ends:
-            pairs = [(curve, baseline_ends[seed]) for seed, curve in curves.items() if seed in baseline_ends]
-            ratios = [curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs]
-            reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
-            tables["held-out loss"].append(
-                {
-                    "arm": arm,
-                    **{
-                        label: mean_and_deviation([line[name] for _, line in ends], 4)
-                        for label, name in LOSSES.items()
-                    },
-                    "loss / baseline's": mean_and_deviation(ratios, 2) if ratios else "",
-                    "compute to baseline's loss": ", ".join(
-                        "never" if at is None else f"{at / flops:.0%}" for at, flops in reached
-                    ),
-                }
-            )
-            by_level: Row = {"arm": arm}
-            for label, name in LEVELS.items():
-                values = [line[name] for _, line in ends if name in line]
-                by_level[f"noise {label}"] = mean_and_deviation(values, 3) if values else ""
-            tables["loss by noise level"].append(by_level)
-        scores = [final_scores(run) for run in runs.values()]
-        shown = [name for name in ("shape", "texture", "color") if name in scores[0]]
-        if shown:
-            tables["images"].append(
-                {"arm": arm, **{f"{name}s": mean_and_deviation([one[name] for one in scores], 2) for name in shown}}
-            )
-        distances = [name for name in scores[0] if name.startswith("swd_")]
-        tables["distances"].append(
-            {
-                "arm": arm,
-                **{
-                    name.replace("swd_", "SWD "): mean_and_deviation([one[name] for one in scores], 0)
-                    for name in distances
-                },
-            }
+            row["time / baseline's"] = "" if taken is None or of_baseline is None else f"{taken / of_baseline:.2f}"
+        pairs = [(curve, baseline_ends[seed]) for seed, curve in curves.items() if seed in baseline_ends]
+        row["loss / baseline's"] = format_mean(
+            (curve[-1][1]["val_loss"] / end["val_loss"] for curve, (_, end) in pairs), 2
         )
-    return {name: rows for name, rows in tables.items() if rows}
+        reached = [(flops_to_reach(curve, end["val_loss"]), flops) for curve, (flops, end) in pairs]
+        row["compute to baseline's loss"] = ", ".join(
+            "never" if at is None else f"{at / flops:.0%}" for at, flops in reached
+        )
+        for label, name in BANDS.items():
+            row[label] = format_mean((line[name] for _, line in ends), 4)
+        for label, name in list(LEVELS.items())[1:]:
+            row[f"noise {label}"] = format_mean((line.get(name) for _, line in ends), 3)
+        details.append({**row, **detail_scores(list(runs.values()))})
+    columns = dict.fromkeys(name for row in details for name in row)  # not every arm has all
+    return first_table, [{name: row.get(name, "") for name in columns} for row in details]
 
 
 def make_reports(args: argparse.Namespace) -> dict[Path, str]:
@@ -281,17 +313,14 @@ def make_reports(args: argparse.Namespace) -> dict[Path, str]:
     _, results = locate_folders(args)
     records, times = read_records(results / "runs.json"), read_json(results / "grow_vs_scratch_time.json") or {}
     sections = []
-    for factor, setting in chosen_size(args)[0].items():
+    for factor, setting in SETTINGS.items():
         runs = [run for seeds in runs_by_arm(records, factor).values() for run in seeds.values()]
         if not runs:
             continue
-        costs, growth = setting.plans(), f"16 -> {setting.resolution} px"
-        ratio = costs["joint"].train_flops / costs["core"].train_flops
-        note = f"An image costs {ratio:.1f} times as many operations as one at 16 px. {describe_runs(runs)}."
-        seconds = times.get(str(factor), {}).get("seconds")
-        for name, rows in make_tables(records, setting, seconds).items():
-            sections.append(Section(rows, f"{growth}: {name}", note))
-            note = ""
+        growth = f"16 -> {setting.resolution} px"
+        first, details = make_tables(records, setting, times.get(str(factor), {}).get("seconds"))
+        sections.append(Section(first, growth, f"{describe_runs(runs)}."))
+        sections.append(Section(details, f"{growth}: details"))
     for factor, measured in times.items():
         rows = [
             {"phase": phase, "training time, ms per image": spread([1000 * one for one in taken])}
@@ -356,8 +385,12 @@ def draw_scores(records: dict[str, Record], path: Path) -> None:
     lines = {}
     for row, factor in zip(axes, factors):
         size = SETTINGS[factor].resolution
-        names = {"shape": "shapes right", "texture": "textures right", f"swd_{size}": f"SWD {size}"}
-        names[f"swd_{size // 2}"] = f"SWD {size // 2}"
+        names = {"shape": "shapes right", "texture": "textures right"}
+        if any(
+            "retrieval" in final_scores(run) for runs in runs_by_arm(records, factor).values() for run in runs.values()
+        ):
+            names = {"retrieval": "names retrieved", "kid": "KID"}
+        names |= {f"swd_{one}": f"SWD {one}" for one in (size, size // 2)}
         for i, arm in enumerate(arm.name for arm in ARMS if arm.num_seeds > 1):
             for run in runs_of_arm(records, arm, factor):
                 for axis, name in zip(row, names):
@@ -408,7 +441,7 @@ def draw_last_images(jobs: list[Job], args: argparse.Namespace, path: Path, num_
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
     add_queue_arguments(parser)
-    parser.add_argument("--factors", type=int, nargs="+", default=[8, 4, 2], choices=list(SETTINGS))
+    add_resolutions(parser, [128, 64, 32])
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -447,11 +480,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     settings, seeds, _ = chosen_size(args)
     _, results = locate_folders(args)
-    factors = args.factors
+    factors = [resolution // 16 for resolution in args.resolutions]
     if args.quick:
-        factors = [max(SETTINGS) if args.plain else min(args.factors)]
+        factors = [max(factors) if args.plain else min(factors)]
     if args.time:
-        measure_time(settings, args, results / "grow_vs_scratch_time.json")
+        measure_time({factor: settings[factor] for factor in factors}, args, results / "grow_vs_scratch_time.json")
     elif not args.report:
         jobs = list_jobs(args, factors)
         if args.images:

@@ -5,12 +5,13 @@
 """
 A plain model, which trains at the high resolution from the start, as most models in pixel space do. `transformer-8` and
 `transformer-16` are transformers on patches of 8 and 16 px (as in JiT, Li & He, 2025), `unet` is diffusers' UNet. They predict
-the clean image, and train with the loss, the noise levels and the small text encoder of our models. `grow_vs_scratch` runs
-them as arms.
+the clean image, and train with the loss, the noise levels and the text encoder of our models. `grow_vs_scratch` runs them as
+arms.
 """
 
 import functools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_model, save_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.evaluate import draw_images, load_held_out, read_run, score
 from benchmarks.queue_of_runs import CORE_LEVELS, MAX_SEQUENCE_LENGTH, STAGE_LEVELS, TEXT_HIDDEN_SIZE
@@ -28,11 +28,12 @@ from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
 from diffusers_greedy_grow.flow import velocity_from_clean
 from diffusers_greedy_grow.models.blocks import GreedyGrowOutput
-from diffusers_greedy_grow.training.arguments import LoopArguments
+from diffusers_greedy_grow.training.arguments import LoopArguments, ModelArguments
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import make_loader
 from diffusers_greedy_grow.training.data.sources import load_captioned_data
 from diffusers_greedy_grow.training.evaluation import held_out_losses
+from diffusers_greedy_grow.training.growing import make_text_encoder
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.optimizer import count_orthogonalization, find_matrices, split_for_muon
@@ -43,7 +44,6 @@ from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_res
 from diffusers_greedy_grow.training.setup import set_attention_backend, set_up
 from diffusers_greedy_grow.training.signals import Interrupt
 from diffusers_greedy_grow.training.text.captions import CaptionEncoder
-from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 from diffusers_greedy_grow.training.trained_model import TrainedModel
 
 
@@ -66,6 +66,12 @@ class PlainArguments(LoopArguments):
     hidden_size: int = field(default=128, metadata={"help": "Width of a transformer's layers."})
     batch_size: int = field(default=16, metadata={"help": "Images per step."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    text_encoder: str = field(
+        default="small", metadata={"help": "Text encoder, which stays frozen; or small for a new one."}
+    )
+    text_hidden_size: int = field(default=TEXT_HIDDEN_SIZE, metadata={"help": "Width of the text embeddings."})
+    max_sequence_length: int = field(default=MAX_SEQUENCE_LENGTH, metadata={"help": "Number of text tokens."})
+    scorer: str | None = field(default=None, metadata={"help": "Folder of a trained benchmarks/stickers_scorer."})
     optimizer: str = field(default="adamw", metadata={"help": "Optimizer: adamw or muon."})
     num_validation_images: int = field(default=128, metadata={"help": "Number of held-out images."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
@@ -91,13 +97,21 @@ class PixelUNet(UNet2DConditionModel):
         return_dict: bool = True,
         **ours: Any,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
-        text = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        embeds = encoder_hidden_states.to(sample.dtype)  # a pretrained encoder may be in float16
+        text = {"encoder_hidden_states": embeds, "encoder_attention_mask": encoder_attention_mask}
         clean = super().forward(sample, timestep, **text, return_dict=False)[0].to(sample.dtype)
         velocity = velocity_from_clean(sample, clean, timestep / 1000)
         return GreedyGrowOutput(sample=velocity, pred_original_sample=clean) if return_dict else (velocity,)
 
 
-def build_model(name: str, resolution: int, hidden_size: int) -> ShallowUNet2DModel | PixelUNet:
+def fits(name: str, resolution: int) -> bool:
+    """Return whether a model of `MODELS` is left with a grid of at least 8 x 8, as it should be below 128 px."""
+    return resolution >= 8 * (8 if name == "unet" else int(name.removeprefix("transformer-")))
+
+
+def build_model(
+    name: str, resolution: int, hidden_size: int, text_hidden_size: int = TEXT_HIDDEN_SIZE
+) -> ShallowUNet2DModel | PixelUNet:
     """Build a model of `MODELS` whose first images are gray, as our cores' are. The UNet reads the text at its smallest grid."""
     if name != "unet":
         transformer = ShallowUNet2DModel(
@@ -106,7 +120,7 @@ def build_model(name: str, resolution: int, hidden_size: int) -> ShallowUNet2DMo
             hidden_size=hidden_size,
             num_layers=NUM_LAYERS,
             num_attention_heads=hidden_size // 64,
-            cross_attention_dim=TEXT_HIDDEN_SIZE,
+            cross_attention_dim=text_hidden_size,
         )
         transformer.zero_init_output()
         return transformer
@@ -119,7 +133,7 @@ def build_model(name: str, resolution: int, hidden_size: int) -> ShallowUNet2DMo
         layers_per_block=1,
         down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-        cross_attention_dim=TEXT_HIDDEN_SIZE,
+        cross_attention_dim=text_hidden_size,
         attention_head_dim=hidden_size // 64,  # diffusers takes this for the number of heads
         norm_num_groups=hidden_size // 16,
     )
@@ -130,37 +144,57 @@ def build_model(name: str, resolution: int, hidden_size: int) -> ShallowUNet2DMo
 
 
 @functools.cache
-def count_step(name: str, resolution: int, hidden_size: int, batch_size: int, optimizer: str = "adamw") -> int:
+def count_step(
+    name: str,
+    resolution: int,
+    hidden_size: int,
+    batch_size: int,
+    optimizer: str = "adamw",
+    text_hidden_size: int = TEXT_HIDDEN_SIZE,
+    num_tokens: int = MAX_SEQUENCE_LENGTH,
+) -> int:
     """Count the operations of a training step: forward, backward, and those of Muon."""
     with torch.device("meta"):
-        model = build_model(name, resolution, hidden_size)
+        model = build_model(name, resolution, hidden_size, text_hidden_size)
         inputs = torch.empty(1, 3, resolution, resolution), torch.empty(1)
         with FlopCounterMode(display=False) as counter:
-            output = model(*inputs, torch.empty(1, MAX_SEQUENCE_LENGTH, TEXT_HIDDEN_SIZE))
+            output = model(*inputs, torch.empty(1, num_tokens, text_hidden_size))
             output.pred_original_sample.sum().backward()
     matrices = find_matrices(model).values() if optimizer == "muon" else ()
     return batch_size * counter.get_total_flops() + sum(count_orthogonalization(one.shape) for one in matrices)
 
 
 def build_pipeline(
-    name: str, resolution: int, hidden_size: int, factor: int, tokenizer: PreTrainedTokenizerBase
+    arguments: dict[str, Any], captions: Iterable[str] = (), checkpoint: Path | None = None
 ) -> GreedyGrowPipeline:
-    """Build a pipeline around a new model and a new text encoder, with the shift of a model grown by `factor`."""
+    """
+    Build a pipeline around a new model, with the shift of a model grown by `factor`. A new tokenizer is trained on `captions`
+    unless a `checkpoint` has one.
+    """
+    names = ("text_encoder", "text_hidden_size", "max_sequence_length")
+    text = ModelArguments(**{name: arguments[name] for name in names if name in arguments})
+    text_encoder, tokenizer = make_text_encoder(text, captions, checkpoint)
+    size = arguments["resolution"], arguments["hidden_size"], text_encoder.config.hidden_size
     return GreedyGrowPipeline(
-        unet=build_model(name, resolution, hidden_size),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=float(factor)),
-        text_encoder=build_small_text_encoder(tokenizer, TEXT_HIDDEN_SIZE, num_layers=1),
+        unet=build_model(arguments["model"], *size),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=float(arguments["factor"])),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        max_sequence_length=text.max_sequence_length,
     )
+
+
+def gather_trained(pipeline: GreedyGrowPipeline, arguments: dict[str, Any]) -> TrainedModel:
+    """Return what trains: the model, and a small text encoder."""
+    trains_text = arguments.get("text_encoder", "small") == "small"
+    pipeline.text_encoder.requires_grad_(trains_text)
+    return TrainedModel(pipeline.unet, pipeline.text_encoder if trains_text else None)
 
 
 def load_trained(folder: Path, arguments: dict[str, Any]) -> GreedyGrowPipeline:
     """Return the pipeline that a run with these arguments has left in `folder`."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    size = arguments["resolution"], arguments["hidden_size"], arguments["factor"]
-    pipeline = build_pipeline(arguments["model"], *size, tokenizer)
-    load_model(TrainedModel(pipeline.unet, pipeline.text_encoder), folder / "model.safetensors")
+    pipeline = build_pipeline(arguments, checkpoint=folder)
+    load_model(gather_trained(pipeline, arguments), folder / "model.safetensors")
     return pipeline
 
 
@@ -174,11 +208,8 @@ def train(args: PlainArguments, accelerator: Accelerator) -> GreedyGrowPipeline:
     checkpoint, replaced = find_start(output_dir, args, folders=["checkpoints"])
     rows, held_out = load_captioned_data(None, args.train_data_dir, "image", "text")
     images, validation = (CaptionedImages(one, args.resolution) for one in (rows, held_out))
-    if checkpoint is None:
-        tokenizer = train_small_tokenizer(images.all_captions)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
-    pipeline = build_pipeline(args.model, args.resolution, args.hidden_size, args.factor, tokenizer)
+    pipeline = build_pipeline(vars(args), images.all_captions, checkpoint)
+    pipeline.text_encoder.to(accelerator.device)
     set_attention_backend(pipeline.unet, args.attention_backend)
     phase = Phase(
         index=2,  # the same images and noise as a joint phase
@@ -196,13 +227,13 @@ def train(args: PlainArguments, accelerator: Accelerator) -> GreedyGrowPipeline:
         find_resumed_phase(checkpoint, [phase], run.decisive_config, args.resume_with_changes)
     claim_output_dir(output_dir, run.config, replaced, checkpoint, args.resume_with_changes)
 
-    module = TrainedModel(pipeline.unet, pipeline.text_encoder).train()
+    module = gather_trained(pipeline, vars(args)).train()
     groups = [{"params": list(module.parameters()), "lr": args.learning_rate}]
     if args.optimizer == "muon":
         groups = split_for_muon(groups, module)
     interrupt = Interrupt()
-    loop = TrainingLoop(run, phase, args, module, groups, interrupt, checkpoint, tokenizer)
-    encode = CaptionEncoder(pipeline, accelerator.device, trains=True)
+    loop = TrainingLoop(run, phase, args, module, groups, interrupt, checkpoint, pipeline.tokenizer)
+    encode = CaptionEncoder(pipeline, accelerator.device, trains=module.text_encoder is not None)
     objective = FlowObjective(phase, accelerator, encode, pipeline.unet, float(args.factor), args.seed, 0.1)
     objective.band_factor = args.factor
     loader = make_loader(
@@ -236,13 +267,14 @@ def train(args: PlainArguments, accelerator: Accelerator) -> GreedyGrowPipeline:
 def evaluate(pipeline: GreedyGrowPipeline, args: PlainArguments, bfloat16: bool) -> dict[str, Any]:
     """Return the result of a finished run, as `benchmarks.evaluate` does for runs of `grow.py`."""
     images, seconds, curve = read_run(Path(args.output_dir))
-    flops = count_step(args.model, args.resolution, args.hidden_size, args.batch_size, args.optimizer)
+    size = args.resolution, args.hidden_size, args.batch_size
+    flops = count_step(args.model, *size, args.optimizer, args.text_hidden_size, args.max_sequence_length)
     captions, real = load_held_out(args.train_data_dir, args.resolution)
     return {
         "images": images,
         "seconds": seconds,
         "curve": [{**line, "flops": line["step"] * flops} for line in curve],
-        "scores": {"plain": score(draw_images(pipeline, captions, bfloat16), captions, real)},
+        "scores": {"plain": score(draw_images(pipeline, captions, bfloat16), captions, real, args.scorer)},
     }
 
 
@@ -256,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     temporary = folder / "model.tmp"
-    save_model(TrainedModel(pipeline.unet, pipeline.text_encoder), str(temporary))
+    save_model(gather_trained(pipeline, vars(args)), str(temporary))
     temporary.replace(folder / "model.safetensors")
     write_json(folder / "result.json", evaluate(pipeline, args, bfloat16=accelerator.mixed_precision == "bf16"))
 

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,12 +26,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.evaluate import check_captions, load_held_out
 from benchmarks.tables import (
     ROOT,
     Record,
     add_report_arguments,
     describe_commit,
     describe_machine,
+    own_results,
     read_json,
     write_json,
 )
@@ -85,6 +86,18 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train_data_dir", help="Captioned images to train on, instead of captioned shapes.")
     parser.add_argument(
+        "--text_encoder",
+        default="small",
+        help="Folder or Hub id of a text encoder, which stays frozen. By default, a small one trains with the core.",
+    )
+    parser.add_argument(
+        "--max_sequence_length", type=int, default=MAX_SEQUENCE_LENGTH, help="Number of text tokens that are read."
+    )
+    parser.add_argument(
+        "--scorer",
+        help="Folder of a trained benchmarks/stickers_scorer, which scores the images instead of the scorer of shapes.",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="A small version that takes minutes; its results mean nothing."
     )
     parser.add_argument(
@@ -98,16 +111,11 @@ def add_queue_arguments(parser: argparse.ArgumentParser) -> None:
 
 def locate_folders(args: argparse.Namespace) -> tuple[Path, Path]:
     """Return the folders of runs and of results. Data of one's own, `--quick` and `--large` have folders of their own."""
-    work_dir, results = Path(args.work_dir), args.results_dir
+    results = own_results(args)
+    work_dir = Path(args.work_dir) / results.relative_to(args.results_dir)
     if args.large:
         work_dir, results = work_dir / "large", results / "large"
-    if args.quick:
-        return work_dir / "quick", work_dir / "quick"
-    if args.train_data_dir:
-        data = Path(args.train_data_dir).resolve()
-        name = f"{data.stem}-{zlib.crc32(str(data).encode()):08x}"  # many a folder is called "train"
-        return work_dir / name, results / name
-    return work_dir, results
+    return (work_dir / "quick", work_dir / "quick") if args.quick else (work_dir, results)
 
 
 def prepare_data(args: argparse.Namespace, image_size: int) -> Path:
@@ -145,6 +153,9 @@ class Setting:
     num_layers: int = 6
     num_attention_heads: int = 2
     patch_size: int = 2
+    text_encoder: str = "small"
+    text_hidden_size: int = TEXT_HIDDEN_SIZE
+    max_sequence_length: int = MAX_SEQUENCE_LENGTH
 
     def enlarge(self) -> "Setting":
         """Return models twice as wide, which train in batches four times as large."""
@@ -168,11 +179,11 @@ class Setting:
 
     def core_arguments(self) -> dict[str, Any]:
         names = ("hidden_size", "num_layers", "num_attention_heads", "patch_size")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "text_hidden_size": TEXT_HIDDEN_SIZE,
-            "max_sequence_length": MAX_SEQUENCE_LENGTH,
-        }
+        return {**{name: getattr(self, name) for name in names}, **self.text_arguments()}
+
+    def text_arguments(self) -> dict[str, Any]:
+        arguments = {"text_hidden_size": self.text_hidden_size, "max_sequence_length": self.max_sequence_length}
+        return arguments if self.text_encoder == "small" else {**arguments, "text_encoder": self.text_encoder}
 
     def build_core(self) -> ShallowUNet2DModel:
         return ShallowUNet2DModel(
@@ -181,7 +192,7 @@ class Setting:
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
             num_attention_heads=self.num_attention_heads,
-            cross_attention_dim=TEXT_HIDDEN_SIZE,
+            cross_attention_dim=self.text_hidden_size,
         )
 
     def grow(self, core: ShallowUNet2DModel, init: str) -> GrowableUNet2DConditionModel:
@@ -199,7 +210,7 @@ def plan_steps(setting: Setting, init: str, optimizer: str) -> dict[str, PhasePl
     shared: dict[str, Any] = {
         "steps": 1,
         "batches_per_step": 1,
-        "num_tokens": MAX_SEQUENCE_LENGTH,
+        "num_tokens": setting.max_sequence_length,
         "optimizer": optimizer,
     }
     with torch.device("meta"):
@@ -342,7 +353,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, Record]:
         `scores` of each pipeline that the run left.
 
     Raises:
-        `ValueError`: if the record of a job has other arguments.
+        `ValueError`: if the record of a job has other arguments, or the scorer does not know the captions.
         `RuntimeError`: if a run fails, after the others have run, or if another queue is using the same folder.
     """
     work_dir, results = locate_folders(args)
@@ -360,6 +371,9 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, Record]:
                 f"{job.name} has been run with other values of {sorted(different)}: to run it again, remove it from {path} "
                 f"and remove {folders[job.name]}."
             )
+    if args.scorer:
+        for data in {job.data for job in jobs}:
+            check_captions(args.scorer, load_held_out(str(data), 64)[0])
     lock = Lock()
 
     # Cores run first, and the other jobs wait for theirs. A lost core is trained again if a missing run needs it.
@@ -375,7 +389,7 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, Record]:
                 ready[job.core].wait()
                 if not (folders[job.core] / "result.json").exists():
                     raise RuntimeError(f"{job.name} cannot be run: {job.core} failed.")
-            record = run_job(job, inputs[job.name], folders, args.mixed_precision)
+            record = run_job(job, inputs[job.name], folders, args)
         finally:
             if job.name in ready:
                 ready[job.name].set()
@@ -401,12 +415,15 @@ def run_queue(jobs: list[Job], args: argparse.Namespace) -> dict[str, Record]:
 def run_inputs(job: Job) -> dict[str, Any]:
     """Return everything that a run depends on, except code, machine and precision, which are in its record as well."""
     arguments = {**job.arguments, "data": job.data.name}
+    if "text_encoder" in arguments and Path(arguments["text_encoder"]).is_dir():
+        arguments["text_encoder"] = Path(arguments["text_encoder"]).resolve().name  # records hold no paths
     return json.loads(json.dumps(arguments | ({"core": job.core} if job.core else {})))
 
 
-def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], precision: str) -> Record:
+def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], args: argparse.Namespace) -> Record:
     """Train, evaluate, and return the record of the run."""
-    folder = folders[job.name]
+    folder, precision = folders[job.name], args.mixed_precision
+    scorer = ["--scorer", args.scorer] if args.scorer else []
     # The record of a resumed run names the code and the machine that it began with.
     resumes, origin = bool(sorted_checkpoints(folder / "checkpoints")), folder / "made_by.json"
     if not (resumes and origin.exists()):
@@ -445,7 +462,11 @@ def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], precisio
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        for command in [train, [*evaluate, f"--mixed_precision={precision}"]] if job.script == GROW else [train]:
+        for command in (
+            [train, [*evaluate, f"--mixed_precision={precision}", *scorer]]
+            if job.script == GROW
+            else [[*train, *scorer]]
+        ):
             finished = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             if finished.returncode:
                 raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to resume.")

@@ -189,11 +189,16 @@ def call(model: torch.nn.Module, sample: torch.Tensor, timestep: torch.Tensor, t
 
 
 def make_inputs(
-    resolution: int, batch_size: int, device: torch.device | str, in_channels: int = 3, num_tokens: int = NUM_TOKENS
+    resolution: int,
+    batch_size: int,
+    device: torch.device | str,
+    in_channels: int = 3,
+    num_tokens: int = NUM_TOKENS,
+    text_dim: int = TEXT_DIM,
 ) -> tuple[torch.Tensor, ...]:
     sample = torch.randn(batch_size, in_channels, resolution, resolution, device=device)
     timestep = torch.full((batch_size,), 500.0, device=device)
-    return sample, timestep, torch.randn(batch_size, num_tokens, TEXT_DIM, device=device)
+    return sample, timestep, torch.randn(batch_size, num_tokens, text_dim, device=device)
 
 
 def count_flops(model: torch.nn.Module, resolution: int) -> int:
@@ -215,9 +220,10 @@ class Steps:
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
         num_tokens: int = NUM_TOKENS,
+        text_dim: int = TEXT_DIM,
     ):
         self.model = model.to(device)
-        self.inputs = make_inputs(resolution, batch_size, device, model.config.in_channels, num_tokens)
+        self.inputs = make_inputs(resolution, batch_size, device, model.config.in_channels, num_tokens, text_dim)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
+from benchmarks.metrics import kernel_distance
 from diffusers_greedy_grow.training.data.images import to_pixel_values
 from diffusers_greedy_grow.training.data.sources import load_splits
 from diffusers_greedy_grow.training.files import save_pipeline
@@ -170,7 +171,7 @@ def score_images(
         `dict[str, float]`: `style` and `category` are the shares of images for which the network names those of the caption
         (images whose category is unknown do not count). `retrieval` is the share for which the caption's name fits better than
         49 other names, drawn by the name itself; guessing has .02. With `real`, `kid` is the [`kernel_distance`] of the
-        network's features from those of the real images, times 1000.
+        network's scaled features from those of the real images, times 1000.
 
     Raises:
         `ValueError`: if the images or captions do not fit the scorer.
@@ -191,7 +192,9 @@ def score_images(
         scores["category"] = np.mean(right)
     scores["retrieval"] = np.mean(retrieved)
     if real is not None:
-        scores["kid"] = 1000 * kernel_distance(features, compute_features(scorer, real))
+        # Scaled to a mean square of 1, so that no image outweighs the rest.
+        scaled = [F.normalize(one) * one.shape[1] ** 0.5 for one in (features, compute_features(scorer, real))]
+        scores["kid"] = 1000 * kernel_distance(*scaled)
     return {name: float(value) for name, value in scores.items()}
 
 
@@ -199,29 +202,6 @@ def draw_names(names: dict[str, int], name: str) -> list[int]:
     """Return the numbers of a name and of other ones, always the same for the same name."""
     others = random.Random(name).sample(sorted({*names} - {name}), min(NUM_NAMES, len(names)) - 1)
     return [names[other] for other in [name, *others]]
-
-
-def kernel_distance(features: torch.Tensor, real: torch.Tensor) -> float:
-    """
-    Return the squared MMD of two sets of features, `(B, D)` and `(N, D)`, without bias and with the kernel of KID (Binkowski et
-    al., 2018). The features are scaled to a mean square of 1 first, so that no image outweighs the rest. The distance is 0 on
-    average for independent images of one kind, and below 0 if the sets are copies of each other.
-
-    Raises:
-        `ValueError`: if a set has fewer than two images.
-    """
-    if min(len(features), len(real)) < 2:
-        raise ValueError(f"The distance needs two images on each side; got {len(features)} and {len(real)}.")
-    x, y = F.normalize(features.double()), F.normalize(real.double())
-
-    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a @ b.T + 1) ** 3
-
-    def within(a: torch.Tensor) -> torch.Tensor:
-        values = kernel(a, a)
-        return (values.sum() - values.trace()) / (len(a) * (len(a) - 1))
-
-    return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

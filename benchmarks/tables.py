@@ -17,6 +17,7 @@ import platform
 import re
 import statistics
 import subprocess
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", action="store_true", help="Measure nothing; write reports and plots from the records."
     )
+
+
+def own_results(args: argparse.Namespace) -> Path:
+    """Return the folder of results: `results_dir`, or a folder in it for data of one's own."""
+    if not getattr(args, "train_data_dir", None):
+        return args.results_dir
+    data = Path(args.train_data_dir).resolve()
+    return args.results_dir / f"{data.stem}-{zlib.crc32(str(data).encode()):08x}"  # many a folder is called "train"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,10 +157,8 @@ def report_command(benchmark: str, args: argparse.Namespace) -> str:
     """Return the command that writes the reports of a `benchmark` from the records in `args.results_dir`."""
     command = [f"python -m benchmarks.{benchmark}"]
     command += ["--report"] if hasattr(args, "report") else []  # `trials` can do nothing else
-    command += ["--results_dir", show_path(args.results_dir)]
+    command += ["--results_dir", show_path(own_results(args))]
     command += [f"--{flag}" for flag in ("quick", "large") if getattr(args, flag, False)]
-    if getattr(args, "train_data_dir", None):
-        command += ["--train_data_dir", args.train_data_dir]
     return " ".join(command)
 
 

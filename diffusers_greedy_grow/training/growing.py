@@ -11,7 +11,13 @@ from pathlib import Path
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .. import GreedyGrowPipeline, ShallowUNet2DModel
 from ..flow import detail_variance
@@ -52,11 +58,11 @@ def build_core(model_args: ModelArguments, cross_attention_dim: int) -> ShallowU
     return unet
 
 
-def build_core_pipeline(
+def make_text_encoder(
     model_args: ModelArguments, captions: Iterable[str], checkpoint: Path | None = None
-) -> GreedyGrowPipeline:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Build a pipeline around a new core, with a pretrained text encoder or a small new one.
+    Return a pretrained text encoder or a small new one, and its tokenizer.
 
     Args:
         model_args (`ModelArguments`): What to build.
@@ -92,6 +98,14 @@ def build_core_pipeline(
                 f"`max_sequence_length={model_args.max_sequence_length}`: `text_encoder={model_args.text_encoder!r}` reads at "
                 f"most {longest} tokens."
             )
+    return text_encoder, tokenizer
+
+
+def build_core_pipeline(
+    model_args: ModelArguments, captions: Iterable[str], checkpoint: Path | None = None
+) -> GreedyGrowPipeline:
+    """Build a pipeline around a new core, with the text encoder of [`make_text_encoder`], whose arguments and errors it has."""
+    text_encoder, tokenizer = make_text_encoder(model_args, captions, checkpoint)
     return GreedyGrowPipeline(
         unet=build_core(model_args, text_encoder.config.hidden_size),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

@@ -37,7 +37,7 @@ def records(setting) -> dict[str, dict]:
         "scratch": ([(5.0, 0.4), (10.0, 0.2)], [(5.0, 0.6), (10.0, 0.4)]),
         "ours, detail phase only": ([(3.0, 0.3), (6.0, 0.1)], [(3.0, 0.5), (6.0, 0.3)]),
     }
-    records = {}
+    records, scores = {}, {"color": 0.8, "swd_64": 50.0, "swd_32": 30.0}
     for arm in ARMS:
         for seed, curve in enumerate(curves.get(arm.name, ())):
             for job in make_jobs(setting, arm, seed, Path("shapes"), Path("shapes")):
@@ -61,6 +61,8 @@ def records(setting) -> dict[str, dict]:
                         }
                         for flops, loss in lines
                     ],
-                    "scores": {phase: {} if is_core else {"shape": 0.5 + 0.2 * seed, "swd_128": 100.0 + 20 * seed}},
+                    "scores": {
+                        phase: {} if is_core else dict(scores, shape=0.5 + 0.2 * seed, swd_128=100.0 + 20 * seed)
+                    },
                 }
     return records

@@ -1,8 +1,12 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The scorer of stickers, trained for seconds on drawn shapes in two styles: what it learns, refuses and prints."""
+"""
+The scorer of stickers, trained for seconds on drawn shapes in two styles: what it learns, refuses and prints, and the training
+comparisons on such data.
+"""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +16,19 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 
-from benchmarks import stickers_scorer
+from benchmarks import arms, few_high_res, grow_vs_scratch, plain, stickers_scorer
+from benchmarks.evaluate import draw_images, load_held_out, score
+from benchmarks.queue_of_runs import Setting, growth_job, run_inputs, run_queue
 from benchmarks.stickers_scorer import (
     StickersScorer,
     augment,
     compute_features,
     draw_names,
-    kernel_distance,
     load_captioned,
     score_images,
     train,
 )
+from benchmarks.swd import sliced_wasserstein
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
 
@@ -130,18 +136,6 @@ def test_the_kernel_distance(scorer, data):
     assert "kid" not in score_images(scorer, real[:1], captions[:1])
 
 
-def test_the_kernel_distance_is_unbiased():
-    """The mean over many small sets of one distribution is 0. The values of two pairs of points are computed by hand."""
-    generator = torch.Generator().manual_seed(0)
-    draws = [kernel_distance(*torch.randn(2, 4, 4, generator=generator)) for _ in range(500)]
-    assert abs(np.mean(draws)) < 4 * np.std(draws) / 500**0.5
-    x, y = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0]])
-    # (cosine + 1)^3 is 1 between the points of x, 8 between those of y, and 8, 8, 1 and 1 across.
-    assert kernel_distance(x, y) == pytest.approx(1 + 8 - 2 * 18 / 4)
-    with pytest.raises(ValueError, match="needs two images on each side; got 1 and 5"):
-        kernel_distance(torch.zeros(1, 4), torch.zeros(5, 4))
-
-
 def test_the_other_names_are_always_the_same():
     names = {f"name {i}": i for i in range(200)}
     drawn = draw_names(names, "name 7")
@@ -208,3 +202,77 @@ def test_features_do_not_depend_on_the_batch(scorer, data):
     images, _ = load_captioned(str(data), "train")
     features = compute_features(scorer, images)
     assert torch.allclose(features[7:9], compute_features(scorer, images[7:9]), atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparisons of training on such data
+def test_a_run_is_scored_by_the_scorer_that_is_named(folder, data, scorer):
+    captions, real = load_held_out(str(data), 64, 20)
+    distances = {f"swd_{size}": value for size, value in sliced_wasserstein(real, real).items()}
+    assert score(real, captions, real) == distances  # the captions are not of shapes
+    expected = score_images(scorer, real, captions, real)
+    assert score(real, captions, real, str(folder)) == distances | expected
+    small = real[..., ::2, ::2]  # what a run of two stages leaves on the way
+    assert set(score(small, captions, small, str(folder))) == {"swd_32", "swd_16"}
+
+
+def test_a_pretrained_text_encoder_reaches_the_runs(data, text_encoder, tmp_path):
+    """Cores are as long as its width and the tokens allow. Neither records nor reports hold paths."""
+    flags = ["--text_encoder", text_encoder, "--max_sequence_length", "24", "--train_data_dir", str(data)]
+    for module in (grow_vs_scratch, few_high_res):
+        args = module.parse_arguments([*flags, "--results_dir", str(tmp_path)])
+        (report,) = module.make_reports(args).values()
+        command = report.splitlines()[0]
+        assert str(data) not in command and f"--results_dir {tmp_path}/{data.name}-" in command
+    small = {"block_out_channels": "4,8", "hidden_size": 64, "num_layers": 1, "num_attention_heads": 1}
+    usual, setting = (replace(one[4], **small) for one in (arms.SETTINGS, arms.chosen_size(args)[0]))
+    assert setting.build_core().config.cross_attention_dim == 32
+    ours = arms.find_arm("ours, detail phase only")
+    jobs = arms.make_jobs(setting, ours, 0, data, data)
+    for job in [*jobs, arms.plain_job(setting, arms.find_arm("transformer-8"), 0, 2, data)]:
+        assert job.arguments["text_encoder"] == text_encoder
+        assert (job.arguments["text_hidden_size"], job.arguments["max_sequence_length"]) == (32, 24)
+        assert run_inputs(job)["text_encoder"] == Path(text_encoder).name and str(data) not in str(run_inputs(job))
+    steps = [arms.make_jobs(one, ours, 0, data, data)[0].arguments["core_steps"] for one in (usual, setting)]
+    assert steps[0] != steps[1]
+
+
+def test_captions_that_the_scorer_does_not_know_stop_the_queue_first(folder, data, tmp_path, queue_arguments):
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = {"image": [Image.new("RGB", (64, 64))] * 2, "text": ["a red moon"] * 2}
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "text": Value("string")})).to_parquet(
+            other / f"{split}.parquet"
+        )
+    jobs = arms.make_jobs(arms.SETTINGS[4], arms.find_arm("scratch"), 0, other, other)
+    flags = ["--work_dir", tmp_path / "runs", "--results_dir", tmp_path / "results", "--scorer"]
+    with pytest.raises(ValueError, match="1 captions that the scorer does not know, such as ', a red moon'"):
+        run_queue(jobs, queue_arguments(*flags, folder))
+    with pytest.raises(ValueError, match="`scorer='.*'` is not a trained benchmarks.stickers_scorer"):
+        run_queue(jobs, queue_arguments(*flags, other))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_queue_on_stickers(folder, data, text_encoder, tmp_path, queue_arguments, monkeypatch):
+    """Runs of both scripts train around a frozen text encoder, and are scored."""
+    setting = Setting(64, "4,8", (8,), 2, hidden_size=64, num_layers=1, num_attention_heads=1)
+    setting = replace(setting, text_encoder=text_encoder, text_hidden_size=32, max_sequence_length=8)
+    ours = growth_job(setting, "scratch", 0, 2 * setting.plans()["joint"].flops, 0.0, data, core=None)
+    monkeypatch.setattr(plain, "NUM_LAYERS", 1)
+    theirs = arms.plain_job(setting, arms.find_arm("transformer-8"), 0, 2, data)
+    folders = ["--work_dir", tmp_path, "--results_dir", tmp_path / "results", "--scorer", folder]
+    records = run_queue([ours, theirs], queue_arguments(*folders, "--mixed_precision", "no"))
+    for record in records.values():
+        (scores,) = record["scores"].values()
+        assert list(scores) == ["swd_64", "swd_32", "swd_16", "style", "category", "retrieval", "kid"]
+        assert record["curve"][-1]["val_low_noise_loss"] > 0
+        assert str(tmp_path) not in str(record) and text_encoder not in str(record)
+    first, details = grow_vs_scratch.make_tables(records, setting, None)
+    assert [row["arm"] for row in first] == [row["arm"] for row in details] == ["scratch", "transformer-8"]
+    assert all(row.values() for row in first) and len(first[0]) == 6
+    # The frozen encoder is not saved with the plain model, and is there when it is loaded.
+    monkeypatch.undo()
+    pipeline = plain.load_trained(tmp_path / theirs.name, theirs.arguments)
+    assert draw_images(pipeline, ["red box, filled"], bfloat16=False).isfinite().all()

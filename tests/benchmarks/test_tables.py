@@ -27,21 +27,47 @@ SECONDS = {name: [1.0] for name in ("core", "preserve detail", *plain.MODELS)}
 def test_the_tables_of_growing(records, setting):
     seconds = {"core": [1.0], "preserve detail": [2.0], "preserve joint": [4.0]}
     tables = grow_vs_scratch.make_tables(records, setting, seconds)
-    rows = {name: {row["arm"]: row for row in table} for name, table in tables.items()}
-    losses, compute = rows["held-out loss"], rows["compute"]
-    assert losses["scratch"]["loss"] == "0.3000 ± 0.1414"
-    assert losses["ours, detail phase only"]["loss"] == "0.2000 ± 0.1414"
-    assert losses["scratch"]["loss / baseline's"] == "1.00 ± 0.00"
-    assert losses["scratch"]["compute to baseline's loss"] == "100%, 100%"
+    first, details = ({row["arm"]: row for row in table} for table in tables)
+    assert first["scratch"] == {
+        "arm": "scratch",
+        "loss": "0.3000 ± 0.1414",
+        "low-noise loss": "2.700 ± 1.273",
+        "alignment": "0.70 ± 0.07",  # shapes .5 and .7, colors .8
+        "SWD 128; 64": "110 ± 14; 50 ± 0",
+        "time, minutes": "0.7 ± 0.0",  # 10 * 4 seconds
+    }
+    assert first["ours, detail phase only"]["loss"] == "0.2000 ± 0.1414"
+    assert details["scratch"]["loss / baseline's"] == "1.00 ± 0.00"
+    assert details["scratch"]["compute to baseline's loss"] == "100%, 100%"
     # Each seed against its own: .1 / .2 and .3 / .4. Its core's two units count: (2 + 4.5) / 10.
-    assert losses["ours, detail phase only"]["loss / baseline's"] == "0.62 ± 0.18"
-    assert losses["ours, detail phase only"]["compute to baseline's loss"] == "65%, 65%"
-    ours = compute["ours, detail phase only"]
+    ours = details["ours, detail phase only"]
+    assert ours["loss / baseline's"] == "0.62 ± 0.18"
+    assert ours["compute to baseline's loss"] == "65%, 65%"
     assert ours["time / baseline's"] == "0.75"  # 10 * 1 + 10 * 2 of 10 * 4
-    assert (ours["images at 16 px"], ours["images at 128 px"], compute["scratch"]["images at 16 px"]) == (10, 10, 0)
-    assert rows["images"]["scratch"]["shapes"] == "0.60 ± 0.14"
-    assert rows["distances"]["scratch"]["SWD 128"] == "110 ± 14"
-    assert rows["loss by noise level"]["ours, detail phase only"]["noise .02-.3"] == "1.800 ± 1.273"
+    assert (ours["images at 16 px"], ours["images at 128 px"], details["scratch"]["images at 16 px"]) == (10, 10, 0)
+    assert details["scratch"]["shapes"] == "0.60 ± 0.14" and "SWD 128" not in details["scratch"]
+    assert ours["SWD 32"] == "30 ± 0" and ours["low band"] == "0.0500 ± 0.0354"
+
+
+def test_alignment_of_stickers_is_retrieval_and_times_are_those_recorded(records, setting):
+    for run in records.values():
+        is_core = run["keys"]["arm"] == "core"
+        run["seconds"] = {"core": 30.0} if is_core else {"grown-128": 90.0}
+        scores = {"swd_128": 1.0, "style": 0.9, "retrieval": 0.3}
+        if (
+            run["keys"]["arm"] == "ours, detail phase only" and run["keys"]["seed"] == 1
+        ):  # the others were scored before
+            scores["kid"] = 4.0
+        run["scores"] = {"core": {}} if is_core else {"grown-128": scores}
+    first, details = (
+        {row["arm"]: row for row in table} for table in grow_vs_scratch.make_tables(records, setting, None)
+    )
+    assert first["scratch"]["alignment"] == "0.30 ± 0.00" and first["scratch"]["SWD 128; 64"] == "1 ± 0; "
+    assert first["scratch"]["time, minutes"] == "1.5 ± 0.0"
+    assert first["ours, detail phase only"]["time, minutes"] == "2.0 ± 0.0"
+    assert "time / baseline's" not in details["scratch"]
+    assert (details["scratch"]["style"], details["scratch"]["KID"]) == ("0.90 ± 0.00", "")
+    assert details["ours, detail phase only"]["KID"] == "4.00"
 
 
 @pytest.mark.slow
@@ -67,7 +93,7 @@ def test_deeper_cores_see_as_many_images(setting):
 def test_a_lost_core_is_trained_again_and_keeps_its_record(tmp_path, monkeypatch, setting, queue_arguments):
     ran = []
 
-    def run_job(job, inputs, folders, precision):
+    def run_job(job, inputs, folders, args):
         if job.core:
             assert (folders[job.core] / "result.json").exists()
         ran.append(job.name)
