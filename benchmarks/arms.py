@@ -56,6 +56,7 @@ class Arm:
         stage_levels: See [`growth_job`].
         num_seeds: Arms with one seed run at the largest factor only.
         options: Further arguments of `grow.py` or `plain.py`, such as `optimizer` and `learning_rate`.
+        patches: Whether the stage is that of the present recipe, see [`Setting.read_patches`].
         two_stages: Grow in two steps instead of one.
         scale: Factor on the operations, for arms that have fewer than the others.
         equal_time: Train a plain model for as long as `REFERENCE` takes, instead of for as many operations.
@@ -68,6 +69,7 @@ class Arm:
     stage_levels: bool = True
     num_seeds: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    patches: bool = False
     two_stages: bool = False
     scale: float = 1.0
     equal_time: bool = False
@@ -77,8 +79,8 @@ class Arm:
         return self.init in plain.MODELS
 
 
-def from_scratch(name: str, num_seeds: int = 1, **options: Any) -> Arm:
-    return Arm(name, core_share=0.0, frozen_share=0.0, num_seeds=num_seeds, options=options)
+def from_scratch(name: str, num_seeds: int = 1, patches: bool = False, **options: Any) -> Arm:
+    return Arm(name, core_share=0.0, frozen_share=0.0, num_seeds=num_seeds, patches=patches, options=options)
 
 
 def plain_arms(model: str, optimizer: str) -> list[Arm]:
@@ -94,8 +96,15 @@ def plain_arms(model: str, optimizer: str) -> list[Arm]:
     ]
 
 
-REFERENCE = "ours, detail phase only"
+REFERENCE = "ours"
 ARMS = (
+    # The present recipe.
+    Arm(REFERENCE, patches=True, options={"optimizer": "muon"}, num_seeds=3),
+    Arm("ours, AdamW", patches=True, num_seeds=3),
+    from_scratch("scratch, Muon", num_seeds=3, patches=True, optimizer="muon", learning_rate=[1.5e-3, 1.5e-3]),
+    from_scratch("scratch, Muon, twice the rate", patches=True, optimizer="muon", learning_rate=[3e-3, 3e-3]),
+    from_scratch("scratch, Muon, half of the rate", patches=True, optimizer="muon", learning_rate=[7.5e-4, 7.5e-4]),
+    # An earlier recipe, AdamW, with stages down to single pixels.
     from_scratch("scratch", num_seeds=3),
     Arm("paper's growth", init="random", frozen_share=0.25, num_seeds=3),
     Arm("cascade", init="cascade", frozen_share=0.0, num_seeds=3),
@@ -122,8 +131,6 @@ ARMS = (
     # The stage's weighting is "clean" by default.
     Arm("ours, detail phase only, velocity weighting", options={"loss_weighting": ["velocity", "velocity"]}),
     Arm("ours, detail phase only, cosmap weighting", options={"loss_weighting": ["velocity", "cosmap"]}),
-    from_scratch("scratch, half of the rate, Muon", optimizer="muon", learning_rate=[7.5e-4, 7.5e-4]),
-    Arm("ours, detail phase only, Muon", options={"optimizer": "muon"}),
     *plain_arms("transformer-16", "adamw"),
     *plain_arms("transformer-16", "muon"),
     *plain_arms("transformer-8", "adamw"),
@@ -182,6 +189,8 @@ def make_jobs(
     only_largest = arm.num_seeds == 1 or (arm.is_plain and not plain.fits(arm.init, setting.resolution))
     if seed >= arm.num_seeds or (only_largest and setting.factor < max(SETTINGS)):
         return []
+    if arm.patches:
+        setting = setting.read_patches()
     flops = scale * arm.scale * TOTAL_FLOPS[setting.factor]
     if arm.is_plain:
         steps = count_plain_steps(setting, arm, flops, seconds)
@@ -263,15 +272,15 @@ def count_plain_steps(setting: Setting, arm: Arm, flops: float, seconds: dict[st
         options = setting.resolution, setting.hidden_size, batch_size, arm.options["optimizer"]
         text = setting.text_hidden_size, setting.max_sequence_length
         return round(flops / plain.count_step(arm.init, *options, *text))
-    if seconds is None or arm.init not in seconds:
+    kind = f"{arm.init}, Muon" if arm.options["optimizer"] == "muon" else arm.init
+    if seconds is None or kind not in seconds:
         return None
-    reference, costs, time = find_arm(REFERENCE), setting.plans(), 0.0
-    for phase, kind, share in (
-        ("core", "core", reference.core_share),
-        ("detail", "preserve detail", 1 - reference.core_share),
-    ):
-        time += share * flops / costs[phase].train_flops * statistics.median(seconds[kind])
-    return round(time / statistics.median(seconds[arm.init]) / batch_size)
+    reference = find_arm(REFERENCE)
+    costs, time = setting.read_patches().plans(optimizer=reference.options["optimizer"]), 0.0
+    for phase, share in (("core", reference.core_share), ("detail", 1 - reference.core_share)):
+        one = "core, Muon" if phase == "core" else "preserve detail, Muon"
+        time += share * flops / costs[phase].flops * costs[phase].images * statistics.median(seconds[one])
+    return round(time / statistics.median(seconds[kind]) / batch_size)
 
 
 def plain_batch_size(setting: Setting) -> int:

@@ -106,20 +106,25 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
-    models: dict[str, torch.nn.Module] = {}
-    for init in ("preserve", "random"):
-        models[f"{init} detail"] = detail = setting.grow(setting.build_core(), init)
-        models[f"{init} joint"] = setting.grow(setting.build_core(), init)
-        detail.freeze_core()
-    models["cascade"] = cascade.build_unet(setting.resolution, setting.cascade_channels, setting.text_hidden_size)
-    sizes = {name: (model, setting.resolution, setting.batch_size) for name, model in models.items()}
-    sizes = {"core": (setting.build_core(), setting.core_resolution, setting.core_batch_size), **sizes}
-    for name in plain.MODELS:
-        if setting.factor == max(SETTINGS) or plain.fits(name, setting.resolution):
-            model = plain.build_model(name, setting.resolution, setting.hidden_size, setting.text_hidden_size)
-            sizes[name] = (model, setting.resolution, plain_batch_size(setting))
+    kinds: dict[str, tuple[torch.nn.Module, int, int, str]] = {}
+    for optimizer, end, one in (("adamw", "", setting), ("muon", ", Muon", setting.read_patches())):
+        kinds[f"core{end}"] = one.build_core(), one.core_resolution, one.core_batch_size, optimizer
+        for init in ("preserve", "random")[: 1 if end else 2]:
+            detail, joint = (one.grow(one.build_core(), init) for _ in range(2))
+            detail.freeze_core()
+            kinds[f"{init} detail{end}"] = detail, one.resolution, one.batch_size, optimizer
+            kinds[f"{init} joint{end}"] = joint, one.resolution, one.batch_size, optimizer
+        for name in plain.MODELS:
+            if setting.factor == max(SETTINGS) or plain.fits(name, setting.resolution):
+                model = plain.build_model(name, setting.resolution, setting.hidden_size, setting.text_hidden_size)
+                kinds[f"{name}{end}"] = model, setting.resolution, plain_batch_size(setting), optimizer
+    model = cascade.build_unet(setting.resolution, setting.cascade_channels, setting.text_hidden_size)
+    kinds["cascade"] = model, setting.resolution, setting.batch_size, "adamw"
     text = CAPTION_TOKENS, setting.text_hidden_size
-    steps = {name: Steps(*size, device, dtype, *text) for name, size in sizes.items()}
+    steps = {
+        name: Steps(model, resolution, batch_size, device, dtype, *text, optimizer)
+        for name, (model, resolution, batch_size, optimizer) in kinds.items()
+    }
     if device.type == "cpu" and dtype == torch.bfloat16:  # as in the queue's runs
         for step in steps.values():
             step.model.set_attention_backend("_native_math")
@@ -152,7 +157,8 @@ def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str,
         return sum(sum(part["seconds"].values()) for part in (run, records.get(core)) if part)
     if len(arguments.get("resolutions", [])) > 2:
         return None
-    total = sum(records[core]["images"].values()) * statistics.median(seconds["core"]) if core else 0.0
+    end = ", Muon" if arguments.get("optimizer") == "muon" else ""
+    total = sum(records[core]["images"].values()) * statistics.median(seconds[f"core{end}"]) if core else 0.0
     for phase, images in run["images"].items():
         if phase == "cascade":
             kind = phase
@@ -161,6 +167,7 @@ def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str,
         else:
             is_detail = phase.endswith("-detail") or not arguments["joint_steps"][0]
             kind = f"{arguments['init']} {'detail' if is_detail else 'joint'}"
+        kind += end
         if kind not in seconds:
             return None
         total += images * statistics.median(seconds[kind])

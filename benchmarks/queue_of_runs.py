@@ -169,6 +169,11 @@ class Setting:
             num_attention_heads=2 * self.num_attention_heads,
         )
 
+    def read_patches(self) -> "Setting":
+        """Return the models with the stage of the present recipe, which reads patches and costs less per image."""
+        width = max(1, self.hidden_size // 128)
+        return replace(self, block_out_channels=f"{64 * width},{96 * width}", batch_size=self.core_batch_size)
+
     @property
     def factor(self) -> int:
         return self.resolution // self.core_resolution
@@ -242,9 +247,9 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path, optimizer: s
     """Return the run of a core of about `flops` operations, which growths of any factor share."""
     cost = setting.plans(optimizer=optimizer)["core"].flops
     steps = round(flops / cost)
-    own = {} if optimizer == "adamw" else {"optimizer": optimizer}
+    kind = [] if optimizer == "adamw" else [optimizer]
     return Job(
-        name="-".join([f"core-h{setting.hidden_size}-l{setting.num_layers}", *own.values(), f"{steps}-seed-{seed}"]),
+        name="-".join([f"core-h{setting.hidden_size}-l{setting.num_layers}", *kind, f"{steps}-seed-{seed}"]),
         arguments={
             **COMMON,
             **setting.core_arguments(),
@@ -258,7 +263,7 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path, optimizer: s
             "joint_steps": [0],
             "train_batch_size": [setting.core_batch_size],
             "validation_steps": max(steps // 4, 1),
-            **own,
+            "optimizer": optimizer,
         },
         keys={"arm": "core", "seed": seed, "flops": steps * cost},
         data=data,
@@ -284,7 +289,8 @@ def growth_job(
     the loss is the clean image's error; otherwise noise levels and loss are the core's. `more` are further arguments of
     `grow.py`.
     """
-    costs = setting.plans(init, more.get("optimizer", "adamw"))
+    more = {"optimizer": "adamw", **more}
+    costs = setting.plans(init, more["optimizer"])
     frozen_steps = round(frozen_share * flops / costs["detail"].flops)
     joint_steps = round((1 - frozen_share) * flops / costs["joint"].flops)
     words = [f"x{setting.factor}", arm.replace(",", "").replace(" ", "-"), frozen_steps, joint_steps, "seed", seed]

@@ -47,6 +47,7 @@ from benchmarks.tables import (
     write_reports,
 )
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.training.optimizer import Muon, split_for_muon
 
 
 TEXT_DIM, NUM_TOKENS, GRID = 128, 32, 16
@@ -210,7 +211,7 @@ def count_flops(model: torch.nn.Module, resolution: int) -> int:
 
 
 class Steps:
-    """Training and sampling steps of one model, in autocast unless `dtype` is float32."""
+    """Training steps with an `optimizer` (adamw or muon) and sampling steps of one model, in autocast unless `dtype` is float32."""
 
     def __init__(
         self,
@@ -221,12 +222,17 @@ class Steps:
         dtype: torch.dtype = torch.bfloat16,
         num_tokens: int = NUM_TOKENS,
         text_dim: int = TEXT_DIM,
+        optimizer: str = "adamw",
     ):
         self.model = model.to(device)
         self.inputs = make_inputs(resolution, batch_size, device, model.config.in_channels, num_tokens, text_dim)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        groups = [{"params": trained}]
+        if optimizer == "muon":
+            groups = split_for_muon(groups, model)
+        kind = Muon if optimizer == "muon" else torch.optim.AdamW
+        self.optimizer = kind(groups, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     def train(self) -> None:
         self.model.train()

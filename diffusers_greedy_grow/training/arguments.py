@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 # The losses that a phase can train on; see `training.objective`.
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 # The optimizers; see `training.optimizer`.
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("muon", "adamw")
 # The precisions to compute in.
 PRECISIONS = ("no", "bf16", "fp16")
 # Arguments for which infinity means "off".
@@ -347,10 +347,10 @@ class TrainingArguments(LoopArguments):
         default_factory=lambda: [3e-3, 1.5e-3], metadata={"help": "Peak learning rate at each resolution."}
     )
     optimizer: str = field(
-        default="adamw",
+        default="muon",
         metadata={
-            "help": 'Optimizer: "adamw"; or "muon" for the matrices of attention and MLPs, and AdamW for all else. The same learning '
-            "rates suit both."
+            "help": 'Optimizer: "muon" for the matrices of attention, MLPs and convolutions, and AdamW for all else; or "adamw". The '
+            "same learning rates suit both."
         },
     )
     core_lr_scale: float | None = field(

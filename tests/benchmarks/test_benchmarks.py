@@ -167,7 +167,8 @@ def test_the_arms_of_a_comparison_cost_the_same(setting, scale):
         if arm.equal_time:
             continue
         init, optimizer = "random" if arm.init == "random" else "preserve", arm.options.get("optimizer", "adamw")
-        costs, flops = setting.plans(init, optimizer), 0
+        own = setting.read_patches() if arm.patches else setting
+        costs, flops = own.plans(init, optimizer), 0
         for job in jobs:
             arguments = job.arguments
             assert arguments.get("optimizer", "adamw") == optimizer

@@ -19,7 +19,14 @@ from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 DATA = Path("shapes")
 PLAIN_ARMS = [arm for arm in arms.ARMS if arm.is_plain]
-SECONDS = {"core": [1.0], "preserve detail": [2.0], "transformer-16": [3.0], "transformer-8": [4.0], "unet": [5.0]}
+SECONDS = {
+    "core, Muon": [1.0],
+    "preserve detail, Muon": [2.0],
+    "transformer-16": [3.0],
+    "transformer-8": [4.0],
+    "unet": [5.0],
+}
+SECONDS |= {"transformer-16, Muon": [3.5], "transformer-8, Muon": [4.5]}
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -49,12 +56,13 @@ def test_rates_and_optimizers_of_plain_arms():
 def test_plain_arms_take_the_time_of_ours(setting):
     """Steps are counted by seconds per image that were measured; without them these arms do not run."""
     core, ours = arms.make_jobs(setting, arms.find_arm(arms.REFERENCE), 0, DATA, DATA)
-    taken = 16 * core.arguments["core_steps"] * 1.0 + 8 * ours.arguments["detail_steps"][0] * 2.0
+    taken = 16 * core.arguments["core_steps"] * 1.0 + 16 * ours.arguments["detail_steps"][0] * 2.0
     for arm in PLAIN_ARMS:
         if arm.equal_time:
             assert arms.make_jobs(setting, arm, 0, DATA, DATA) == []
             (job,) = arms.make_jobs(setting, arm, 0, DATA, DATA, seconds=SECONDS)
-            assert 16 * job.arguments["steps"] * SECONDS[arm.init][0] == pytest.approx(taken, rel=0.01)
+            kind = f"{arm.init}, Muon" if arm.options["optimizer"] == "muon" else arm.init
+            assert 16 * job.arguments["steps"] * SECONDS[kind][0] == pytest.approx(taken, rel=0.01)
             run = {"keys": job.keys, "arguments": job.arguments, "images": {"plain": 16 * job.arguments["steps"]}}
             assert grow_vs_scratch.training_seconds(run, {}, SECONDS) == pytest.approx(taken, rel=0.01)
     # At smaller factors, patches of 16 px would leave hardly any tokens.

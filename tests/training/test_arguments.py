@@ -300,7 +300,7 @@ def test_a_config_that_a_run_writes_reads_back_to_the_same_arguments(classes, tm
         ("--seed 4294967294 --resolutions 8 16 32", "must be from 0 to 4294967293"),
         ("--seed 4294967296 --resolutions 8", "must be from 0 to 4294967295"),
         ("--adam_beta2 1", "--adam_beta2 1.0: must be below 1"),
-        ("--optimizer sgd", "--optimizer sgd: choose one of adamw, muon"),
+        ("--optimizer sgd", "--optimizer sgd: choose one of muon, adamw"),
         ("--mixed_precision False", "--mixed_precision False: choose one of no, bf16, fp16"),
         ("--lr_scheduler polynomial --learning_rate 1e-3 0", "with --lr_scheduler polynomial it must be above 1e-7"),
         ("--learning_rate inf", r"--learning_rate \[inf, inf\]: must be finite"),
