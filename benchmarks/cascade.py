@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw_images, load_held_out, make_noise, score
-from benchmarks.queue_of_runs import CORE_LEVELS, STAGE_LEVELS
+from benchmarks.queue_of_runs import STAGE_LEVELS
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import add_noise, enlarge, expand, pool, sample_sigma, velocity_from_clean
@@ -127,7 +127,7 @@ def train(unet: UNet2DConditionModel, pipeline: GreedyGrowPipeline, args: argpar
     warmup = min(100, args.steps // 10)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=args.steps)
     ema = EMAModel(unet.parameters(), decay=0.998)
-    levels = STAGE_LEVELS if args.stage_levels else CORE_LEVELS
+    levels = STAGE_LEVELS
     mean, deviation, weighting = (levels[name][-1] for name in ("logit_mean", "logit_std", "loss_weighting"))
     started = time.perf_counter()
     for step, batch in enumerate(loader):
@@ -166,9 +166,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch_size", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
-    parser.add_argument(
-        "--stage_levels", type=int, default=0, help="1 trains at the noise levels of a stage, 0 at the core's."
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed_precision", default="no")
     parser.add_argument("--scorer", help="Folder of a trained benchmarks/stickers_scorer.")

@@ -43,7 +43,7 @@ from benchmarks.tables import (
 
 SHARES = (1.0, 0.3, 0.1, 0.03, 0.01)
 # With all images, these are runs of grow_vs_scratch.
-ARMS = ("scratch", "ours, detail phase only")
+ARMS = ("scratch", "ours")
 NOTE = "The columns are explained in [grow_vs_scratch.md](grow_vs_scratch.md)."
 
 

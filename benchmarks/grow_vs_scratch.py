@@ -33,7 +33,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 
 from benchmarks import cascade, plain
-from benchmarks.arms import ARMS, SETTINGS, add_resolutions, chosen_size, find_arm, make_jobs, plain_batch_size
+from benchmarks.arms import ARMS, SETTINGS, add_resolutions, chosen_size, find_arm, make_jobs
 from benchmarks.evaluate import draw_images, load_held_out
 from benchmarks.queue_of_runs import (
     ENVIRONMENT,
@@ -106,24 +106,21 @@ def time_steps(setting: Setting, args: argparse.Namespace, repeats: int = 9) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
-    kinds: dict[str, tuple[torch.nn.Module, int, int, str]] = {}
-    for optimizer, end, one in (("adamw", "", setting), ("muon", ", Muon", setting.read_patches())):
-        kinds[f"core{end}"] = one.build_core(), one.core_resolution, one.core_batch_size, optimizer
-        for init in ("preserve", "random")[: 1 if end else 2]:
-            detail, joint = (one.grow(one.build_core(), init) for _ in range(2))
-            detail.freeze_core()
-            kinds[f"{init} detail{end}"] = detail, one.resolution, one.batch_size, optimizer
-            kinds[f"{init} joint{end}"] = joint, one.resolution, one.batch_size, optimizer
-        for name in plain.MODELS:
-            if setting.factor == max(SETTINGS) or plain.fits(name, setting.resolution):
-                model = plain.build_model(name, setting.resolution, setting.hidden_size, setting.text_hidden_size)
-                kinds[f"{name}{end}"] = model, setting.resolution, plain_batch_size(setting), optimizer
-    model = cascade.build_unet(setting.resolution, setting.cascade_channels, setting.text_hidden_size)
-    kinds["cascade"] = model, setting.resolution, setting.batch_size, "adamw"
+    models: dict[str, torch.nn.Module] = {}
+    for init in ("preserve", "random"):
+        models[f"{init} detail"] = detail = setting.grow(setting.build_core(), init)
+        models[f"{init} joint"] = setting.grow(setting.build_core(), init)
+        detail.freeze_core()
+    models["cascade"] = cascade.build_unet(setting.resolution, setting.cascade_channels, setting.text_hidden_size)
+    for name in plain.MODELS:
+        if setting.factor == max(SETTINGS) or plain.fits(name, setting.resolution):
+            models[name] = plain.build_model(name, setting.resolution, setting.hidden_size, setting.text_hidden_size)
+    sizes = {name: (model, setting.resolution, setting.batch_size) for name, model in models.items()}
+    sizes = {"core": (setting.build_core(), setting.core_resolution, setting.core_batch_size), **sizes}
     text = CAPTION_TOKENS, setting.text_hidden_size
     steps = {
-        name: Steps(model, resolution, batch_size, device, dtype, *text, optimizer)
-        for name, (model, resolution, batch_size, optimizer) in kinds.items()
+        name: Steps(*size, device, dtype, *text, "adamw" if name == "cascade" else "muon")
+        for name, size in sizes.items()
     }
     if device.type == "cpu" and dtype == torch.bfloat16:  # as in the queue's runs
         for step in steps.values():
@@ -155,10 +152,9 @@ def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str,
     arguments, core = run["arguments"], run["keys"].get("core")
     if not seconds:
         return sum(sum(part["seconds"].values()) for part in (run, records.get(core)) if part)
-    if len(arguments.get("resolutions", [])) > 2:
+    if arguments.get("optimizer") == "adamw":
         return None
-    end = ", Muon" if arguments.get("optimizer") == "muon" else ""
-    total = sum(records[core]["images"].values()) * statistics.median(seconds[f"core{end}"]) if core else 0.0
+    total = sum(records[core]["images"].values()) * statistics.median(seconds["core"]) if core else 0.0
     for phase, images in run["images"].items():
         if phase == "cascade":
             kind = phase
@@ -167,7 +163,6 @@ def training_seconds(run: Record, records: dict[str, Record], seconds: dict[str,
         else:
             is_detail = phase.endswith("-detail") or not arguments["joint_steps"][0]
             kind = f"{arguments['init']} {'detail' if is_detail else 'joint'}"
-        kind += end
         if kind not in seconds:
             return None
         total += images * statistics.median(seconds[kind])

@@ -144,9 +144,9 @@ class Setting:
     """The models of a comparison: one core, and the stage that is grown around it."""
 
     resolution: int
-    block_out_channels: str
     cascade_channels: tuple[int, ...]  # the super-resolution UNet then has as many parameters as the stage
-    batch_size: int
+    block_out_channels: str = "64,96"
+    batch_size: int = 16
     core_batch_size: int = 16
     core_resolution: int = 16
     hidden_size: int = 128
@@ -168,11 +168,6 @@ class Setting:
             hidden_size=2 * self.hidden_size,
             num_attention_heads=2 * self.num_attention_heads,
         )
-
-    def read_patches(self) -> "Setting":
-        """Return the models with the stage of the present recipe, which reads patches and costs less per image."""
-        width = max(1, self.hidden_size // 128)
-        return replace(self, block_out_channels=f"{64 * width},{96 * width}", batch_size=self.core_batch_size)
 
     @property
     def factor(self) -> int:
@@ -205,7 +200,7 @@ class Setting:
             core, self.resolution, block_out_channels=self.channels, init=init
         )
 
-    def plans(self, init: str = "preserve", optimizer: str = "adamw") -> dict[str, PhasePlan]:
+    def plans(self, init: str = "preserve", optimizer: str = "muon") -> dict[str, PhasePlan]:
         """Return the plan of one step in each phase."""
         return plan_steps(self, init, optimizer)
 
@@ -243,11 +238,11 @@ STAGE_LEVELS: dict[str, list[Any]] = {
 }
 
 
-def core_job(setting: Setting, seed: int, flops: float, data: Path, optimizer: str = "adamw") -> Job:
+def core_job(setting: Setting, seed: int, flops: float, data: Path, optimizer: str = "muon") -> Job:
     """Return the run of a core of about `flops` operations, which growths of any factor share."""
     cost = setting.plans(optimizer=optimizer)["core"].flops
     steps = round(flops / cost)
-    kind = [] if optimizer == "adamw" else [optimizer]
+    kind = [] if optimizer == "muon" else [optimizer]
     return Job(
         name="-".join([f"core-h{setting.hidden_size}-l{setting.num_layers}", *kind, f"{steps}-seed-{seed}"]),
         arguments={
@@ -255,7 +250,7 @@ def core_job(setting: Setting, seed: int, flops: float, data: Path, optimizer: s
             **setting.core_arguments(),
             # An untrained stage, the same for all settings, so that they share the core.
             "resolutions": [setting.core_resolution, 128],
-            "block_out_channels": ["24,32,64,96"],
+            "block_out_channels": ["64,96"],
             "seed": seed,
             **CORE_LEVELS,
             "core_steps": steps,
@@ -278,18 +273,16 @@ def growth_job(
     frozen_share: float,
     data: Path,
     core: Job | None,
-    stage_levels: bool = True,
     init: str = "preserve",
     **more: Any,
 ) -> Job:
     """
     Return a run of `flops` operations at the high resolution, with the core frozen for `frozen_share` of them.
 
-    Without a `core` everything is trained from scratch. With `stage_levels` the noise levels go lower than the core's and
-    the loss is the clean image's error; otherwise noise levels and loss are the core's. `more` are further arguments of
-    `grow.py`.
+    Without a `core` everything is trained from scratch. The noise levels go lower than the core's, and the loss is the clean
+    image's error. `more` are further arguments of `grow.py`.
     """
-    more = {"optimizer": "adamw", **more}
+    more = {"optimizer": "muon", **more}
     costs = setting.plans(init, more["optimizer"])
     frozen_steps = round(frozen_share * flops / costs["detail"].flops)
     joint_steps = round((1 - frozen_share) * flops / costs["joint"].flops)
@@ -303,7 +296,7 @@ def growth_job(
             "block_out_channels": [setting.block_out_channels],
             "seed": seed,
             "init": init,
-            **(STAGE_LEVELS if stage_levels else CORE_LEVELS),
+            **STAGE_LEVELS,
             "detail_steps": [frozen_steps],
             "joint_steps": [joint_steps],
             "train_batch_size": [setting.core_batch_size, setting.batch_size],

@@ -43,7 +43,7 @@ from benchmarks.tables import (
 
 # The core stays frozen while the stage trains, so that the images show the core's alignment. With the usual number of
 # layers these are runs of grow_vs_scratch; the others see as many images.
-ARM = find_arm("ours, detail phase only")
+ARM = find_arm("ours")
 LAYERS = (3, 6, 12)
 NOTE = """
 16 -> 128 px, the core frozen while the stage trains. Losses, shares and distances are explained in
@@ -62,7 +62,7 @@ def make_jobs(usual: Setting, num_layers: int, seed: int, data: Path, scale: flo
         for phase, share in (("core", ARM.core_share), ("detail", 1 - ARM.core_share))
     )
     core = core_job(setting, seed, core_flops, data)
-    growth = growth_job(setting, arm_name(num_layers), seed, growth_flops, 1.0, data, core, ARM.stage_levels)
+    growth = growth_job(setting, arm_name(num_layers), seed, growth_flops, 1.0, data, core)
     return [core, growth]
 
 

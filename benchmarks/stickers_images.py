@@ -93,9 +93,9 @@ def main(argv: list[str] | None = None) -> None:
         drawn = draw_images(pipeline, captions, bfloat16, **arguments)
         blocks.append((captions[:shown], drawn[:shown], real[:shown]))
         if scorer is not None:
-            own = score_images(scorer, drawn, captions, real)
-            scores[split] = {"images": len(drawn), "drawn": own, "real": score_images(scorer, real, captions)}
-            print(f"{split}: drawn {describe(own)}; real {describe(scores[split]['real'])}", flush=True)
+            own, of_real = score_images(scorer, drawn, captions, real), score_images(scorer, real, captions)
+            scores[split] = {"images": len(drawn), "drawn": own, "real": of_real}
+            print(f"{split}: drawn {describe(own)}; real {describe(of_real)}", flush=True)
     show(blocks, args.out / "stickers.png")
     if scores:
         write_json(args.out / "scores.json", {"settings": arguments, "scores": scores})

@@ -35,7 +35,7 @@ def records(setting) -> dict[str, dict]:
     """Records of two seeds of two arms. Operations are in units of half of a core's training."""
     curves = {
         "scratch": ([(5.0, 0.4), (10.0, 0.2)], [(5.0, 0.6), (10.0, 0.4)]),
-        "ours, detail phase only": ([(3.0, 0.3), (6.0, 0.1)], [(3.0, 0.5), (6.0, 0.3)]),
+        "ours": ([(3.0, 0.3), (6.0, 0.1)], [(3.0, 0.5), (6.0, 0.3)]),
     }
     records, scores = {}, {"color": 0.8, "swd_64": 50.0, "swd_32": 30.0}
     for arm in ARMS:

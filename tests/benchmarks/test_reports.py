@@ -15,6 +15,7 @@ from benchmarks.tables import MOST_COLUMNS, RESULTS, ROOT
 
 
 REPORTS = sorted(RESULTS.rglob("*.md"))
+PRESENT_REPORTS = [path for path in REPORTS if not path.is_relative_to(RESULTS / "0.1.0")]
 PAGES = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "benchmarks" / "docs").glob("*.md"))]
 
 
@@ -22,7 +23,7 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", REPORTS, ids=name)
+@pytest.mark.parametrize("path", PRESENT_REPORTS, ids=name)
 def test_a_committed_report_is_what_its_command_writes(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = path.read_text()

@@ -227,7 +227,7 @@ def test_a_pretrained_text_encoder_reaches_the_runs(data, text_encoder, tmp_path
     small = {"block_out_channels": "4,8", "hidden_size": 64, "num_layers": 1, "num_attention_heads": 1}
     usual, setting = (replace(one[4], **small) for one in (arms.SETTINGS, arms.chosen_size(args)[0]))
     assert setting.build_core().config.cross_attention_dim == 32
-    ours = arms.find_arm("ours, detail phase only")
+    ours = arms.find_arm("ours")
     jobs = arms.make_jobs(setting, ours, 0, data, data)
     for job in [*jobs, arms.plain_job(setting, arms.find_arm("transformer-8"), 0, 2, data)]:
         assert job.arguments["text_encoder"] == text_encoder
@@ -257,7 +257,7 @@ def test_captions_that_the_scorer_does_not_know_stop_the_queue_first(folder, dat
 @pytest.mark.slow
 def test_the_queue_on_stickers(folder, data, text_encoder, tmp_path, queue_arguments, monkeypatch):
     """Runs of both scripts train around a frozen text encoder, and are scored."""
-    setting = Setting(64, "4,8", (8,), 2, hidden_size=64, num_layers=1, num_attention_heads=1)
+    setting = Setting(64, (8,), "4,8", 2, hidden_size=64, num_layers=1, num_attention_heads=1)
     setting = replace(setting, text_encoder=text_encoder, text_hidden_size=32, max_sequence_length=8)
     ours = growth_job(setting, "scratch", 0, 2 * setting.plans()["joint"].flops, 0.0, data, core=None)
     monkeypatch.setattr(plain, "NUM_LAYERS", 1)
