@@ -55,7 +55,7 @@ class Arm:
 
     name: str
     init: str = "preserve"
-    core_share: float = 5 / 12
+    core_share: float = 7 / 12
     frozen_share: float = 1.0
     num_seeds: int = 1
     options: dict[str, Any] = field(default_factory=dict)
