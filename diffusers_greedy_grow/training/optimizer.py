@@ -23,6 +23,8 @@ NEWTON_SCHULZ_STEPS = 5
 SMALLEST_MATRIX = 32
 # So do layers that embed the noise level and the mean of the text, and turn them into scales and shifts of other layers.
 MODULATION = {"time_embedding", "time_modulation", "time_emb_proj", "text_proj"}
+# And those that read or write pixels, as is usual with Muon. With patches, theirs are the largest matrices of a small model.
+PIXELS = {"conv_in", "conv_out"}
 # Matrices are orthogonalized in batches of up to this many numbers, which need 128 MB in bfloat16.
 NUMBERS_PER_BATCH = 2**26
 
@@ -58,15 +60,15 @@ def make_optimizer(
 def find_matrices(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     Return by name the parameters that Muon trains: the weights of linear layers and of convolutions, such as those of attention,
-    MLPs and residual blocks, but not of layers that modulate others, and none with a side shorter than `SMALLEST_MATRIX`. A
-    convolution's matrix has a row per output channel.
+    MLPs and residual blocks, but not of layers that modulate others or read or write pixels, and none with a side shorter than
+    `SMALLEST_MATRIX`. A convolution's matrix has a row per output channel.
     """
     return {
         f"{name}.weight": layer.weight
         for name, layer in module.named_modules()
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
         and min(matrix_shape(layer.weight.shape)) >= SMALLEST_MATRIX
-        and not MODULATION.intersection(name.split("."))
+        and not (MODULATION | PIXELS).intersection(name.split("."))
     }
 
 

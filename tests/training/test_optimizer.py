@@ -28,7 +28,7 @@ from ..testing_utils import make_core, make_grown, make_pipeline
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 BLOCK = (*(f"attn{i}.{name}" for i in (1, 2) for name in ATTENTION), "ff.net.0.proj", "ff.net.2")
-CONVOLUTIONS = ("conv_in", "conv_out", *(f"resnet_{end}.conv{i}" for end in ("in", "out") for i in (1, 2)))
+CONVOLUTIONS = tuple(f"resnet_{end}.conv{i}" for end in ("in", "out") for i in (1, 2))
 CORE = (*(f"transformer_blocks.{i}.{name}" for i in (0, 1) for name in BLOCK), *CONVOLUTIONS)
 TEXT_BLOCK = (
     *(f"layer.0.SelfAttention.{name}" for name in "qkvo"),
@@ -42,7 +42,7 @@ TEXT_BLOCK = (
 
 
 def test_muon_trains_the_matrices_of_attention_mlps_and_convolutions():
-    """AdamW keeps word tables, norms, biases, what embeds the noise level, what modulates other layers, and narrow matrices."""
+    """AdamW keeps word tables, norms, biases, what embeds the noise level, what modulates other layers, what reads or writes pixels."""
     pipeline = make_pipeline(make_core())
     module = TrainedModel(pipeline.unet, pipeline.text_encoder)
     expected = {f"unet.{name}.weight" for name in CORE}
@@ -52,6 +52,8 @@ def test_muon_trains_the_matrices_of_attention_mlps_and_convolutions():
     assert sorted(others) == [
         "text_encoder.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "text_encoder.shared.weight",
+        "unet.conv_in.weight",
+        "unet.conv_out.weight",
         "unet.resnet_in.time_emb_proj.weight",
         "unet.resnet_out.time_emb_proj.weight",
         "unet.time_embedding.linear_1.weight",
