@@ -89,7 +89,7 @@ def test_each_group_is_split_in_two():
     assert [(half["name"], half["muon"], half["lr"]) for half in halves] == [
         ("stage", True, 0.01), ("stage", False, 0.01), ("core", True, 0.005), ("core", False, 0.005),
     ]  # fmt: skip
-    assert [len(half["params"]) for half in halves[::2]] == [11, 26]
+    assert [len(half["params"]) for half in halves[::2]] == [11, 24]
     for group, muon, adamw in zip(groups, halves[::2], halves[1::2]):
         assert {*map(id, muon["params"])} | {*map(id, adamw["params"])} == {*map(id, group["params"])}
         assert len(muon["params"]) + len(adamw["params"]) == len(group["params"])
