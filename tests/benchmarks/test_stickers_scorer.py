@@ -6,6 +6,7 @@ The scorer of stickers, trained for seconds on drawn shapes in two styles: what 
 comparisons on such data.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 
-from benchmarks import arms, few_high_res, grow_vs_scratch, plain, stickers_scorer
+from benchmarks import arms, few_high_res, grow_vs_scratch, plain, small_data, stickers_images, stickers_scorer
 from benchmarks.evaluate import draw_images, load_held_out, score
 from benchmarks.queue_of_runs import Setting, growth_job, run_inputs, run_queue
 from benchmarks.stickers_scorer import (
@@ -29,7 +30,11 @@ from benchmarks.stickers_scorer import (
     train,
 )
 from benchmarks.swd import sliced_wasserstein
+from diffusers_greedy_grow.training.data.sources import load_splits
+from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
+
+from ..testing_utils import make_core, make_pipeline
 
 
 COLORS, SHAPES, STYLES = ("red", "green", "blue", "orange"), ("circle", "box", "bar"), ("filled", "outlined")
@@ -204,8 +209,49 @@ def test_features_do_not_depend_on_the_batch(scorer, data):
     assert torch.allclose(features[7:9], compute_features(scorer, images[7:9]), atol=1e-4)
 
 
+def test_held_out_stickers_are_drawn_scored_and_shown_beside_the_real_ones(folder, data, tmp_path, capsys):
+    pipeline = make_pipeline(make_core(64, 8))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    flags = {"pipeline": tmp_path / "pipeline", "data": data, "scorer": folder, "out": tmp_path / "out"}
+    flags |= {"count": 18, "num_inference_steps": 1}
+    stickers_images.main([f"--{name}={value}" for name, value in flags.items()])
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+    assert {split: part["images"] for split, part in scores.items()} == {"validation": 18, "test": 18}
+    for split, part in scores.items():
+        captions, real = stickers_images.choose(data, split, 18, 64)
+        assert len(set(captions)) > 3 and set(part["drawn"]) == {"style", "category", "retrieval", "kid"}
+        expected = score_images(StickersScorer.from_pretrained(folder, use_safetensors=True), real, captions)
+        assert part["real"] == pytest.approx(expected)
+        # What is drawn is noise, and the real images are what they should be.
+        assert part["drawn"]["kid"] > 100 and part["real"]["style"] > 0.9
+    grid = Image.open(tmp_path / "out" / "stickers.png")
+    assert grid.width > 8 * 128 and grid.height > 6 * 128  # three rows of drawn ones, and three of real ones
+    assert "validation: drawn style" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Comparisons of training on such data
+def test_small_data_has_two_halves_that_share_nothing(data, tmp_path):
+    args = small_data.parse_arguments(["--train_data_dir", str(data), "--work_dir", str(tmp_path), "--quick"])
+    with pytest.raises(ValueError, match="has 160 training images, fewer than 200"):
+        small_data.split_data(args)
+    many = tmp_path / "many"
+    many.mkdir()
+    rows = {"image": [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(210)], "text": [str(i) for i in range(210)]}
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "text": Value("string")})).to_parquet(
+        many / "train.parquet"
+    )
+    args.train_data_dir = str(many)
+    halves = load_splits(None, str(small_data.split_data(args)), "image", "text")
+    texts = [set(halves[name]["text"]) for name in ("train", "validation")]
+    assert [len(half) for half in texts] == [100, 100] and not texts[0] & texts[1]
+    jobs = [small_data.make_job(arms.SETTINGS[8], arm, 0, 5, many) for arm in small_data.ARMS]
+    assert len({job.name for job in jobs}) == len(jobs) == len(small_data.ARMS)
+    parse_arguments(
+        [f"--{name}={value}" for name, value in jobs[-1].arguments.items() if not isinstance(value, list)], ""
+    )
+
+
 def test_a_run_is_scored_by_the_scorer_that_is_named(folder, data, scorer):
     captions, real = load_held_out(str(data), 64, 20)
     distances = {f"swd_{size}": value for size, value in sliced_wasserstein(real, real).items()}
