@@ -89,7 +89,8 @@ levels shifted to the resolution. *Low-noise loss*: the same at noise .02-.3. *A
 Wasserstein distance to real images at the pyramid level of n px, in thousandths of the real images' standard deviation.
 *Time*: that of training, the core's included, by steps measured alone (`--time`), else as the runs recorded it.
 
-The *baseline* is the best arm trained from scratch of those with the most seeds; each seed is compared with the baseline of
+The *baseline* is the best arm without growth, of those with the most seeds: the same model from scratch, a plain transformer or
+diffusers' UNet, each with the same operations and its best learning rate of those tried; each seed is compared with the baseline of
 the same seed. *Compute to baseline's loss*: operations, the core's included, at which an arm reaches the baseline's final
 loss, per seed. The *low band* is what pooling to 16 px leaves, the *high band* the rest. Shapes, textures, ..., style,
 category: share of the captions drawn right. *KID*: kernel distance to real images, in thousandths. ± is the standard
@@ -210,9 +211,10 @@ def runs_by_arm(records: dict[str, Record], factor: int) -> dict[str, dict[int, 
 
 
 def find_baseline(by_arm: dict[str, dict[int, Record]]) -> dict[int, Record]:
-    """Return, by seed, the runs from scratch that the others are compared with: among the arms with the most seeds, the
-    one with the lowest loss."""
-    arms = [runs for arm, runs in by_arm.items() if arm.startswith("scratch")]
+    """Return, by seed, the runs that the others are compared with: of those that grow nothing, among the arms with the most
+    seeds, the one with the lowest loss."""
+    plain_names = {arm.name for arm in ARMS if arm.is_plain and not arm.equal_time}
+    arms = [runs for arm, runs in by_arm.items() if arm.startswith("scratch") or arm in plain_names]
     most = max(map(len, arms), default=0)
 
     def loss(runs: dict[int, Record]) -> float:

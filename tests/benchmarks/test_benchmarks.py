@@ -125,12 +125,14 @@ def test_flops_to_reach():
     assert grow_vs_scratch.flops_to_reach(curve[:1], 0.4) == 10.0 and grow_vs_scratch.flops_to_reach([], 0.4) is None
 
 
-def test_arms_are_held_against_the_best_scratch_of_the_most_seeds():
+def test_arms_are_held_against_the_best_without_growth_of_the_most_seeds():
     def runs(*losses: float) -> dict[int, dict]:
         return {seed: {"curve": [{"val_loss": 9.0}, {"val_loss": loss}]} for seed, loss in enumerate(losses)}
 
     by_arm = {"scratch": runs(0.5, 0.4), "scratch, a": runs(0.3, 0.5), "scratch, b": runs(0.1), "ours": runs(0.1, 0.1)}
     assert grow_vs_scratch.find_baseline(by_arm) is by_arm["scratch, a"]
+    by_arm |= {"transformer-16": runs(0.2, 0.2), "transformer-16, equal time": runs(0.1, 0.1)}
+    assert grow_vs_scratch.find_baseline(by_arm) is by_arm["transformer-16"]
     assert grow_vs_scratch.find_baseline({"ours": runs(0.1)}) == {}
 
 
