@@ -536,8 +536,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
     ) -> None:
         """Raise a `ValueError` that names the argument at fault among those that say how to sample; see `__call__`."""
         shift_name(self.scheduler)  # another one may have been set
-        config = self.unet.config
-        cell = config.patch_size * config.sample_size // self.unet.sample_sizes[0]
+        config, cell = self.unet.config, self.unet.side_multiple
         if not all(isinstance(side, INTEGER) and side > 0 and side % cell == 0 for side in (height, width)):
             raise ValueError(
                 f"`height={height}` and `width={width}` must be positive multiples of {cell}, as integers."
