@@ -76,7 +76,9 @@ def draw(pipeline: GreedyGrowPipeline, **kwargs) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pipeline_class,scheduler", [(DDPMPipeline, DDPMScheduler()), (DDIMPipeline, DDIMScheduler())])
+@pytest.mark.parametrize(
+    "pipeline_class,scheduler", [(DDPMPipeline, DDPMScheduler()), (DDIMPipeline, DDIMScheduler())]
+)
 def test_unconditional_pipelines(pipeline_class, scheduler, tmp_path):
     core = pipeline_class(make_foreign("unet")[0], scheduler)
     core.save_pretrained(tmp_path / "core")
@@ -155,7 +157,10 @@ def test_pipelines_that_cannot_be_grown(tmp_path):
     with pytest.raises(ValueError, match="`use_safetensors=False` asks for pickled weights"):
         grow(tmp_path / "core", use_safetensors=False)
     for changes, message in (
-        ({"_class_name": "StableDiffusionPipeline"}, "holds a StableDiffusionPipeline. Pipelines that can be grown are"),
+        (
+            {"_class_name": "StableDiffusionPipeline"},
+            "holds a StableDiffusionPipeline. Pipelines that can be grown are",
+        ),
         ({"scheduler": ["os", "system"]}, "components of other packages.*{'scheduler': 'os'}"),
     ):
         index.write_text(json.dumps({**config, **changes}))
