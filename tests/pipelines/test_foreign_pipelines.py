@@ -17,7 +17,7 @@ from diffusers import (
     PRXPixelPipeline,
 )
 from diffusers.utils import is_ftfy_available
-from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+from transformers import ByT5Tokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import pool
@@ -56,7 +56,7 @@ def make_prx_pixel(**kwargs) -> PRXPixelPipeline:
 
 def make_if(**changes) -> IFPipeline:
     torch.manual_seed(0)
-    tokenizer = train_small_tokenizer(CAPTIONS)
+    tokenizer = ByT5Tokenizer()  # it tells upper from lower case
     unet, scheduler = make_foreign("if", **changes)
     encoder = build_small_text_encoder(tokenizer, hidden_size=TEXT_DIM, num_layers=1).eval()
     return IFPipeline(tokenizer, encoder, unet, scheduler, None, None, None, requires_safety_checker=False)
