@@ -16,10 +16,14 @@ scale `n`, a state of the same process at the low resolution, at the lower noise
 
 The map from `sigma_in` back to `sigma` is the timestep shift of `FlowMatchEulerDiscreteScheduler(shift=factor)`, and a
 move of `-2 log(factor)` in log-SNR (Hoogeboom et al., simple diffusion, 2023, section 3.1).
+
+Cores that others have trained know other processes. [`RectifiedFlow`] and [`VariancePreserving`] turn a state of ours into
+theirs, and their predictions into clean images.
 """
 
 import math
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -120,7 +124,7 @@ def high_band(x: torch.Tensor, factor: int) -> torch.Tensor:
     return x - upsample(pool(x, factor), factor)
 
 
-def state_scale(sigma: torch.Tensor, factor: int) -> torch.Tensor:
+def state_scale(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     """`n(sigma)`, from `1 / factor` to 1: a pooled state divided by it is a state of the low-resolution process."""
     return (1 - sigma) + sigma / factor
 
@@ -195,3 +199,142 @@ def velocity_from_clean(x: torch.Tensor, x0: torch.Tensor, sigma: torch.Tensor) 
     [`SIGMA_MIN`] only: with a larger bound, such as a loss needs, a sampler's last step would leave noise in the image.
     """
     return (x - x0) / expand(sigma, x).clamp(min=SIGMA_MIN)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The processes of cores that others have trained
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """
+    Rectified flow with scaled noise, `y = (1 - t) x0 + t c e`, for models that predict the clean image, such as PRXPixel. This
+    is our process at `c` times the resolution, except that nothing is pooled. Times `t` are in [0, 1].
+
+    Args:
+        noise_scale (`float`): `c`, above 0. PRXPixel has 2.
+
+    Raises:
+        `ValueError`: if `noise_scale` is not a positive number.
+    """
+
+    noise_scale: float
+
+    def __post_init__(self):
+        if not isinstance(self.noise_scale, (int, float)) or not 0 < self.noise_scale < math.inf:
+            raise ValueError(f"`noise_scale={self.noise_scale!r}` must be a number above 0; PRXPixel has 2.")
+
+    def enter(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the state of this process, `y = x / n`, in a state of ours.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, C, H, W)`): A state `(1 - sigma) x0 + sigma e`, such as [`descend`] returns.
+            sigma (`torch.Tensor` of shape `(B,)`): Its noise level, in (0, 1].
+
+        Returns:
+            `y`, of the shape of `x`, and its time `(B,)`.
+        """
+        return x / expand(state_scale(sigma, self.noise_scale), x), unshift_sigma(sigma, self.noise_scale)
+
+    def clean(self, y: torch.Tensor, prediction: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """Return the clean image `(B, C, H, W)` of a model's `prediction` for `y`: the prediction itself."""
+        return prediction
+
+    def limit(self, x0: torch.Tensor) -> torch.Tensor:
+        """Return a predicted clean image as it is: samplers of this process do not limit its values."""
+        return x0
+
+
+@dataclass(frozen=True, eq=False)
+class VariancePreserving:
+    """
+    A variance-preserving process, `y = alpha x0 + beta e` with `alpha**2 + beta**2 = 1`, of DDPM and DeepFloyd IF. Its times are
+    the timesteps of a scheduler; between two of them, `log(beta / alpha)` is interpolated, and outside of them, the nearest
+    one is taken. Create one by [`~VariancePreserving.from_scheduler`].
+
+    Args:
+        log_ratios (`np.ndarray` of shape `(T,)`): `log(beta / alpha)` at each timestep, increasing.
+        first_timestep (`int`): The timestep of the first one.
+        prediction_type (`str`): What the model predicts: `"epsilon"`, the noise `e`; `"v_prediction"`, the velocity
+            `alpha e - beta x0`; or `"sample"`, the clean image.
+        clip_range (`float`, *optional*): The largest absolute value in a clean image; the rest is clipped.
+        threshold_ratio (`float`, *optional*), threshold_max (`float`): With a ratio, dynamic thresholding instead (Saharia et
+            al., 2022, section 2.3): the image is clipped at this quantile of its absolute values, from 1 to `threshold_max`,
+            and divided by it.
+    """
+
+    log_ratios: np.ndarray
+    first_timestep: int
+    prediction_type: str
+    clip_range: float | None = None
+    threshold_ratio: float | None = None
+    threshold_max: float = 1.0
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> "VariancePreserving":
+        """
+        Read the process off a `DDPMScheduler` or a `DDIMScheduler`.
+
+        Raises:
+            `ValueError`: if the scheduler's `prediction_type` is unknown, or its noise does not grow with the timestep.
+        """
+        config = scheduler.config
+        if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f'`prediction_type={config.prediction_type!r}` of the scheduler must be "epsilon", "v_prediction" or "sample".'
+            )
+        alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
+        # Without any noise, or without any image (`rescale_betas_zero_snr`), there is no finite ratio: such timesteps are left out.
+        (timesteps,) = np.nonzero((alphas_cumprod > 0) & (alphas_cumprod < 1))
+        log_ratios = np.log((1 - alphas_cumprod[timesteps]) / alphas_cumprod[timesteps]) / 2
+        if len(timesteps) < 2 or (np.diff(timesteps) != 1).any() or (np.diff(log_ratios) <= 0).any():
+            raise ValueError(
+                "The scheduler's `alphas_cumprod` must decrease from timestep to timestep, within (0, 1)."
+            )
+        limits: dict[str, float] = {}
+        if config.thresholding:
+            limits = {
+                "threshold_ratio": config.dynamic_thresholding_ratio,
+                "threshold_max": config.sample_max_value,
+            }
+        elif config.clip_sample:
+            limits = {"clip_range": config.clip_sample_range}
+        return cls(log_ratios, int(timesteps[0]), config.prediction_type, **limits)
+
+    def enter(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the state of this process in a state of ours, and its fractional timestep; see [`RectifiedFlow.enter`]."""
+        scale = torch.sqrt((1 - sigma) ** 2 + sigma**2)
+        table = torch.from_numpy(self.log_ratios).to(sigma.device, sigma.dtype)
+        log_ratio = torch.logit(sigma).clamp(table[0], table[-1])
+        above = torch.searchsorted(table, log_ratio).clamp(1, len(table) - 1)
+        low, high = table[above - 1], table[above]
+        return x / expand(scale, x), self.first_timestep + above - 1 + (log_ratio - low) / (high - low)
+
+    def clean(self, y: torch.Tensor, prediction: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """
+        Return the clean image of a model's prediction, without the limits to its values: guidance comes before them.
+
+        Args:
+            y (`torch.Tensor` of shape `(B, C, H, W)`): The state that [`~VariancePreserving.enter`] returned.
+            prediction (`torch.Tensor` of shape `(B, C, H, W)`): The prediction for it, of `prediction_type`.
+            sigma (`torch.Tensor` of shape `(B,)`): The noise level that `enter` got, in our process.
+        """
+        if self.prediction_type == "sample":
+            return prediction
+        # As the model's time, the ratio is clamped: at pure noise, there is an image to predict, but none to compute.
+        log_ratio = torch.logit(sigma).clamp(self.log_ratios[0], self.log_ratios[-1])
+        alpha, beta = (expand(torch.sigmoid(sign * 2 * log_ratio).sqrt(), y) for sign in (-1, 1))
+        if self.prediction_type == "epsilon":
+            return (y - beta * prediction) / alpha
+        return alpha * y - beta * prediction
+
+    def limit(self, x0: torch.Tensor) -> torch.Tensor:
+        """Return a predicted (and guided) clean image with its values limited as the scheduler limits them."""
+        if self.threshold_ratio is not None:
+            quantile = torch.quantile(x0.float().abs().flatten(1), self.threshold_ratio, dim=1)
+            threshold = expand(quantile.clamp(1, self.threshold_max), x0).to(x0.dtype)
+            return x0.clamp(-threshold, threshold) / threshold
+        if self.clip_range is not None:
+            return x0.clamp(-self.clip_range, self.clip_range)
+        return x0

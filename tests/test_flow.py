@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusers_greedy_grow import flow
 
@@ -165,3 +165,122 @@ def test_enlarging_is_smooth():
 def test_pooling_says_what_does_not_fit():
     with pytest.raises(ValueError, match="10 x 12.*factor=4"):
         flow.pool(torch.zeros(1, 3, 10, 12), 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The processes of cores that others have trained
+
+SCHEDULERS = {
+    "linear": {},
+    "cosine, thresholding": {
+        "beta_schedule": "squaredcos_cap_v2",
+        "thresholding": True,
+        "dynamic_thresholding_ratio": 0.95,
+        "sample_max_value": 1.5,
+    },
+    "scaled linear, wide clip": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample_range": 1.2,
+    },
+    "no limits, 400 steps": {"num_train_timesteps": 400, "beta_end": 0.05, "clip_sample": False},
+}
+
+
+@pytest.fixture(params=SCHEDULERS)
+def scheduler(request):
+    return DDPMScheduler(**SCHEDULERS[request.param])
+
+
+def own_state(scheduler, factor: int, seed: int):
+    """A pooled state of ours at random timesteps, with the image and the noise at the low resolution that are in it."""
+    x0, noise, _ = random_case(factor, seed)
+    x0, noise = x0.double(), noise.double()
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (4,), generator=generator)
+    alphas_cumprod = scheduler.alphas_cumprod[timesteps].double()
+    ratio = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    sigma = flow.shift_sigma(ratio / (1 + ratio), factor)
+    state = flow.descend(flow.add_noise(x0, noise, sigma), sigma, factor)
+    return *state, timesteps, flow.pool(x0, factor), factor * flow.pool(noise, factor)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("noise_scale", [0.5, 1.0, 2.0, 3.7])
+def test_a_pooled_state_is_a_state_with_scaled_noise(noise_scale, factor, seed):
+    x0, noise, sigma = random_case(factor, seed)
+    process = flow.RectifiedFlow(noise_scale)
+    y, time = process.enter(*flow.descend(flow.add_noise(x0, noise, sigma), sigma, factor))
+    total = factor * noise_scale  # the law with `factor * noise_scale`, but pooled by `factor`
+    torch.testing.assert_close(time, flow.unshift_sigma(sigma, total))
+    expected = flow.add_noise(flow.pool(x0, factor), noise_scale * factor * flow.pool(noise, factor), time)
+    torch.testing.assert_close(y, expected, atol=3e-6, rtol=1e-5)
+    assert process.limit(process.clean(y, x0, sigma)) is x0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("factor", FACTORS)
+def test_a_pooled_state_is_a_state_of_the_scheduler(scheduler, factor, seed):
+    x_in, sigma_in, timesteps, x0, noise = own_state(scheduler, factor, seed)
+    y, time = flow.VariancePreserving.from_scheduler(scheduler).enter(x_in, sigma_in)
+    torch.testing.assert_close(time, timesteps.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(y.float(), scheduler.add_noise(x0.float(), noise.float(), timesteps))
+
+
+def test_any_state_has_the_scale_of_the_process(scheduler):
+    """Between timesteps, too: the noise has unit variance, and the time lies between those of the neighbors."""
+    process = flow.VariancePreserving.from_scheduler(scheduler)
+    x0, noise, sigma = random_case(2, 0)
+    y, time = process.enter(flow.add_noise(x0, noise, sigma), sigma)
+    ratio = sigma / (1 - sigma)
+    alpha = 1 / (1 + ratio**2).sqrt()
+    torch.testing.assert_close(y, flow.expand(alpha, x0) * (x0 + flow.expand(ratio, x0) * noise))
+    inside = (time > 0) & (time < len(scheduler.alphas_cumprod) - 1)
+    assert inside.sum() >= 3
+    below, above = (scheduler.alphas_cumprod[step[inside].long()] for step in (time.floor(), time.ceil()))
+    assert ((above < alpha[inside] ** 2) & (alpha[inside] ** 2 < below)).all()
+
+
+def test_times_stay_in_the_schedulers_table(scheduler):
+    process = flow.VariancePreserving.from_scheduler(scheduler)
+    sigma = torch.tensor([1e-6, 1.0])
+    y, time = process.enter(torch.ones(2, 3, 1, 1), sigma)
+    assert time.tolist() == [0, scheduler.config.num_train_timesteps - 1]
+    assert process.clean(y, torch.zeros_like(y), sigma).isfinite().all()
+    levels = torch.linspace(0.001, 0.999, 999)
+    assert (process.enter(torch.ones(999, 3, 1, 1), levels)[1].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_predictions_become_the_schedulers_clean_images(scheduler, prediction_type):
+    scheduler.register_to_config(prediction_type=prediction_type)
+    process = flow.VariancePreserving.from_scheduler(scheduler)
+    x_in, sigma_in, timesteps, x0, noise = own_state(scheduler, 2, 1)
+    y, _ = process.enter(x_in, sigma_in)
+    truth = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, timesteps), "sample": x0}
+    # float32 has errors of 1e-7 in the scheduler's table, and a hundred times as much noise as image at its end.
+    torch.testing.assert_close(process.clean(y, truth[prediction_type], sigma_in), x0, atol=1e-4, rtol=1e-4)
+    prediction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+    images = process.limit(process.clean(y, prediction, sigma_in))
+    for i, timestep in enumerate(timesteps):
+        step = scheduler.step(prediction[i : i + 1], timestep, y[i : i + 1])
+        torch.testing.assert_close(images[i : i + 1], step.pred_original_sample, atol=1e-4, rtol=1e-4)
+
+
+def test_a_scheduler_that_ends_without_an_image():
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert scheduler.alphas_cumprod[-1] == 0
+    process = flow.VariancePreserving.from_scheduler(scheduler)
+    y, time = process.enter(torch.ones(1, 3, 2, 2), torch.ones(1))
+    assert time == 998 and process.clean(y, y, torch.ones(1)).isfinite().all()
+
+
+def test_processes_say_what_does_not_fit():
+    with pytest.raises(ValueError, match="`noise_scale=0` must be a number above 0"):
+        flow.RectifiedFlow(0)
+    with pytest.raises(ValueError, match="`prediction_type='flow'` of the scheduler must be"):
+        flow.VariancePreserving.from_scheduler(DDPMScheduler(prediction_type="flow"))
+    with pytest.raises(ValueError, match="`alphas_cumprod` must decrease"):
+        flow.VariancePreserving.from_scheduler(DDPMScheduler(trained_betas=[0.1, 0.0, 0.1]))

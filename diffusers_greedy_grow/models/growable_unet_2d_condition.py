@@ -34,7 +34,8 @@ from .blocks import (
     complete_crop,
     embed_time,
 )
-from .shallow_unet_2d import ShallowUNet2DModel, check_text
+from .cores import Core, ForeignCore, adopt_core, build_core, is_foreign
+from .shallow_unet_2d import CORE_CONFIG_NAMES, ShallowUNet2DModel, check_text
 
 
 class GrowthStage(nn.Module):
@@ -200,6 +201,10 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio,
         cross_attention_dim, dropout, crop_conditioning:
             The core's configuration; see [`ShallowUNet2DModel`].
+        core_config (`dict`, *optional*), core_process (`dict`, *optional*):
+            A core of another class: the name of the class, one of diffusers', with its configuration, and the process that it
+            was trained on. With them, the core's configuration above says what the stages need to know of that core, and
+            what only [`ShallowUNet2DModel`] has is None. [`~GrowableUNet2DConditionModel.from_core`] sets all of this.
     """
 
     _supports_gradient_checkpointing = True
@@ -221,12 +226,14 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         init: str = "preserve",
         patch_size: int = 4,
         hidden_size: int = 768,
-        num_layers: int = 12,
-        num_attention_heads: int = 12,
-        mlp_ratio: float = 4.0,
+        num_layers: int | None = 12,
+        num_attention_heads: int | None = 12,
+        mlp_ratio: float | None = 4.0,
         cross_attention_dim: int | None = 768,
         dropout: float = 0.0,
         crop_conditioning: bool = False,
+        core_config: dict[str, Any] | None = None,
+        core_process: dict[str, Any] | None = None,
     ):
         super().__init__()
         check_sizes(sample_size=sample_size)
@@ -240,19 +247,12 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         if init not in ("preserve", "random"):
             raise ValueError(f'`init={init!r}` is unknown: pass "preserve" or "random".')
 
-        self.core = ShallowUNet2DModel(
-            sample_size=inner_sample_sizes[0],
-            in_channels=in_channels,
-            out_channels=out_channels,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            mlp_ratio=mlp_ratio,
-            cross_attention_dim=cross_attention_dim,
-            dropout=dropout,
-            crop_conditioning=crop_conditioning,
-        )
+        arguments = {name: self.config[name] for name in CORE_CONFIG_NAMES}
+        if core_config is None:
+            self.core = ShallowUNet2DModel(sample_size=inner_sample_sizes[0], **arguments)
+        else:
+            self.core = build_core(core_config, core_process, inner_sample_sizes[0])
+            check_core_arguments(self.core, arguments, init)
         if init == "random":
             self.core.remove_shallow_parts()
 
@@ -286,11 +286,13 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
     @classmethod
     def from_core(
         cls,
-        core: "ShallowUNet2DModel | GrowableUNet2DConditionModel | str | Path",
+        core: "ShallowUNet2DModel | GrowableUNet2DConditionModel | ModelMixin | str | Path",
         sample_size: int,
         block_out_channels: tuple[int, ...] = (128, 256),
         layers_per_block: int = 1,
         init: str = "preserve",
+        core_sample_size: int | None = None,
+        process: Any = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         private: bool | None = None,
@@ -306,7 +308,8 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         Args:
             core ([`ShallowUNet2DModel`], [`GrowableUNet2DConditionModel`], `str` or `Path`):
                 The pretrained model, or a local folder or Hub repository that holds it (alone or as the `unet` of a
-                pipeline). A grown model grows again.
+                pipeline). A grown model grows again. Models of diffusers in pixel space can be grown, too, with their
+                `process`: a loaded `UNet2DModel`, `UNet2DConditionModel` or `PRXTransformer2DModel`.
             sample_size (`int`):
                 The new resolution, a multiple of the core's.
             block_out_channels (`tuple[int, ...]`, defaults to `(128, 256)`):
@@ -319,6 +322,12 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             init (`str`, defaults to `"preserve"`):
                 `"preserve"` keeps the core's function: right after growing the result answers as the core does.
                 `"random"` is the paper's recipe: only the core's transformer is kept, encoder and decoder are random.
+            core_sample_size (`int`, *optional*):
+                The resolution of a core of diffusers whose configuration does not say it.
+            process (`DDPMScheduler`, `DDIMScheduler` or [`RectifiedFlow`], *optional*):
+                The process that a core of diffusers was trained on: a UNet's scheduler, whose `prediction_type` and limits to
+                the values of a clean image also count, or `RectifiedFlow(noise_scale)` of `diffusers_greedy_grow.flow` for a
+                `PRXTransformer2DModel` that predicts clean images.
             push_to_hub (`bool`, defaults to `False`):
                 Whether to publish the grown model. If only the upload fails, the model is returned nevertheless; the log
                 says in which folder everything lies and how to continue.
@@ -337,9 +346,10 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             [`GrowableUNet2DConditionModel`] in the dtype and on the device of the core.
 
         Raises:
-            `ValueError`: if `sample_size`, `block_out_channels` or `init` do not fit the core, or if it has adapters or is
-                quantized.
-            `TypeError`: if there are `kwargs` although `core` is a loaded model, or arguments of a push without one.
+            `ValueError`: if `sample_size`, `block_out_channels`, `init` or `process` do not fit the core, if it has adapters or
+                is quantized, or if it is a model of diffusers that cannot be grown.
+            `TypeError`: if there are `kwargs` although `core` is a loaded model, arguments of a push without one, or a `process`
+                for a core that has its own.
             `HfHubHTTPError`: if `repo_id` may not be written to, before anything is grown.
             `OSError`: if there is no complete, undamaged core at `core`.
         """
@@ -361,16 +371,22 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded model.")
         core = unwrap_module(core)  # from `torch.compile(core)`
-        if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)):
+        if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)) and not is_foreign(core):
             raise ValueError(
-                "`core` must be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a folder or a repository id, "
-                f"but is a {type(core).__name__}."
+                "`core` must be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a UNet2DModel, UNet2DConditionModel or "
+                f"PRXTransformer2DModel of diffusers, a folder or a repository id, but is a {type(core).__name__}."
             )
         check_unmodified(core)
+        lineage, source_of_core = get_lineage(core), find_source(core)
+        if is_foreign(core):
+            core = adopt_core(core, process, core_sample_size)
+        elif process is not None or core_sample_size is not None:
+            raise TypeError("`process` and `core_sample_size` only apply to a `core` that is a model of diffusers.")
 
         # 1. The grown model: the core's configuration with one more stage, on the meta device, so without memory and without
         # random numbers
-        grown = cls.build_on_meta(core.config, sample_size, block_out_channels, layers_per_block, init)
+        config = core.config if isinstance(core, GrowableUNet2DConditionModel) else core.growth_config
+        grown = cls.build_on_meta(config, sample_size, block_out_channels, layers_per_block, init)
         if push is not None:
             push.prepare()
 
@@ -383,13 +399,14 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             state = {name: values[name] if is_loaded_here else values[name].clone() for name in module.state_dict()}
             module.load_state_dict(state, assign=True)
 
-        # 3. The new stage, with random weights; its time embedding is in float32 if the core's is
+        # 3. The new stage, with random weights; its time embedding is in float32 if that of our own core is
         stage = GrowthStage(**grown.stage_arguments[-1]).to(device=core.device, dtype=core.dtype)
-        stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding))
+        is_own = isinstance(grown.core, ShallowUNet2DModel)
+        stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding) if is_own else torch.float32)
         grown.stages[-1] = stage
 
-        grown.register_to_config(_lineage=get_lineage(core))
-        add_to_lineage(grown, grown_to=sample_size, init=init, **find_source(core))
+        grown.register_to_config(_lineage=lineage)
+        add_to_lineage(grown, grown_to=sample_size, init=init, **source_of_core)
         if push is not None:
             push.publish_or_keep(grown)
         return grown
@@ -423,12 +440,18 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
                 layers_per_block=(*stages["layers_per_block"], layers_per_block),
                 init=stages["init"],
                 **{name: config[name] for name in CORE_CONFIG_NAMES},
+                **{name: config.get(name) for name in ("core_config", "core_process")},
             )
 
     @property
     def sample_sizes(self) -> tuple[int, ...]:
         """The resolutions of the core and of each stage, the core's first: `(64, 256, ...)`."""
         return (*self.config.inner_sample_sizes, self.config.sample_size)
+
+    @property
+    def side_multiple(self) -> int:
+        """The number that must divide both sides of a state: as many cells of the outermost grid as the core needs."""
+        return self.core.side_multiple * self.config.sample_size // self.config.inner_sample_sizes[0]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Phases
@@ -605,7 +628,8 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
                 mask = torch.cat([mask, negative_mask])
             sample, sigma = torch.cat([sample, sample]), torch.cat([sigma, sigma])
             crop = None if crop is None else torch.cat([crop, crop])
-        output = self.core(
+        core: Core = self.core
+        output = core(
             sample,
             1000 * sigma,
             embeds,
@@ -615,9 +639,10 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             text_cache=text.cache,
             crop=crop,
         )
-        if guide is None:
-            return output.pred_original_sample, output.features
-        return guide(*output.pred_original_sample.chunk(2)), output.features[:batch_size]
+        image, features = output.pred_original_sample, output.features
+        if guide is not None:
+            image, features = guide(*image.chunk(2)), features[:batch_size]
+        return None if image is None else core.limit_values(image), features
 
     def check_inputs(
         self,
@@ -631,9 +656,10 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         batch_size, _, height, width = sample.shape
         dim = self.config.cross_attention_dim
         check_text(dim, batch_size, text.encoder_hidden_states, text.encoder_attention_mask)
-        cell = self.config.patch_size * self.config.sample_size // self.config.inner_sample_sizes[0]
-        if height % cell or width % cell:
-            raise ValueError(f"`sample` is {height} x {width}, but both sides must be multiples of {cell}.")
+        if height % self.side_multiple or width % self.side_multiple:
+            raise ValueError(
+                f"`sample` is {height} x {width}, but both sides must be multiples of {self.side_multiple}."
+            )
         if not 0 <= num_stages <= len(self.stages):
             raise ValueError(f"`num_stages={num_stages}` must be from 0 to {len(self.stages)}.")
         if (guide is None) != (negative_text is None):
@@ -654,19 +680,6 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checks and loading
-
-CORE_CONFIG_NAMES = (
-    "in_channels",
-    "out_channels",
-    "patch_size",
-    "hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "mlp_ratio",
-    "cross_attention_dim",
-    "dropout",
-    "crop_conditioning",
-)
 
 
 def get_stage_patch_size(
@@ -699,6 +712,18 @@ def get_stage_patch_size(
             f"a cell of the inner grid covers {cell} pixels per side, and each entry halves it once."
         )
     return cell // 2 ** len(block_out_channels)
+
+
+def check_core_arguments(core: ForeignCore, arguments: dict[str, Any], init: str) -> None:
+    """Raise a `ValueError` if a model's `arguments` about its core are not those of this one, or it cannot be grown by `init`."""
+    if init != "preserve":
+        raise ValueError(
+            f"`init={init!r}` keeps the transformer of a ShallowUNet2DModel alone, but the core is another model: pass "
+            '`init="preserve"`.'
+        )
+    for name, value in arguments.items():
+        if value != core.growth_config[name]:
+            raise ValueError(f"`{name}={value!r}` must be {core.growth_config[name]!r} for this `core_config`.")
 
 
 def check_unmodified(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> None:

@@ -3,6 +3,8 @@
 
 """The core: a Shallow-UViT, trained alone at low resolution and kept when the model grows."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,6 +28,21 @@ from .blocks import (
     embed_time,
     get_image_rotary_emb,
     residual_block,
+)
+
+
+# The entries of the core's configuration that a grown model has, too
+CORE_CONFIG_NAMES = (
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "cross_attention_dim",
+    "dropout",
+    "crop_conditioning",
 )
 
 
@@ -146,6 +163,20 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
     def sample_sizes(self) -> tuple[int, ...]:
         """The resolutions of the model: its `sample_size` alone."""
         return (self.config.sample_size,)
+
+    @property
+    def side_multiple(self) -> int:
+        """The number that must divide both sides of a state: `patch_size`."""
+        return self.config.patch_size
+
+    @property
+    def growth_config(self) -> dict[str, Any]:
+        """What a grown model stores of the core, and its resolution; see [`Core`](cores/foreign.py)."""
+        return {name: self.config[name] for name in ("sample_size", *CORE_CONFIG_NAMES)}
+
+    def limit_values(self, x0: torch.Tensor) -> torch.Tensor:
+        """Return a predicted clean image as it is; see [`Core`](cores/foreign.py)."""
+        return x0
 
     def zero_init_output(self) -> None:
         """

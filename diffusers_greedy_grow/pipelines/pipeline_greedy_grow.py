@@ -25,12 +25,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import high_band, unshift_sigma, velocity_from_clean
 from ..hub.mixins import HubMixin
+from ..hub.publish import Push
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.blocks import TextCache, check_sizes
 from ..models.growable_unet_2d_condition import check_unmodified, find_core
 from ..models.shallow_unet_2d import check_mask
+from .foreign import ForeignPipeline, find_foreign
 from .lora import GreedyGrowLoraLoaderMixin
-from .prompts import find_truncated, max_tokens, repeat_per_image, tokenize
+from .prompts import FORMATS, find_truncated, max_tokens, repeat_per_image, tokenize
 from .schedules import (
     FIRST_SIGMA_MIN,
     INTEGER,
@@ -93,10 +95,13 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             [`~flow.detail_variance`] of the training images at each stage's growth factor, the innermost stage first. By default
             as in the pipeline that these components come from, if any. `core_first="auto"` needs it;
             `training_examples/grow.py` measures it.
+        prompt_format (`str`, *optional*):
+            How prompts are cleaned and padded, for a model that was grown from a pipeline of diffusers: `"if"` or
+            `"prx_pixel"`. By default as in the pipeline that these components come from, or not at all.
 
     Raises:
         `ValueError`: if the scheduler does not do flow matching or its settings do not fit, if the text encoder's width is
-        not the model's `cross_attention_dim`, or if a variance is not positive.
+        not the model's `cross_attention_dim`, if a variance is not positive, or if the prompt format is unknown.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
@@ -117,6 +122,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_sequence_length: int = KEEP,
         detail_variances: list[float] | None = KEEP,
+        prompt_format: str | None = KEEP,
     ):
         super().__init__()
         holder = get_holder(unet, tokenizer)
@@ -125,6 +131,10 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             max_sequence_length = settings.get("max_sequence_length", 128)
         if detail_variances is KEEP:
             detail_variances = settings.get("detail_variances")
+        if prompt_format is KEEP:
+            prompt_format = settings.get("prompt_format")
+        if prompt_format not in (None, *FORMATS):
+            raise ValueError(f"`prompt_format={prompt_format!r}` must be None or one of {sorted(FORMATS)}.")
         check_sizes(max_sequence_length=max_sequence_length)
         if scheduler is not None:  # None in a pipeline that only encodes prompts
             shift_name(scheduler)
@@ -143,7 +153,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 "in [-1, 1]."
             )
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(max_sequence_length=max_sequence_length, detail_variances=detail_variances)
+        self.register_to_config(
+            max_sequence_length=max_sequence_length, detail_variances=detail_variances, prompt_format=prompt_format
+        )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self.keep_settings()
 
@@ -156,7 +168,8 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
     def keep_settings(self) -> None:
         """Keep the settings for the next pipeline that has this one's model, or its tokenizer if there is no model."""
         if (holder := get_holder(self.unet, self.tokenizer)) is not None:
-            SETTINGS[holder] = {name: self.config[name] for name in ("max_sequence_length", "detail_variances")}
+            names = ("max_sequence_length", "detail_variances", "prompt_format")
+            SETTINGS[holder] = {name: self.config[name] for name in names}
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "GreedyGrowPipeline":
@@ -202,7 +215,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
     @classmethod
     def from_core(
         cls,
-        core: "GreedyGrowPipeline | str | Path",
+        core: "GreedyGrowPipeline | DiffusionPipeline | str | Path",
         sample_size: int,
         block_out_channels: tuple[int, ...] = (128, 256),
         layers_per_block: int = 1,
@@ -224,7 +237,9 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
 
         Args:
             core ([`GreedyGrowPipeline`], `str` or `Path`):
-                The pipeline to grow, or a local folder or Hub repository that holds it.
+                The pipeline to grow, or a local folder or Hub repository that holds it. It can also be a `DDPMPipeline`,
+                `DDIMPipeline`, `IFPipeline` or `PRXPixelPipeline` of diffusers in pixel space. The grown pipeline encodes prompts
+                as that one does, and samples by flow matching.
             sample_size, block_out_channels, layers_per_block, init:
                 See [`GrowableUNet2DConditionModel.from_core`].
             detail_variance (`float`, *optional*):
@@ -255,14 +270,18 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             create_pr=create_pr,
             commit_message=commit_message,
         )
+        if detail_variance is not None and not is_positive(detail_variance):
+            raise ValueError(f"`detail_variance={detail_variance}` must be positive: a variance of images in [-1, 1].")
         stage = {"block_out_channels": block_out_channels, "layers_per_block": layers_per_block, "init": init}
         if isinstance(core, (str, Path)):
             kwargs |= {"token": token, "revision": revision}
-        config = get_core_config(core, kwargs)
+        try:
+            config = get_core_config(core, kwargs)
+        except (OSError, ValueError):
+            if (foreign := find_foreign(core, kwargs)) is None:
+                raise
+            return cls.grow_foreign(foreign, sample_size, stage, detail_variance, push)
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
-        if detail_variance is not None and not is_positive(detail_variance):
-            raise ValueError(f"`detail_variance={detail_variance}` must be positive: a variance of images in [-1, 1].")
-
         pipeline = cls.from_pretrained(core, unet=None, **kwargs) if isinstance(core, (str, Path)) else core
         variances = None if detail_variance is None else [detail_variance]
         if detail_variance is not None and config.get("inner_sample_sizes"):
@@ -287,6 +306,35 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
             tokenizer=pipeline.tokenizer,
             max_sequence_length=pipeline.config.max_sequence_length,
             detail_variances=variances,
+            prompt_format=pipeline.config.prompt_format,
+        )
+        if push is not None:
+            push.publish_or_keep(grown)
+        return grown
+
+    @classmethod
+    def grow_foreign(
+        cls,
+        core: ForeignPipeline,
+        sample_size: int,
+        stage: dict[str, Any],
+        detail_variance: float | None,
+        push: Push | None,
+    ) -> "GreedyGrowPipeline":
+        """Grow a pipeline of diffusers. The arguments are those of [`~GreedyGrowPipeline.from_core`], checked and read."""
+        unet = GrowableUNet2DConditionModel.from_core(
+            core.model, sample_size, process=core.process, core_sample_size=core.sample_size, **stage
+        )
+        if push is not None:
+            push.prepare()
+        grown = cls(
+            unet=unet,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=core.shift * sample_size / unet.sample_sizes[0]),
+            text_encoder=core.text_encoder,
+            tokenizer=core.tokenizer,
+            max_sequence_length=core.max_sequence_length,
+            detail_variances=None if detail_variance is None else [detail_variance],
+            prompt_format=core.prompt_format,
         )
         if push is not None:
             push.publish_or_keep(grown)
@@ -499,11 +547,12 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
                 negative_prompt = negative_prompt or ""
                 negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
                 prompts = prompts + list(negatives)
-            tokens = tokenize(self.tokenizer, prompts, self.config.max_sequence_length)
+            prompt_format = self.config.prompt_format
+            tokens = tokenize(self.tokenizer, prompts, self.config.max_sequence_length, prompt_format)
             length = tokens["input_ids"].shape[1]
-            may_be_truncated = length == max_tokens(self.tokenizer, self.config.max_sequence_length)
+            may_be_truncated = prompt_format or length == max_tokens(self.tokenizer, self.config.max_sequence_length)
             if may_be_truncated and (
-                truncated := find_truncated(self.tokenizer, prompts, self.config.max_sequence_length)
+                truncated := find_truncated(self.tokenizer, prompts, self.config.max_sequence_length, prompt_format)
             ):
                 logger.warning(f"Only the first {length} tokens of these prompts are read: {truncated}")
             attention_mask = tokens["attention_mask"].to(device)
@@ -536,8 +585,7 @@ class GreedyGrowPipeline(HubMixin, DiffusionPipeline, GreedyGrowLoraLoaderMixin)
     ) -> None:
         """Raise a `ValueError` that names the argument at fault among those that say how to sample; see `__call__`."""
         shift_name(self.scheduler)  # another one may have been set
-        config = self.unet.config
-        cell = config.patch_size * config.sample_size // self.unet.sample_sizes[0]
+        config, cell = self.unet.config, self.unet.side_multiple
         if not all(isinstance(side, INTEGER) and side > 0 and side % cell == 0 for side in (height, width)):
             raise ValueError(
                 f"`height={height}` and `width={width}` must be positive multiples of {cell}, as integers."

@@ -67,7 +67,9 @@ def tokenize_captions(
     pipeline: GreedyGrowPipeline, captions: list[str], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `encoder_attention_mask` of `captions`, each `(B, L)`, as the pipeline makes them for prompts."""
-    tokens = tokenize(pipeline.tokenizer, captions, pipeline.config.max_sequence_length).to(device, non_blocking=True)
+    config = pipeline.config
+    tokens = tokenize(pipeline.tokenizer, captions, config.max_sequence_length, config.prompt_format)
+    tokens = tokens.to(device, non_blocking=True)
     return {"input_ids": tokens["input_ids"], "encoder_attention_mask": tokens["attention_mask"].bool()}
 
 
@@ -84,7 +86,7 @@ def encode_captions(
 def warn_of_truncated_captions(pipeline: GreedyGrowPipeline, captions: list[str]) -> None:
     """Warn of captions with more tokens than are read. Called once, before training: the steps truncate without a warning."""
     length = pipeline.config.max_sequence_length
-    if truncated := find_truncated(pipeline.tokenizer, captions, length):
+    if truncated := find_truncated(pipeline.tokenizer, captions, length, pipeline.config.prompt_format):
         warnings.warn(
             f"{len(truncated)} of {len(captions)} captions are longer than the `max_sequence_length={length}` tokens that are "
             f"read, such as {truncated[0][:200]!r}.",

@@ -187,7 +187,11 @@ def hash_caption(caption: str) -> int:
 
 def name_encoder(pipeline: GreedyGrowPipeline, *precision: str) -> str:
     """Return a name that is the same only for the same text encoder, tokenizer, `max_sequence_length` and `precision`."""
-    digest = hashlib.sha256(json.dumps([pipeline.config.max_sequence_length, *precision]).encode())
+    digest = hashlib.sha256(
+        json.dumps(
+            [pipeline.config.max_sequence_length, *precision, *filter(None, [pipeline.config.prompt_format])]
+        ).encode()
+    )
     digest.update(json.dumps(sorted(pipeline.tokenizer.get_vocab().items())).encode())
     config = pipeline.text_encoder.config.to_diff_dict()
     known = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}

@@ -1,0 +1,148 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pipelines of diffusers that can be grown: what of each a grown pipeline continues to use."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    IFPipeline,
+    ModelMixin,
+    PRXPixelPipeline,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..flow import RectifiedFlow
+from ..hub.mixins import refuse_pickles
+
+
+@dataclass
+class ForeignPipeline:
+    """
+    The parts of a pipeline of diffusers.
+
+    Args:
+        model (`ModelMixin`): Its model, the core.
+        process (scheduler or [`RectifiedFlow`]): The process that the model was trained on.
+        sample_size (`int`, *optional*): The model's resolution, if the model does not say.
+        shift (`float`): The shift of the noise levels that suits the model at its resolution, in our process.
+        text_encoder, tokenizer (*optional*): Those of the pipeline.
+        max_sequence_length (`int`): The number of text tokens.
+        prompt_format (`str`, *optional*): See [`FORMATS`](prompts.py).
+    """
+
+    model: ModelMixin
+    process: Any
+    sample_size: int | None = None
+    shift: float = 1.0
+    text_encoder: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_sequence_length: int = 128
+    prompt_format: str | None = None
+
+
+def read_unconditional(pipeline: DDPMPipeline | DDIMPipeline) -> ForeignPipeline:
+    return ForeignPipeline(pipeline.unet, pipeline.scheduler)
+
+
+def read_if(pipeline: IFPipeline) -> ForeignPipeline:
+    return ForeignPipeline(
+        model=pipeline.unet,
+        process=pipeline.scheduler,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        max_sequence_length=77,  # as `IFPipeline.encode_prompt` has it, not its configuration
+        prompt_format="if",
+    )
+
+
+def read_prx_pixel(pipeline: PRXPixelPipeline) -> ForeignPipeline:
+    scheduler, noise_scale = pipeline.scheduler, pipeline.config.noise_scale
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
+        raise ValueError(
+            f"`core` has a {type(scheduler).__name__} for a scheduler; a PRXPixelPipeline can be grown with a "
+            "FlowMatchEulerDiscreteScheduler without `use_dynamic_shifting`."
+        )
+    return ForeignPipeline(
+        model=pipeline.transformer,
+        process=RectifiedFlow(noise_scale),
+        sample_size=pipeline.config.default_sample_size,
+        # Our noise levels have noise of variance 1: its own, shifted by the scale.
+        shift=scheduler.config.shift * noise_scale,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        max_sequence_length=pipeline.config.prompt_max_tokens,
+        prompt_format="prx_pixel",
+    )
+
+
+# The pipelines that can be grown, and how to read each. No other is loaded.
+READERS: dict[type[DiffusionPipeline], Callable[[Any], ForeignPipeline]] = {
+    DDPMPipeline: read_unconditional,
+    DDIMPipeline: read_unconditional,
+    IFPipeline: read_if,
+    PRXPixelPipeline: read_prx_pixel,
+}
+# Components that check or mark finished images, not needed to grow
+LEFT_OUT = {IFPipeline: {"safety_checker": None, "feature_extractor": None, "watermarker": None}}
+
+
+def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
+    """
+    Read a pipeline of diffusers, loaded or from a folder or Hub repository.
+
+    Args:
+        core (`Any`): The pipeline, its folder or repository.
+        kwargs (`dict`): Arguments of `from_pretrained`, for a folder or repository.
+
+    Returns:
+        [`ForeignPipeline`], or None if `core` is something else than a pipeline of diffusers: one of ours, or no pipeline.
+
+    Raises:
+        `TypeError`: if there are `kwargs` although `core` is a loaded pipeline.
+        `ValueError`: if it is a pipeline that cannot be grown.
+        `OSError`: if its weights are missing, damaged or pickled.
+    """
+    if type(core) in READERS:
+        if kwargs:
+            raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
+        return READERS[type(core)](core)
+    if not isinstance(core, (str, Path)):
+        return None
+    fetching = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+    try:
+        index = DiffusionPipeline.load_config(core, **{name: kwargs[name] for name in fetching if name in kwargs})
+    except OSError:
+        return None
+    name = index.get("_class_name")
+    classes = {pipeline_class.__name__: pipeline_class for pipeline_class in READERS}
+    if name not in classes:
+        if name == "GreedyGrowPipeline":
+            return None
+        raise ValueError(
+            f"`core={str(core)!r}` holds a {name}. Pipelines that can be grown are GreedyGrowPipeline, "
+            f"{', '.join(classes)}: in pixel space, without conditions other than text."
+        )
+    left_out = LEFT_OUT.get(classes[name], {})
+    others = {
+        component: value[0]
+        for component, value in index.items()
+        if isinstance(value, (list, tuple))
+        and component not in left_out
+        and value[0] not in (None, "diffusers", "transformers")
+    }
+    if others:
+        raise ValueError(
+            f"`core={str(core)!r}` has components of other packages than diffusers and transformers: {others}."
+        )
+    refuse_pickles(kwargs.get("use_safetensors"))
+    settings = {"requires_safety_checker": False} if left_out else {}
+    pipeline = classes[name].from_pretrained(core, **{**kwargs, **left_out, **settings, "use_safetensors": True})
+    return READERS[classes[name]](pipeline)

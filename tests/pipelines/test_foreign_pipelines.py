@@ -1,0 +1,170 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Growing pipelines of diffusers: small ones with random weights, loaded and from folders that they saved themselves."""
+
+import json
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    IFPipeline,
+    PRXPixelPipeline,
+)
+from diffusers.utils import is_ftfy_available
+from transformers import ByT5Tokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.flow import pool
+from diffusers_greedy_grow.training.text.captions import encode_captions
+from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
+
+from ..models.test_foreign_cores import make_foreign
+from ..testing_utils import CAPTIONS, TEXT_DIM
+
+
+PROMPTS = ["  A large RED circle &amp; a blue square ", "two green stars"]
+NEGATIVE = "a yellow ring"
+
+
+def make_prx_pixel(**kwargs) -> PRXPixelPipeline:
+    torch.manual_seed(0)
+    tokenizer = train_small_tokenizer(CAPTIONS)
+    config = Qwen3VLTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_DIM,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    )
+    return PRXPixelPipeline(
+        transformer=make_foreign("prx")[0],
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=Qwen3VLTextModel(config).eval(),
+        tokenizer=tokenizer,
+        **{"default_sample_size": 16, "prompt_max_tokens": 12, **kwargs},
+    )
+
+
+def make_if(**changes) -> IFPipeline:
+    torch.manual_seed(0)
+    tokenizer = ByT5Tokenizer()  # it tells upper from lower case
+    unet, scheduler = make_foreign("if", **changes)
+    encoder = build_small_text_encoder(tokenizer, hidden_size=TEXT_DIM, num_layers=1).eval()
+    return IFPipeline(tokenizer, encoder, unet, scheduler, None, None, None, requires_safety_checker=False)
+
+
+def grow(core, **kwargs) -> GreedyGrowPipeline:
+    torch.manual_seed(1)
+    grown = GreedyGrowPipeline.from_core(core, 32, (8,), **kwargs)
+    grown.set_progress_bar_config(disable=True)
+    return grown
+
+
+def draw(pipeline: GreedyGrowPipeline, **kwargs) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return pipeline(latents=noise, num_inference_steps=2, output_type="pt", **kwargs).images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "pipeline_class,scheduler", [(DDPMPipeline, DDPMScheduler()), (DDIMPipeline, DDIMScheduler())]
+)
+def test_unconditional_pipelines(pipeline_class, scheduler, tmp_path):
+    core = pipeline_class(make_foreign("unet")[0], scheduler)
+    core.save_pretrained(tmp_path / "core")
+    grown, from_folder = grow(core, detail_variance=0.1), grow(tmp_path / "core")
+    assert grown.unet.sample_sizes == (16, 32) and grown.scheduler.config.shift == 2
+    assert grown.config.detail_variances == [0.1]
+    expected = draw(grown)
+    assert torch.equal(draw(from_folder), expected) and expected.std() > 0.01
+    grown.save_pretrained(tmp_path / "grown")
+    assert torch.equal(draw(GreedyGrowPipeline.from_pretrained(tmp_path / "grown")), expected)
+    again = GreedyGrowPipeline.from_core(tmp_path / "grown", 64, (8,))
+    assert again.unet.sample_sizes == (16, 32, 64) and again.scheduler.config.shift == 4
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not is_ftfy_available(), reason="PRXPixelPipeline itself cleans prompts by ftfy")
+def test_prx_pixel(tmp_path):
+    core = make_prx_pixel()
+    core.save_pretrained(tmp_path / "core")
+    grown = grow(tmp_path / "core")
+    grown.save_pretrained(tmp_path / "grown")
+    expected = core.encode_prompt(PROMPTS, negative_prompt=NEGATIVE, num_images_per_prompt=1)
+    for pipeline in (grow(core), grown, GreedyGrowPipeline.from_pretrained(tmp_path / "grown")):
+        actual = pipeline.encode_prompt(PROMPTS, negative_prompt=NEGATIVE)
+        for tensor, expected_tensor in zip(actual, expected, strict=True):
+            assert torch.equal(tensor, expected_tensor)
+    # The states are those of the original at its own times: noise of scale 2, and shift 3.
+    assert grown.unet.core.process.noise_scale == 2 and grown.scheduler.config.shift == 3 * 2 * 2
+    captions = encode_captions(grown, grown.text_encoder, PROMPTS, torch.device("cpu"))
+    assert torch.equal(captions["encoder_hidden_states"], expected[0])
+    assert draw(grown, prompt="", guidance_scale=3.0).isfinite().all()
+
+
+@torch.no_grad()
+def test_if_encodes_as_it_did(tmp_path):
+    core = make_if()
+    core.save_pretrained(tmp_path / "core")
+    grown = grow(tmp_path / "core")
+    grown.save_pretrained(tmp_path / "grown")
+    expected, expected_negative = core.encode_prompt(PROMPTS, negative_prompt=[NEGATIVE] * 2)
+    for pipeline in (grow(core), grown, GreedyGrowPipeline.from_pretrained(tmp_path / "grown")):
+        embeds, mask, negative_embeds, _ = pipeline.encode_prompt(PROMPTS, negative_prompt=NEGATIVE)
+        assert torch.equal(embeds, expected) and torch.equal(negative_embeds, expected_negative)
+        assert embeds.shape[1] == 77 and mask[0].sum() < 77
+    assert draw(grown, prompt=PROMPTS[0]).isfinite().all()
+    copied = GreedyGrowPipeline(**grown.components)
+    assert copied.config.prompt_format == "if"
+
+
+@torch.no_grad()
+def test_a_step_of_prx_pixel_is_the_originals():
+    """At the first timestep, the grown model's image pools to what the original transformer predicts from the same noise."""
+    core = make_prx_pixel()
+    grown = grow(core)
+    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    text, mask = torch.randn(1, 12, TEXT_DIM), torch.ones(1, 12, dtype=torch.bool)
+    expected = core.transformer(2 * 2 * pool(noise, 2), torch.ones(1), text, mask).sample
+    output = grown.unet(noise, 1000.0, text, mask).pred_original_sample
+    torch.testing.assert_close(pool(output, 2), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pipelines_that_cannot_be_grown(tmp_path):
+    with pytest.raises(ValueError, match="`out_channels=6`.*variance"):
+        grow(make_if(out_channels=6))
+    core = DDPMPipeline(*make_foreign("unet"))
+    with pytest.raises(TypeError, match=r"\['dtype'\] only apply when `core` is a path"):
+        grow(core, dtype=torch.float16)
+    with pytest.raises(ValueError, match="a DDIMScheduler for a scheduler"):
+        prx = make_prx_pixel()
+        prx.scheduler = DDIMScheduler()
+        grow(prx)
+
+    core.save_pretrained(tmp_path / "core")
+    index = tmp_path / "core" / "model_index.json"
+    config = json.loads(index.read_text())
+    with pytest.raises(ValueError, match="`use_safetensors=False` asks for pickled weights"):
+        grow(tmp_path / "core", use_safetensors=False)
+    for changes, message in (
+        (
+            {"_class_name": "StableDiffusionPipeline"},
+            "holds a StableDiffusionPipeline. Pipelines that can be grown are",
+        ),
+        ({"scheduler": ["os", "system"]}, "components of other packages.*{'scheduler': 'os'}"),
+    ):
+        index.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError, match=message):
+            grow(tmp_path / "core")
+    with pytest.raises(ValueError, match="`prompt_format='x'` must be None or one of"):
+        GreedyGrowPipeline(**{**grow(make_if()).components, "prompt_format": "x"})
