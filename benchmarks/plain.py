@@ -85,6 +85,10 @@ class PixelUNet(UNet2DConditionModel):
     """diffusers' UNet as a model of clean images, which is called like ours."""
 
     @property
+    def side_multiple(self) -> int:
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
     def sample_sizes(self) -> tuple[int, ...]:
         return (self.config.sample_size,)
 
@@ -137,7 +141,6 @@ def build_model(
         attention_head_dim=hidden_size // 64,  # diffusers takes this for the number of heads
         norm_num_groups=hidden_size // 16,
     )
-    unet.register_to_config(patch_size=2 ** (levels - 1))  # sides must be multiples of it
     for parameter in unet.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
     return unet

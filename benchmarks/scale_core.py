@@ -58,7 +58,7 @@ def arm_name(num_layers: int) -> str:
 def make_jobs(usual: Setting, num_layers: int, seed: int, data: Path, scale: float) -> list[Job]:
     setting = replace(usual, num_layers=num_layers)
     core_flops, growth_flops = (
-        scale * TOTAL_FLOPS[8] * share * setting.plans()[phase].train_flops / usual.plans()[phase].train_flops
+        scale * TOTAL_FLOPS[8] * share * setting.plans()[phase].flops / usual.plans()[phase].flops
         for phase, share in (("core", ARM.core_share), ("detail", 1 - ARM.core_share))
     )
     core = core_job(setting, seed, core_flops, data)

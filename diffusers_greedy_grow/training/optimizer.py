@@ -80,14 +80,15 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 def split_for_muon(groups: list[dict], module: torch.nn.Module) -> list[dict]:
     """
     Split each of the parameter `groups` in two: with `"muon": True` the matrices of `module` that Muon trains, see
-    [`find_matrices`], and with `"muon": False` the rest. Each half may be empty.
+    [`find_matrices`], and with `"muon": False` the rest. Empty halves are left out: FSDP2 could not load their state.
     """
     matrices = {id(parameter) for parameter in find_matrices(module).values()}
-    return [
+    halves = [
         {**group, "params": [p for p in group["params"] if (id(p) in matrices) == muon], "muon": muon}
         for group in groups
         for muon in (True, False)
     ]
+    return [half for half in halves if half["params"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

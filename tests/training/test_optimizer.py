@@ -97,10 +97,16 @@ def test_each_group_is_split_in_two():
     narrow = make_grown()
     narrow.freeze_core()
     optimizer, _ = make_optimizer(TrainingArguments(), split_for_muon(narrow.parameter_groups(0.01), narrow), 10)
-    assert [len(group["params"]) for group in optimizer.param_groups][0] == 0
+    assert [group["muon"] for group in optimizer.param_groups] == [False]
     for parameter in narrow.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+
+
+def test_empty_halves_are_left_out():
+    grown = make_grown(block_out_channels=(16, 24))
+    halves = split_for_muon(grown.parameter_groups(0.01, core_lr_scale=0.5), grown)
+    assert [(half["name"], half["muon"]) for half in halves] == [("stage", False), ("core", True), ("core", False)]
 
 
 def test_rates_of_both_follow_one_schedule():
