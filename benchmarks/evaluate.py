@@ -132,7 +132,8 @@ def main() -> None:
         scores[phase] = score(draw_images(pipeline, captions, bfloat16), captions, real, args.scorer)
         print(f"{phase}: {scores[phase]} in {time.perf_counter() - started:.0f} s", flush=True)
 
-    result = {"images": images, "seconds": seconds, "curve": curve, "scores": scores}
+    nearest = {line["phase"]: line["nearest_ratio"] for line in read_metrics(args.folder) if "nearest_ratio" in line}
+    result = {"images": images, "seconds": seconds, "curve": curve, "scores": scores, "nearest_ratio": nearest}
     write_json(args.folder / "result.json", result)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from benchmarks.arms import SETTINGS, chosen_size
-from benchmarks.evaluate import read_metrics
 from benchmarks.queue_of_runs import (
     COMMON,
     CORE_LEVELS,
@@ -28,7 +27,7 @@ from benchmarks.queue_of_runs import (
     read_records,
     run_queue,
 )
-from benchmarks.tables import Row, Section, describe_runs, render_report, report_command, write_json, write_reports
+from benchmarks.tables import Row, Section, describe_runs, render_report, report_command, write_reports
 
 
 RESOLUTION, BATCH_SIZE = 32, 32
@@ -113,7 +112,7 @@ def make_reports(args: argparse.Namespace) -> dict[Path, str]:
                     "lowest loss (step)": f"{best['val_loss']:.4f} ({best['step']})",
                     "last": f"{last['val_loss']:.4f}",
                     "low band, lowest / last": f"{best['val_loss_low']:.4f} / {last['val_loss_low']:.4f}",
-                    "nearest": f"{run['nearest_ratio']:.2f}" if "nearest_ratio" in run else "",
+                    "nearest": f"{nearest:.2f}" if (nearest := run["nearest_ratio"].get("core")) is not None else "",
                 }
             )
     sections = [Section(rows, "", f"{describe_runs(runs)}." if runs else "")]
@@ -133,19 +132,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    work_dir, results = locate_folders(args)
     if not args.report:
         settings, seeds, _ = chosen_size(args)
         data = split_data(args)
         steps = 12 if args.quick else args.steps
         jobs = [make_job(settings[max(SETTINGS)], arm, seed, steps, data) for seed in seeds for arm in ARMS]
-        records = run_queue(jobs, args)
-        for job in jobs:
-            lines = read_metrics(work_dir / job.name)
-            records[job.name] |= next(
-                ({"nearest_ratio": line["nearest_ratio"]} for line in lines if "nearest_ratio" in line), {}
-            )
-        write_json(results / "runs.json", sorted(records.values(), key=lambda record: record["name"]))
+        run_queue(jobs, args)
     write_reports(make_reports(args))
 
 

@@ -171,7 +171,7 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
 
     @property
     def growth_config(self) -> dict[str, Any]:
-        """What a grown model stores of the core, and its resolution; see [`Core`](cores/foreign.py)."""
+        """The configuration that a grown model stores of the core, and the core's resolution; see [`Core`](cores/foreign.py)."""
         return {name: self.config[name] for name in ("sample_size", *CORE_CONFIG_NAMES)}
 
     def limit_values(self, x0: torch.Tensor) -> torch.Tensor:

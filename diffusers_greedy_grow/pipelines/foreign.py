@@ -6,21 +6,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import (
-    DDIMPipeline,
-    DDPMPipeline,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    IFPipeline,
-    ModelMixin,
-    PRXPixelPipeline,
-)
+import diffusers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import RectifiedFlow
 from ..hub.mixins import refuse_pickles
+
+
+if TYPE_CHECKING:  # importing these takes a second, which only those should wait who grow one
+    from diffusers import DDIMPipeline, DDPMPipeline, IFPipeline, PRXPixelPipeline
 
 
 @dataclass
@@ -48,11 +45,11 @@ class ForeignPipeline:
     prompt_format: str | None = None
 
 
-def read_unconditional(pipeline: DDPMPipeline | DDIMPipeline) -> ForeignPipeline:
+def read_unconditional(pipeline: "DDPMPipeline | DDIMPipeline") -> ForeignPipeline:
     return ForeignPipeline(pipeline.unet, pipeline.scheduler)
 
 
-def read_if(pipeline: IFPipeline) -> ForeignPipeline:
+def read_if(pipeline: "IFPipeline") -> ForeignPipeline:
     return ForeignPipeline(
         model=pipeline.unet,
         process=pipeline.scheduler,
@@ -63,7 +60,7 @@ def read_if(pipeline: IFPipeline) -> ForeignPipeline:
     )
 
 
-def read_prx_pixel(pipeline: PRXPixelPipeline) -> ForeignPipeline:
+def read_prx_pixel(pipeline: "PRXPixelPipeline") -> ForeignPipeline:
     scheduler, noise_scale = pipeline.scheduler, pipeline.config.noise_scale
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
         raise ValueError(
@@ -83,15 +80,15 @@ def read_prx_pixel(pipeline: PRXPixelPipeline) -> ForeignPipeline:
     )
 
 
-# The pipelines that can be grown, and how to read each. No other is loaded.
-READERS: dict[type[DiffusionPipeline], Callable[[Any], ForeignPipeline]] = {
-    DDPMPipeline: read_unconditional,
-    DDIMPipeline: read_unconditional,
-    IFPipeline: read_if,
-    PRXPixelPipeline: read_prx_pixel,
+# The pipelines of diffusers that can be grown, and how to read each. No other is loaded.
+READERS: dict[str, Callable[[Any], ForeignPipeline]] = {
+    "DDPMPipeline": read_unconditional,
+    "DDIMPipeline": read_unconditional,
+    "IFPipeline": read_if,
+    "PRXPixelPipeline": read_prx_pixel,
 }
 # Components that check or mark finished images, not needed to grow
-LEFT_OUT = {IFPipeline: {"safety_checker": None, "feature_extractor": None, "watermarker": None}}
+LEFT_OUT = {"IFPipeline": {"safety_checker": None, "feature_extractor": None, "watermarker": None}}
 
 
 def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
@@ -110,10 +107,11 @@ def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
         `ValueError`: if it is a pipeline that cannot be grown.
         `OSError`: if its weights are missing, damaged or pickled.
     """
-    if type(core) in READERS:
+    name = type(core).__name__
+    if name in READERS and type(core) is getattr(diffusers, name):
         if kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
-        return READERS[type(core)](core)
+        return READERS[name](core)
     if not isinstance(core, (str, Path)):
         return None
     fetching = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -121,16 +119,15 @@ def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
         index = DiffusionPipeline.load_config(core, **{name: kwargs[name] for name in fetching if name in kwargs})
     except OSError:
         return None
-    name = index.get("_class_name")
-    classes = {pipeline_class.__name__: pipeline_class for pipeline_class in READERS}
-    if name not in classes:
+    name = str(index.get("_class_name"))
+    if name not in READERS:
         if name == "GreedyGrowPipeline":
             return None
         raise ValueError(
             f"`core={str(core)!r}` holds a {name}. Pipelines that can be grown are GreedyGrowPipeline, "
-            f"{', '.join(classes)}: in pixel space, without conditions other than text."
+            f"{', '.join(READERS)}: in pixel space, without conditions other than text."
         )
-    left_out = LEFT_OUT.get(classes[name], {})
+    left_out = LEFT_OUT.get(name, {})
     others = {
         component: value[0]
         for component, value in index.items()
@@ -144,5 +141,7 @@ def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
         )
     refuse_pickles(kwargs.get("use_safetensors"))
     settings = {"requires_safety_checker": False} if left_out else {}
-    pipeline = classes[name].from_pretrained(core, **{**kwargs, **left_out, **settings, "use_safetensors": True})
-    return READERS[classes[name]](pipeline)
+    pipeline = getattr(diffusers, name).from_pretrained(
+        core, **{**kwargs, **left_out, **settings, "use_safetensors": True}
+    )
+    return READERS[name](pipeline)

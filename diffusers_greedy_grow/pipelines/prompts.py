@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.pipelines.prx import pipeline_prx_pixel
 from diffusers.utils import is_ftfy_available
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -21,6 +20,8 @@ def clean_for_prx_pixel(text: str) -> str:
     """Clean a prompt as `PRXPixelPipeline` does; raise an `ImportError` if the package for that is missing."""
     if not is_ftfy_available():
         raise ImportError("The prompts of a model grown from PRXPixel are cleaned by ftfy: `pip install ftfy`.")
+    from diffusers.pipelines.prx import pipeline_prx_pixel  # takes a while, and few models need it
+
     return pipeline_prx_pixel._basic_clean(text)
 
 

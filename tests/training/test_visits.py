@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is drawn per visit of an image: mirror images and crops."""
+"""The draws of each visit of an image: mirror images and crops."""
 
 import numpy as np
 import pytest

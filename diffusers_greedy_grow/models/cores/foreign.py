@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a grown model asks of its core, and how the models of diffusers answer it."""
+"""The interface between a grown model and its core, and its implementation for models of diffusers."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Protocol

@@ -30,7 +30,7 @@ class TimeEmbedding(TimestepEmbedding):
 
 
 class UNetCore(ForeignCore):
-    """What both UNets have in common."""
+    """The parts of a core that both UNets share."""
 
     process_class = VariancePreserving
     process_hint = "the DDPMScheduler or DDIMScheduler that it was trained with"
