@@ -15,12 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evaluate import NUM_INFERENCE_STEPS, draw_images, load_held_out, make_noise, score
+from benchmarks.foreign_core import draw_original, load_original
 from benchmarks.queue_of_runs import STAGE_LEVELS
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
@@ -83,6 +85,13 @@ def predict(
     return enlarged + detail.float()
 
 
+def load_core_pipeline(core: str, resolution: int) -> GreedyGrowPipeline:
+    """Load the pipeline of a core, or grow that of another package's core, whose text encoder is then used as it does."""
+    if DiffusionPipeline.load_config(core)["_class_name"] == "GreedyGrowPipeline":
+        return GreedyGrowPipeline.from_pretrained(core)
+    return GreedyGrowPipeline.from_core(core, resolution)
+
+
 def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
     embeds, mask, _, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
     assert mask is not None
@@ -90,14 +99,21 @@ def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
+def draw_low(pipeline: GreedyGrowPipeline, core: str, captions: list[str], bfloat16: bool) -> torch.Tensor:
+    """Draw the core's images `(B, 3, R, R)` in [0, 1], by the `pipeline` or, if the folder `core` has another, by that one."""
+    if DiffusionPipeline.load_config(core)["_class_name"] == "GreedyGrowPipeline":
+        return draw_images(pipeline, captions, bfloat16)
+    original = load_original(core).to(pipeline.device)
+    return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(draw_original(original, captions)))
+
+
 @torch.no_grad()
 def draw_cascade(
-    unet: UNet2DConditionModel, pipeline: GreedyGrowPipeline, captions: list[str], bfloat16: bool
+    unet: UNet2DConditionModel, pipeline: GreedyGrowPipeline, low: torch.Tensor, captions: list[str], bfloat16: bool
 ) -> torch.Tensor:
-    """Draw images `(B, 3, R, R)` in [0, 1]: the core's, enlarged by the UNet from separate noise."""
+    """Draw images `(B, 3, R, R)` in [0, 1]: the core's, `low`, enlarged by the UNet from separate noise."""
     device, size = unet.device, unet.config.sample_size
-    factor = size // pipeline.unet.config.sample_size
-    low = 2 * draw_images(pipeline, captions, bfloat16).to(device) - 1
+    factor, low = size // low.shape[-1], 2 * low.to(device) - 1
     noise = make_noise(len(captions), size, seed=1)  # other noise than the core's
     scheduler = FlowMatchEulerDiscreteScheduler(shift=float(factor))
     images = []
@@ -117,7 +133,7 @@ def draw_cascade(
 def train(unet: UNet2DConditionModel, pipeline: GreedyGrowPipeline, args: argparse.Namespace) -> float:
     """Train the UNet, leave it with its averaged weights, and return the seconds of training."""
     device, bfloat16 = unet.device, args.mixed_precision == "bf16"
-    factor = args.resolution // pipeline.unet.config.sample_size
+    factor = args.resolution // pipeline.unet.sample_sizes[0]
     rows, _ = load_captioned_data(None, args.train_data_dir, "image", "text")
     images = CaptionedImages(rows, args.resolution)
     order = EpochOrder(len(images), 0, args.steps * args.batch_size, seed=(args.seed, 1))
@@ -178,7 +194,7 @@ def main() -> None:
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bfloat16 = args.mixed_precision == "bf16"
-    pipeline = GreedyGrowPipeline.from_pretrained(args.core).to(device)
+    pipeline = load_core_pipeline(args.core, args.resolution).to(device)
     unet = build_unet(args.resolution, tuple(args.block_out_channels), pipeline.unet.config.cross_attention_dim)
     unet.to(device).train()
     if bfloat16 and device.type == "cpu":
@@ -189,11 +205,13 @@ def main() -> None:
     unet.eval()
 
     captions, real = load_held_out(args.train_data_dir, args.resolution)
+    low = draw_low(pipeline, args.core, captions, bfloat16)
+    images = draw_cascade(unet, pipeline, low, captions, bfloat16)
     result = {
         "images": {"cascade": args.steps * args.batch_size},
         "seconds": {"cascade": seconds},
         "curve": [],  # its loss, given the true low resolution, is not comparable
-        "scores": {"cascade": score(draw_cascade(unet, pipeline, captions, bfloat16), captions, real, args.scorer)},
+        "scores": {"cascade": score(images, captions, real, args.scorer)},
     }
     unet.save_pretrained(args.output_dir / "super-resolution")
     write_json(args.output_dir / "result.json", result)

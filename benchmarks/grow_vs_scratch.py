@@ -433,7 +433,8 @@ def draw_last_images(jobs: list[Job], args: argparse.Namespace, path: Path, num_
             assert job.core is not None
             unet = UNet2DConditionModel.from_pretrained(folder / "super-resolution")
             core = GreedyGrowPipeline.from_pretrained(work_dir / job.core / "core")
-            images = cascade.draw_cascade(unet, core, captions, bfloat16)
+            low = draw_images(core, captions, bfloat16)
+            images = cascade.draw_cascade(unet, core, low, captions, bfloat16)
         rows[job.keys["arm"]] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
     draw_grid(rows, captions, path)
 

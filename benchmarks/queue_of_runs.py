@@ -53,6 +53,7 @@ ENVIRONMENT = {
 }
 TEXT_HIDDEN_SIZE, MAX_SEQUENCE_LENGTH = 128, 16
 GROW, PLAIN, CASCADE = "training_examples/grow.py", "benchmarks/plain.py", "benchmarks/cascade.py"
+FOREIGN = "benchmarks/foreign_core.py"
 
 
 @dataclass
@@ -438,7 +439,7 @@ def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], args: ar
         arguments["core"] = str(folders[job.core] / "core")
     if job.script == GROW:
         arguments["num_scored_images"] = 0
-    if job.script != CASCADE:
+    if job.script in (GROW, PLAIN):
         if torch.cuda.is_available():
             arguments["dataloader_num_workers"] = 1
         if precision == "bf16" and not torch.cuda.is_available():
@@ -470,8 +471,9 @@ def run_job(job: Job, inputs: dict[str, Any], folders: dict[str, Path], args: ar
             if finished.returncode:
                 raise RuntimeError(f"{job.name} failed: see {folder / 'log.txt'}. Start again to resume.")
     core = folders[job.core or job.name] / "core"
-    if core.exists():
-        made_by["core_weights"] = digest_weights(core / "unet")
+    for model in ("unet", "transformer"):
+        if (core / model).exists():
+            made_by["core_weights"] = digest_weights(core / model)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return {"name": job.name, "keys": job.keys, "arguments": inputs, **made_by, **result}
 

@@ -117,9 +117,10 @@ def test_the_cascade_draws_from_the_cores_image_with_other_noise(monkeypatch):
         monkeypatch.setattr(module, "make_noise", lambda *a, **k: drawn.append(make_noise(*a, **k)) or drawn[-1])
     pipeline = make_pipeline(make_core())
     unet = cascade.build_unet(32, (8, 16), 32)
-    images = cascade.draw_cascade(unet, pipeline, CAPTIONS, False)
-    low = 2 * evaluate.draw_images(pipeline, CAPTIONS, False) - 1
-    torch.testing.assert_close(images, (enlarge(low, 2) / 2 + 0.5).clamp(0, 1), atol=1e-3, rtol=0)
+    low = evaluate.draw_images(pipeline, CAPTIONS, False)
+    images = cascade.draw_cascade(unet, pipeline, low, CAPTIONS, False)
+    enlarged = enlarge(2 * low - 1, 2) / 2 + 0.5
+    torch.testing.assert_close(images, enlarged.clamp(0, 1), atol=1e-3, rtol=0)
     small, large = drawn[0], drawn[1]
     assert large.shape[-1] == 32 and not torch.equal(large.flatten()[:100], small.flatten()[:100])
 
@@ -150,4 +151,10 @@ def test_evaluate_counts_seconds_of_all_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate", str(tmp_path), "nowhere"])
     evaluate.main()
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result == {"images": {"core": 30}, "seconds": {"core": 4.0}, "curve": [lines[2]], "scores": {}, "nearest_ratio": {}}
+    assert result == {
+        "images": {"core": 30},
+        "seconds": {"core": 4.0},
+        "curve": [lines[2]],
+        "scores": {},
+        "nearest_ratio": {},
+    }
