@@ -52,7 +52,7 @@ from diffusers_greedy_grow.training.samples import draw_grid
 
 FACTOR = 4
 NAMES = {"own": "our core", "if": "UNet that predicts noise (as DeepFloyd IF)", "prx": "PRX (as PRXPixel)"}
-CORE_STEPS, CORE_BATCH_SIZE, STAGE_STEPS = 3000, 16, 1000
+CORE_STEPS, CORE_BATCH_SIZE, STAGE_STEPS = 1500, 16, 800
 NOTE = f"""
 Captioned shapes, 16 to 64 px. The foreign cores have trained for {CORE_STEPS:,} steps of {CORE_BATCH_SIZE} images with AdamW, ours for
 1,043 with Muon, and all have about 2.4 M parameters. *Grown*: {STAGE_STEPS:,} steps of 16 images around the frozen core. *Cascade*: as
