@@ -207,7 +207,7 @@ class HubMixin:
         push = Push(repo_id, commit_message, private, token, create_pr, revision)
         push.prepare()
         saving = {"variant": variant, "max_shard_size": max_shard_size}
-        return push.publish(self, saving, subfolder, samples, card, saved)
+        return push.publish(self, saving, subfolder, samples, {**card, "core": core}, saved)
 
     @staticmethod
     def plan_push(push_to_hub: bool, core_is_loaded: bool, **arguments: Any) -> Push | None:

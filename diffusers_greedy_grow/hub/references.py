@@ -55,8 +55,8 @@ def find_core_source(model: Any) -> tuple[str, str | None]:
     Raises:
         `ValueError`: if that is unknown.
     """
-    if model.core_folder is not None:
-        return model.core_folder, None
+    if (folder := getattr(model, "core_folder", None)) is not None:
+        return folder, None
     first: dict[str, Any] = next((entry for entry in get_lineage(model) if "grown_to" in entry), {})
     if "core" not in first:
         raise ValueError(
