@@ -22,6 +22,7 @@ from huggingface_hub.errors import HTTPError
 from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import HubMixin
+from ..hub.references import find_folder
 from .adapters import AdapterMixin
 from .blocks import (
     CROP_DIM,
@@ -34,6 +35,7 @@ from .blocks import (
     complete_crop,
     embed_time,
 )
+from .core_references import CoreReferenceMixin
 from .cores import Core, ForeignCore, adopt_core, build_core, is_foreign
 from .shallow_unet_2d import CORE_CONFIG_NAMES, ShallowUNet2DModel, check_text
 
@@ -169,7 +171,7 @@ class GrowthStage(nn.Module):
         return image + detail + gain * (sample - (1 - sigma.reshape(-1, 1, 1, 1)) * image), features
 
 
-class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
+class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, AttentionMixin, ConfigMixin):
     r"""
     A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
     section 4). Create one by [`~GrowableUNet2DConditionModel.from_core`]; loading uses the constructor.
@@ -378,6 +380,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
             )
         check_unmodified(core)
         lineage, source_of_core = get_lineage(core), find_source(core)
+        folder = core.core_folder if isinstance(core, GrowableUNet2DConditionModel) else find_folder(core)
         if is_foreign(core):
             core = adopt_core(core, process, core_sample_size)
         elif process is not None or core_sample_size is not None:
@@ -405,6 +408,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding) if is_own else torch.float32)
         grown.stages[-1] = stage
 
+        grown.core_folder = folder
         grown.register_to_config(_lineage=lineage)
         add_to_lineage(grown, grown_to=sample_size, init=init, **source_of_core)
         if push is not None:

@@ -20,7 +20,7 @@ from diffusers.utils import is_ftfy_available
 from transformers import ByT5Tokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import pool
+from diffusers_greedy_grow.flow import high_band, pool, shift_sigma, upsample
 from diffusers_greedy_grow.training.text.captions import encode_captions
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
@@ -140,9 +140,51 @@ def test_a_step_of_prx_pixel_is_the_originals():
     torch.testing.assert_close(pool(output, 2), expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_guidance_of_if_is_the_originals(guidance_scale, monkeypatch):
+    """
+    At each of the original's states, the grown model's image, guided at its core, pools to the original's clean image: it
+    guides the noise, leaves the variance as it is, and then thresholds. With this guidance, most values exceed the limits.
+    """
+    core = make_if()
+    grown = grow(core)
+    scheduler, seen = core.scheduler, []
+    original_step = scheduler.step
+
+    def step(prediction, timestep, state, **kwargs):
+        output = original_step(prediction, timestep, state, **{**kwargs, "return_dict": True})
+        seen.append((timestep, state, output.pred_original_sample))
+        return (output.prev_sample,)
+
+    monkeypatch.setattr(scheduler, "step", step)
+    core.set_progress_bar_config(disable=True)
+    text = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE}
+    core(**text, num_inference_steps=3, guidance_scale=guidance_scale, output_type="pt")
+    assert len(seen) == 3
+    embeds, mask, negative_embeds, negative_mask = grown.encode_prompt(**text)
+    grown._guidance_scale, grown._guider = guidance_scale, None
+    guidance = {
+        "negative_encoder_hidden_states": negative_embeds,
+        "negative_encoder_attention_mask": negative_mask,
+        "guide": grown.guide,
+    }
+    for timestep, state, expected in seen:
+        # The state with detail, in our process: its noise level is that of a pooled state at this timestep.
+        ratio = ((1 - scheduler.alphas_cumprod[timestep]) / scheduler.alphas_cumprod[timestep]).sqrt()
+        sigma_in = ratio / (1 + ratio)
+        sigma = shift_sigma(sigma_in, 2)
+        x_in = state * ((1 - sigma_in) ** 2 + sigma_in**2).sqrt()
+        x = upsample(x_in * ((1 - sigma) + sigma / 2), 2)
+        x = x + high_band(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), 2)
+        output = grown.unet(x, 1000 * sigma, embeds, mask, **(guidance if guidance_scale > 1 else {}))
+        assert expected.std() > 0.05
+        torch.testing.assert_close(pool(output.pred_original_sample, 2), expected, atol=2e-3, rtol=2e-3)
+
+
 def test_pipelines_that_cannot_be_grown(tmp_path):
-    with pytest.raises(ValueError, match="`out_channels=6`.*variance"):
-        grow(make_if(out_channels=6))
+    with pytest.raises(ValueError, match="`out_channels=9`.*with variances"):
+        grow(make_if(out_channels=9))
     core = DDPMPipeline(*make_foreign("unet"))
     with pytest.raises(TypeError, match=r"\['dtype'\] only apply when `core` is a path"):
         grow(core, dtype=torch.float16)

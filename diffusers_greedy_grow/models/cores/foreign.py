@@ -154,10 +154,6 @@ class ForeignCore(ModelMixin, ConfigMixin, ABC):
             )
 
     def check_channels(self) -> None:
-        """Raise a `ValueError` unless the model maps images in gray or color to predictions of the same channels."""
-        channels, out_channels = self.config.in_channels, self.config.get("out_channels", self.config.in_channels)
+        """Raise a `ValueError` unless the model sees images in gray or color, and nothing else."""
         remedy = "images have 1 or 3 channels, others are those of a latent space or of a second image"
-        self.check(channels in (1, 3), "in_channels", remedy)
-        remedy = "it also predicts a variance (`learned` or `learned_range`)"
-        self.check(out_channels != 2 * channels, "out_channels", remedy)
-        self.check(out_channels == channels, "out_channels", f"it must be `in_channels={channels}`")
+        self.check(self.config.in_channels in (1, 3), "in_channels", remedy)
