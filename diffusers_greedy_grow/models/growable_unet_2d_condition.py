@@ -516,6 +516,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         text_cache: TextCache | None = None,
         crop: torch.Tensor | None = None,
+        inner_image: torch.Tensor | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -545,6 +546,9 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
                 `guide(pred, negative_pred)` combines two clean images at the core's resolution into one.
             text_cache ([`TextCache`], *optional*), crop (`torch.Tensor` of shape `(B, 3)`, *optional*):
                 See [`ShallowUNet2DModel.forward`].
+            inner_image (`torch.Tensor` of shape `(B, out_channels, h, w)`, *optional*):
+                A clean image at the resolution of the core or of an inner stage. It takes the place of the one that is
+                predicted there, and the stages around it add their detail.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
@@ -564,7 +568,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         negative_text = None
         if negative_encoder_hidden_states is not None:
             negative_text = TextInputs(negative_encoder_hidden_states, negative_encoder_attention_mask)
-        self.check_inputs(sample, text, num_stages, negative_text, guide)
+        self.check_inputs(sample, text, num_stages, negative_text, guide, inner_image)
         dtype = self.stages[0].encoder.conv_in.weight.dtype  # the model's; `self.dtype` searches all weights
 
         # With a frozen core inside a stage that preserves, nothing inside needs gradients: they are neither computed nor
@@ -585,6 +589,8 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         if self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
                 image, features = run_core()
+            if inner_image is not None and inner_image.shape == core_sample.shape:
+                image = inner_image
         else:
             # `init="random"`: the core has no entry, it starts from the first stage's encoder features. That stage runs it.
             image, features = None, None
@@ -593,6 +599,8 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         for stage, state in zip(self.stages[:num_stages], stage_states):
             with torch.set_grad_enabled(grad_enabled if stage is self.stages[-1] else inner_grad_enabled):
                 image, features = stage(*state, stage_text, text_sum, dtype, image, features, run_core, crop)
+            if inner_image is not None and inner_image.shape == image.shape:
+                image = inner_image
         assert image is not None
 
         # Stages that are left out enlarge by `U`, not `S`: the state gets no high band at all until they join.
@@ -655,6 +663,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         num_stages: int,
         negative_text: TextInputs | None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+        inner_image: torch.Tensor | None,
     ) -> None:
         """Raise a `ValueError` that names the argument of [`~GrowableUNet2DConditionModel.forward`] that does not fit."""
         batch_size, _, height, width = sample.shape
@@ -674,6 +683,15 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
                 f"{argument} needs a core that predicts images, but the core of a model grown with `init='random'` draws no "
                 "images of its own. Run all stages, once per text."
             )
+        if inner_image is not None:
+            # The levels that predict an image, and have a stage around them that takes part
+            sizes = self.sample_sizes[0 if self.stages[0].preserves else 1 : num_stages]
+            scales = [self.config.sample_size // size for size in sizes]
+            shapes = [(batch_size, sample.shape[1], height // scale, width // scale) for scale in scales]
+            if tuple(inner_image.shape) not in shapes:
+                raise ValueError(
+                    f"`inner_image` is of shape {tuple(inner_image.shape)}, but must be of one of {shapes}."
+                )
         if negative_text is not None:
             check_text(dim, batch_size, negative_text.encoder_hidden_states, negative_text.encoder_attention_mask)
             if (text.encoder_attention_mask is None) != (negative_text.encoder_attention_mask is None):

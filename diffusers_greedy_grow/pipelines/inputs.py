@@ -7,10 +7,12 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import logging
+from PIL import Image
 
 from ..models.shallow_unet_2d import check_mask
 from .denoising import TEXT_NAMES, DenoisingMixin, Sampling
@@ -360,3 +362,82 @@ class InputsMixin(DenoisingMixin):
         first = (num_inference_steps - steps) * self.scheduler.order
         begin(self.scheduler, first)
         return first
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Given images
+
+
+def repeat_images(images: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return given images or masks `(N, C, H, W)`, one for all prompts or one per prompt, as one per image that is drawn."""
+    return images.to(sampling.device, torch.float32).repeat_interleave(sampling.batch_size // len(images), dim=0)
+
+
+def count_prompts(prompt: Any, prompt_embeds: torch.Tensor | None) -> int:
+    """Return the number of prompts, before they are checked."""
+    if isinstance(prompt_embeds, torch.Tensor):
+        return len(prompt_embeds)
+    return len(prompt) if isinstance(prompt, list) else 1
+
+
+def list_images(name: str, images: Any, batch_size: int) -> list[Any]:
+    """
+    Return given images as a list.
+
+    Args:
+        name (`str`): The argument, for errors.
+        images: One image or several: `PIL.Image.Image`s in RGB, arrays `(H, W, C)` or `(B, H, W, C)` in [0, 1], or tensors
+            `(C, H, W)` or `(B, C, H, W)` in [0, 1].
+        batch_size (`int`): The number of prompts.
+
+    Raises:
+        `ValueError`: if they are no images, of several sizes, with another number of channels than 3, outside [0, 1], or neither one
+            nor one per prompt.
+    """
+    if isinstance(images, (torch.Tensor, np.ndarray)) and images.ndim == 4:
+        images = list(images)
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not images:
+        raise ValueError(f"`{name}` is an empty list: pass an image.")
+    for image in images:
+        check_image(name, image)
+    if len({image_size(image) for image in images}) > 1:
+        sizes = sorted({image_size(image) for image in images})
+        raise ValueError(f"`{name}` has images of several sizes (height, width), {sizes}: pass images of one size.")
+    if len(images) not in (1, batch_size):
+        raise ValueError(f"`{name}` has {len(images)} images for {batch_size} prompts: pass one, or one per prompt.")
+    return images
+
+
+def check_image(name: str, image: Any) -> None:
+    """Raise a `ValueError` unless this is one image, see [`list_images`]."""
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(
+                f'`{name}` is in mode {image.mode!r}, but the model draws RGB: pass `image.convert("RGB")`, for an image with '
+                "transparency after pasting it on a background."
+            )
+        return
+    if not isinstance(image, (torch.Tensor, np.ndarray)) or image.ndim != 3:
+        raise ValueError(
+            f"`{name}` must be a PIL.Image.Image, an array (H, W, C) or a tensor (C, H, W), or a list of them, but has a "
+            f"{type(image).__name__}."
+        )
+    channels = image.shape[0] if isinstance(image, torch.Tensor) else image.shape[-1]
+    if channels != 3:
+        raise ValueError(f"`{name}` has {channels} channels in the shape {tuple(image.shape)}, but must have 3: RGB.")
+    check_range(name, image)
+
+
+def check_range(name: str, image: torch.Tensor | np.ndarray) -> None:
+    """Raise a `ValueError` unless all values are in [0, 1]."""
+    low, high = float(image.min()), float(image.max())
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"`{name}` has values from {low:.3g} to {high:.3g}, but must be in [0, 1].")
+
+
+def image_size(image: Any) -> tuple[int, int]:
+    """Return the height and width of an image or a mask."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else tuple(image.shape[:2])  # type: ignore
