@@ -121,7 +121,7 @@ def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
         return None
     name = str(index.get("_class_name"))
     if name not in READERS:
-        if name == "GreedyGrowPipeline":
+        if name.startswith("GreedyGrow"):
             return None
         raise ValueError(
             f"`core={str(core)!r}` holds a {name}. Pipelines that can be grown are GreedyGrowPipeline, "
