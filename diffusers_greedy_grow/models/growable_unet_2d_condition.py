@@ -255,6 +255,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         else:
             self.core = build_core(core_config, core_process, inner_sample_sizes[0])
             check_core_arguments(self.core, arguments, init)
+            self._repeated_blocks = [*self.core._repeated_blocks, "GrowthEncoder", "GrowthDecoder"]
         if init == "random":
             self.core.remove_shallow_parts()
 
