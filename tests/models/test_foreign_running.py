@@ -157,9 +157,7 @@ def test_eight_bits(tmp_path):
         loaded = GrowableUNet2DConditionModel.from_pretrained(
             tmp_path / "model", quantization_config=config, dtype=torch.float32
         )
-        quantized = {
-            name for name, value in loaded.named_parameters() if type(value).__module__.startswith("torchao")
-        }
+        quantized = {name for name, value in loaded.named_parameters() if type(value).__module__.startswith("torchao")}
         assert any(name.startswith("core.") for name in quantized), quantized
         assert_close(loaded(**inputs).sample, expected, 0.1)
         with pytest.raises(ValueError, match="the model is quantized"):

@@ -67,6 +67,7 @@ class ForeignCore(ModelMixin, ConfigMixin, ABC):
     model_class: type[ModelMixin]
     process_class: type[RectifiedFlow | VariancePreserving]
     side_multiple: int
+    component: str  # what a pipeline of diffusers calls the model, and with it the tensors of adapters
     _repeated_blocks: list[str]  # the classes that `compile_repeated_blocks` compiles
     process_hint: str  # what `process` must be, for an error
 

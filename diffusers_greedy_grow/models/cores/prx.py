@@ -33,6 +33,7 @@ class PRXTransformer2DCore(ForeignCore, PRXTransformer2DModel):
 
     model_class = PRXTransformer2DModel
     process_class = RectifiedFlow
+    component = "transformer"
     process_hint = (
         "`RectifiedFlow(noise_scale)` of `diffusers_greedy_grow.flow`, with the `noise_scale` of its pipeline"
     )

@@ -40,6 +40,7 @@ class UNetCore(ForeignCore):
     """The parts of a core that both UNets share."""
 
     process_class = VariancePreserving
+    component = "unet"
     process_hint = "the DDPMScheduler or DDIMScheduler that it was trained with"
     conv_out: nn.Module
     time_embedding: nn.Module
