@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, PRXTransformer2DModel, UNet2DModel
+from accelerate.utils import compute_module_sizes
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PRXTransformer2DModel,
+    TorchAoConfig,
+    UNet2DModel,
+)
 from huggingface_hub import HfApi
 from peft import LoraConfig
 from safetensors import safe_open
@@ -18,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
 
 from .models.test_foreign_cores import make_foreign
-from .testing_utils import make_core, make_pipeline, randomize
+from .testing_utils import TEXT_DIM, make_core, make_pipeline, randomize
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -198,6 +206,50 @@ def test_weights_with_old_names(core_folder, tmp_path):
     assert same(GreedyGrowPipeline.from_pretrained(tmp_path / "grown").unet, grown.unet)
 
 
+@torch.no_grad()
+def test_loading_with_less_memory(core_folder, tmp_path):
+    """In shards, too, whose tensors reach diffusers in another way."""
+    grown = grow(core_folder).unet
+    sample = torch.randn(1, 3, 32, 32)
+    expected = grown(sample, 500).sample
+    for i, saving in enumerate(({}, {"max_shard_size": "20KB"})):
+        folder = tmp_path / str(i)
+        grown.save_pretrained(folder, core="reference", **saving)
+        for kwargs in (
+            {"device_map": "auto"},
+            {
+                "device_map": "auto",
+                "max_memory": {"cpu": compute_module_sizes(grown)[""] // 2},
+                "offload_folder": tmp_path / f"offload-{i}",
+            },
+            {"low_cpu_mem_usage": True, "disable_mmap": True},
+        ):
+            loaded = GrowableUNet2DConditionModel.from_pretrained(folder, **kwargs)
+            assert torch.equal(loaded(sample, 500).sample, expected)
+        (loaded, info) = GrowableUNet2DConditionModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values())
+
+
+@torch.no_grad()
+def test_a_referred_core_in_eight_bits(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    prx, flow = make_foreign("prx")
+    prx.save_pretrained(tmp_path / "core")
+    core = PRXTransformer2DModel.from_pretrained(tmp_path / "core")
+    grown = GrowableUNet2DConditionModel.from_core(core, 32, (8,), process=flow, core_sample_size=16)
+    for where in ("copy", "reference"):
+        grown.save_pretrained(tmp_path / where, core=where)
+    copied, referred = (
+        GrowableUNet2DConditionModel.from_pretrained(
+            tmp_path / where, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), dtype=torch.float32
+        )
+        for where in ("copy", "reference")
+    )
+    inputs = torch.randn(1, 3, 32, 32), 500, torch.randn(1, 6, TEXT_DIM)
+    assert torch.equal(referred(*inputs).sample, copied(*inputs).sample)
+    assert type(referred.core.blocks[0].img_qkv_proj.weight).__module__.startswith("torchao")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused when saving
 
@@ -283,7 +335,7 @@ def test_a_core_that_is_not_there_any_more(hub, core_folder, tmp_path):
                 load()
 
     weights.unlink()
-    fails(OSError, f"refers to its core in .*core/unet`, but there is no file `{WEIGHTS}` in it")
+    fails(OSError, f"refers to its core in .*core`, but there is no file `unet/{WEIGHTS}` in it")
     weights.write_bytes(original[:-100])
     fails(OSError, f"{WEIGHTS}` is damaged")
     save_file({**state, "conv_in.bias": state["conv_in.bias"] + 1e-3}, weights, {"format": "pt"})

@@ -36,7 +36,7 @@ from .blocks import (
     embed_time,
 )
 from .core_references import CoreReferenceMixin
-from .cores import Core, ForeignCore, adopt_core, build_core, is_foreign
+from .cores import CORE_CLASSES, Core, ForeignCore, adopt_core, build_core, is_foreign
 from .shallow_unet_2d import CORE_CONFIG_NAMES, ShallowUNet2DModel, check_text
 
 
@@ -255,6 +255,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         else:
             self.core = build_core(core_config, core_process, inner_sample_sizes[0])
             check_core_arguments(self.core, arguments, init)
+            self._repeated_blocks = [*self.core._repeated_blocks, "GrowthEncoder", "GrowthDecoder"]
         if init == "random":
             self.core.remove_shallow_parts()
 
@@ -376,7 +377,8 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)) and not is_foreign(core):
             raise ValueError(
                 "`core` must be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a UNet2DModel, UNet2DConditionModel or "
-                f"PRXTransformer2DModel of diffusers, a folder or a repository id, but is a {type(core).__name__}."
+                f"PRXTransformer2DModel of diffusers, a folder or a repository id, but is a {type(core).__name__}. A pipeline is "
+                "grown by `GreedyGrowPipeline.from_core`."
             )
         check_unmodified(core)
         lineage, source_of_core = get_lineage(core), find_source(core)
@@ -798,9 +800,17 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
                 f"that it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
             ) from error
     classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
-    if config.get("_class_name") not in classes:
+    name = config.get("_class_name")
+    if name in CORE_CLASSES:
         raise ValueError(
-            f"`core={str(path)!r}` holds a {config.get('_class_name')}; only {' and '.join(classes)} can be grown."
+            f"`core={str(path)!r}` holds a {name}, without the process that it was trained on: load it by "
+            f"`diffusers.{name}.from_pretrained`, and pass it with its `process`; or grow its pipeline by "
+            "`GreedyGrowPipeline.from_core`."
+        )
+    if name not in classes:
+        raise ValueError(
+            f"`core={str(path)!r}` holds a {name}; only {', '.join(classes)} and, of diffusers, {', '.join(CORE_CLASSES)} can be "
+            "grown."
         )
     return classes[config["_class_name"]], config, subfolder, commit
 
@@ -815,6 +825,14 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
         `ValueError`: if it is another kind of model, or weights are missing or left over.
     """
     model_class, _, kwargs["subfolder"], commit = find_core(path, **kwargs)
+    return load_complete(model_class, path, commit, **kwargs)
+
+
+def load_complete(model_class: type[ModelMixin], path: str | Path, commit: str | None, **kwargs) -> Any:
+    """
+    Load a model of a known class, with all of its weights, by `from_pretrained`, which gets `kwargs`. The errors are those of
+    [`load_core`].
+    """
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, RuntimeError, ValueError, HTTPError) as error:

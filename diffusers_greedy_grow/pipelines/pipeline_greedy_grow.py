@@ -263,7 +263,7 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         try:
             config = get_core_config(core, kwargs)
         except (OSError, ValueError):
-            if (foreign := find_foreign(core, kwargs)) is None:
+            if (foreign := find_foreign(core, kwargs, cls.get_model_kwargs(kwargs))) is None:
                 raise
             return cls.grow_foreign(foreign, sample_size, stage, detail_variance, push)
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)

@@ -67,6 +67,8 @@ class ForeignCore(ModelMixin, ConfigMixin, ABC):
     model_class: type[ModelMixin]
     process_class: type[RectifiedFlow | VariancePreserving]
     side_multiple: int
+    component: str  # what a pipeline of diffusers calls the model, and with it the tensors of adapters
+    _repeated_blocks: list[str]  # the classes that `compile_repeated_blocks` compiles
     process_hint: str  # what `process` must be, for an error
 
     def __init__(self, process: dict[str, Any] | None, sample_size: int, /, **config: Any):
@@ -138,7 +140,8 @@ class ForeignCore(ModelMixin, ConfigMixin, ABC):
         y, time = self.process.enter(sample, sigma)
         text = None if encoder_hidden_states is None else encoder_hidden_states.to(dtype)
         prediction, features = self.predict(y.to(dtype), time, text, encoder_attention_mask, cross_attention_kwargs)
-        image = self.process.clean(y, prediction.to(y.dtype), sigma).to(sample.dtype)
+        # With a device map, the last layer may be on another device than the first.
+        image = self.process.clean(y, prediction.to(y), sigma).to(sample.dtype)
         return GreedyGrowOutput(pred_original_sample=image, features=features)
 
     def limit_values(self, x0: torch.Tensor) -> torch.Tensor:

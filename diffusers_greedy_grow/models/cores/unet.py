@@ -40,15 +40,27 @@ class UNetCore(ForeignCore):
     """The parts of a core that both UNets share."""
 
     process_class = VariancePreserving
+    component = "unet"
     process_hint = "the DDPMScheduler or DDIMScheduler that it was trained with"
     conv_out: nn.Module
     time_embedding: nn.Module
+    _no_split_modules = [  # whole blocks upwards, since they join what others have computed
+        "ResnetBlock2D",
+        "BasicTransformerBlock",
+        "UpBlock2D",
+        "AttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "ResnetUpsampleBlock2D",
+        "SimpleCrossAttnUpBlock2D",
+    ]
 
     def __init__(self, process: dict[str, Any] | None, sample_size: int, /, **config: Any):
         super().__init__(process, sample_size, **config)
         # The layers keep their parameters.
         self.conv_out.__class__ = ConvWithFeatures
         self.time_embedding.__class__ = TimeEmbedding
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        self._repeated_blocks = sorted({type(block).__name__ for block in blocks if block is not None})
 
     def read_shape(self) -> dict[str, Any]:
         config = self.config
