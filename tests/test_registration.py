@@ -14,7 +14,14 @@ from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 import diffusers_greedy_grow
-from diffusers_greedy_grow import GreedyGrowImg2ImgPipeline, GreedyGrowInpaintPipeline, GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel, registration
+from diffusers_greedy_grow import (
+    GreedyGrowImg2ImgPipeline,
+    GreedyGrowInpaintPipeline,
+    GreedyGrowPipeline,
+    GrowableUNet2DConditionModel,
+    ShallowUNet2DModel,
+    registration,
+)
 
 from .testing_utils import make_core, make_grown, make_pipeline
 
