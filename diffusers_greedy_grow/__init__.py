@@ -14,13 +14,36 @@ try:
     from diffusers import ModelMixin
 
     from .models import GrowableUNet2DConditionModel, ShallowUNet2DModel
-    from .pipelines import GreedyGrowPipeline
+    from .pipelines import (
+        GreedyGrowImg2ImgPipeline,
+        GreedyGrowInpaintPipeline,
+        GreedyGrowPipeline,
+        GreedyGrowUpscalePipeline,
+    )
     from .registration import register
     from .version import __version__
 finally:
     _logging.disable(_disabled)
 
 
-__all__ = ["GreedyGrowPipeline", "GrowableUNet2DConditionModel", "ModelMixin", "ShallowUNet2DModel"]
+__all__ = [
+    "GreedyGrowImg2ImgPipeline",
+    "GreedyGrowInpaintPipeline",
+    "GreedyGrowPipeline",
+    "GreedyGrowUpscalePipeline",
+    "GrowableUNet2DConditionModel",
+    "ModelMixin",
+    "ShallowUNet2DModel",
+]
 
-register(__name__, (ShallowUNet2DModel, GrowableUNet2DConditionModel), GreedyGrowPipeline, "greedy-grow")
+register(
+    __name__,
+    models=(ShallowUNet2DModel, GrowableUNet2DConditionModel),
+    pipelines={
+        "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": GreedyGrowPipeline,
+        "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": GreedyGrowImg2ImgPipeline,
+        "AUTO_INPAINT_PIPELINES_MAPPING": GreedyGrowInpaintPipeline,
+        None: GreedyGrowUpscalePipeline,  # diffusers has no auto pipeline for upscaling
+    },
+    pipeline_name="greedy-grow",
+)

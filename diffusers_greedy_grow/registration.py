@@ -4,7 +4,7 @@
 """
 Registration of our classes in diffusers, which has no public interface for it. Only this module touches diffusers' tables.
 
-After registration, `DiffusionPipeline`, `AutoModel` and `AutoPipelineForText2Image` load our folders. `model_index.json` names the
+After registration, `DiffusionPipeline`, `AutoModel` and the auto pipelines load our folders. `model_index.json` names the
 package instead of an inner module, so published repositories still load after a file of the package has moved.
 """
 
@@ -28,23 +28,25 @@ def find_table(module, name: str) -> dict:
     return table
 
 
-def register(package: str, models: tuple[type, ...], pipeline: type, pipeline_name: str) -> None:
+def register(package: str, models: tuple[type, ...], pipelines: dict[str | None, type], pipeline_name: str) -> None:
     """
-    Register model classes and a text-to-image pipeline class. A second call changes nothing.
+    Register model and pipeline classes. A second call changes nothing.
 
     Args:
         package (`str`): The top-level package that exports the classes and diffusers' `ModelMixin`.
         models (`tuple[type, ...]`): The model classes.
-        pipeline (`type`): The pipeline class.
-        pipeline_name (`str`): The pipeline's key in the table of auto pipelines, such as `"greedy-grow"`.
+        pipelines (`dict`): The pipeline classes by diffusers' table of auto pipelines that each belongs to, or None.
+        pipeline_name (`str`): The pipelines' key in these tables, such as `"greedy-grow"`.
 
     Raises:
         `ImportError`: if the installed diffusers lacks one of the tables.
     """
     loadable = find_table(pipeline_loading_utils, "LOADABLE_CLASSES")
-    text_to_image = find_table(auto_pipeline, "AUTO_TEXT2IMAGE_PIPELINES_MAPPING")
-    for registered in (*models, pipeline):
-        setattr(diffusers, registered.__name__, registered)
-        setattr(diffusers.pipelines if registered is pipeline else diffusers.models, registered.__name__, registered)
+    tables = {name: find_table(auto_pipeline, name) for name in pipelines if name is not None}
+    for module, classes in ((diffusers.models, models), (diffusers.pipelines, pipelines.values())):
+        for registered in classes:
+            setattr(diffusers, registered.__name__, registered)
+            setattr(module, registered.__name__, registered)
     loadable.setdefault(package, {"ModelMixin": ["save_pretrained", "from_pretrained"]})
-    text_to_image[pipeline_name] = pipeline
+    for name, table in tables.items():
+        table[pipeline_name] = pipelines[name]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import EvalResult, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
@@ -24,6 +24,7 @@ from diffusers_greedy_grow.hub.cards import make_card
 from diffusers_greedy_grow.hub.lineage import add_to_lineage, get_lineage
 from diffusers_greedy_grow.hub.upload import UploadError, prepare_repository, upload
 
+from .models.test_foreign_cores import make_foreign
 from .testing_utils import draw_one, make_core, make_grown, make_pipeline, run_in_a_shell
 
 
@@ -404,6 +405,80 @@ def test_a_card_is_complete(hub, tmp_path):
     ):
         assert text in card.text, text
     assert hub.files("owner/card")["samples.png"] == grid.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "metadata,expected",
+    [
+        (
+            "license: other\nlicense_name: deepfloyd\nlicense_link: LICENSE-MODEL",
+            {
+                "license": "other",
+                "license_name": "deepfloyd",
+                "license_link": "{url}/{repo_id}/blob/{revision}/LICENSE-MODEL",
+            },
+        ),
+        (
+            "license: other\nlicense_name: mine\nlicense_link: https://example.com",
+            {"license": "other", "license_name": "mine", "license_link": "https://example.com"},
+        ),
+        ("license: mit", {"license": "mit"}),
+        ("tags: [a]", {}),
+        (None, {}),
+    ],
+)
+def test_a_card_has_the_license_of_the_core(hub, tmp_path, metadata, expected):
+    folder = tmp_path / "core"
+    DDPMPipeline(*make_foreign("unet")).save_pretrained(folder)
+    if metadata is not None:
+        (folder / "README.md").write_text(f"---\n{metadata}\n---\n# A core")
+    repo_id = f"owner/licensed-{len(metadata or '')}"
+    HfApi().create_repo(repo_id)
+    revision = HfApi().upload_folder(repo_id=repo_id, folder_path=folder).oid
+    if metadata == "tags: [a]":  # the Hub would refuse such a card
+        (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    names = ("license", "license_name", "license_link")
+    for source, link in ((repo_id, True), (folder, False)):
+        grown = GreedyGrowPipeline.from_core(source, 32, block_out_channels=(8,))
+        card = make_card(grown, "owner/grown")
+        found = {name: card.data.get(name) for name in names if card.data.get(name)}
+        if link:
+            assert found == {
+                name: value.format(url=hub.url, repo_id=repo_id, revision=revision) for name, value in expected.items()
+            }
+            assert ("The license is that of the core" in card.text) == bool(expected)
+        else:
+            assert found.keys() == expected.keys()
+        if "license" in expected:  # a license of one's own is kept
+            assert make_card(grown, "owner/grown", license="apache-2.0").data.license == "apache-2.0"
+
+
+def test_a_card_says_where_the_core_is(hub, tmp_path):
+    DDPMPipeline(*make_foreign("unet")).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: openrail\n---\n")
+    HfApi().create_repo("owner/ddpm-core", exist_ok=True)
+    revision = HfApi().upload_folder(repo_id="owner/ddpm-core", folder_path=tmp_path).oid
+    grown = GreedyGrowPipeline.from_core("owner/ddpm-core", 32, block_out_channels=(8,))
+    place = f"[`owner/ddpm-core`](https://huggingface.co/owner/ddpm-core) at `{revision[:12]}`"
+    for core, text in (
+        (
+            "reference",
+            f"Only the growth stages are stored here: loading fetches the core from {place}. The license is",
+        ),
+        ("copy", f"The core is stored here, too, as a copy. It came from {place}. The license is that of the core."),
+    ):
+        grown.push_to_hub("owner/where", core=core)
+        card = ModelCard.load("owner/where")
+        assert text in card.text
+        assert f"It has {grown.unet.num_parameters() / 1e6:.1f} M parameters" in card.text
+        assert card.data.base_model == "owner/ddpm-core" and card.data.base_model_relation == "finetune"
+        assert card.data.license == "openrail"
+    # What is grown from there has the same license, and its core the same place.
+    again = GreedyGrowPipeline.from_core("owner/where", 64, block_out_channels=(8,))
+    card = make_card(again, "owner/again")
+    assert (
+        card.data.base_model == "owner/where" and card.data.license == "openrail" and f"came from {place}" in card.text
+    )
 
 
 def test_a_card_that_the_hub_refuses_loses_nothing(hub):

@@ -14,12 +14,24 @@ from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 import diffusers_greedy_grow
-from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel, registration
+from diffusers_greedy_grow import (
+    GreedyGrowImg2ImgPipeline,
+    GreedyGrowInpaintPipeline,
+    GreedyGrowPipeline,
+    GrowableUNet2DConditionModel,
+    ShallowUNet2DModel,
+    registration,
+)
 
 from .testing_utils import make_core, make_grown, make_pipeline
 
 
 MODELS = (ShallowUNet2DModel, GrowableUNet2DConditionModel)
+PIPELINES = {
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": GreedyGrowPipeline,
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": GreedyGrowImg2ImgPipeline,
+    "AUTO_INPAINT_PIPELINES_MAPPING": GreedyGrowInpaintPipeline,
+}
 
 
 @pytest.mark.parametrize("make", [make_core, make_grown])
@@ -64,9 +76,9 @@ def test_the_index_names_the_package_only(tmp_path):
 
 
 def test_registering_twice_changes_nothing():
-    tables = (pipeline_loading_utils.LOADABLE_CLASSES, auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING)
+    tables = (pipeline_loading_utils.LOADABLE_CLASSES, *(getattr(auto_pipeline, name) for name in PIPELINES))
     before = [dict(table) for table in tables]
-    registration.register(diffusers_greedy_grow.__name__, MODELS, GreedyGrowPipeline, "greedy-grow")
+    registration.register(diffusers_greedy_grow.__name__, MODELS, PIPELINES, "greedy-grow")
     assert [dict(table) for table in tables] == before
 
 
@@ -89,7 +101,7 @@ def test_a_version_of_diffusers_without_the_tables(monkeypatch):
     with pytest.raises(
         ImportError, match='has no table `.*AUTO_TEXT2IMAGE_PIPELINES_MAPPING`.*pip install "diffusers>='
     ):
-        registration.register(diffusers_greedy_grow.__name__, MODELS, GreedyGrowPipeline, "greedy-grow")
+        registration.register(diffusers_greedy_grow.__name__, MODELS, PIPELINES, "greedy-grow")
 
 
 def test_importing_the_plugin_registers_it():

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, hf_hub_download
+from huggingface_hub.errors import HTTPError
+from yaml import YAMLError
 
 from .lineage import get_lineage
+from .references import find_core_source
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -25,9 +28,11 @@ def make_card(
     eval_results: list[EvalResult] | None = None,
     samples: str | None = None,
     tag: str | None = None,
+    core: str = "copy",
 ) -> ModelCard:
     """
-    Make the card of a model or pipeline: metadata for the Hub, how to use and grow it, and its lineage.
+    Make the card of a model or pipeline: metadata for the Hub, how to use and grow it, and its lineage. Without a `license`, it
+    has that of the core that it was grown from, if the core's own card can be read.
 
     Args:
         pushed ([`GreedyGrowPipeline`], [`ShallowUNet2DModel`] or [`GrowableUNet2DConditionModel`]):
@@ -42,6 +47,8 @@ def make_card(
             The file name of an image in the repository, which the card shows.
         tag (`str`, *optional*):
             The tag of the repository that the card describes and loads.
+        core (`str`, defaults to `"copy"`):
+            How the core is stored; see [`HubMixin.save_pretrained`].
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -53,14 +60,15 @@ def make_card(
     name = repo_id.split("/")[-1]
     has_text = model.config.cross_attention_dim is not None
     relation: dict = {"base_model": cores[-1], "base_model_relation": "finetune"} if cores else {}
+    licensed: dict[str, Any] = {"license": license} if license is not None else find_license(model)
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image" if has_text else "unconditional-image-generation",
         tags=TAGS,
-        license=license,
         datasets=datasets,
         eval_results=eval_results or None,
         model_name=name if eval_results else None,
+        **licensed,
         **relation,
     )
     return ModelCard.from_template(
@@ -79,7 +87,49 @@ def make_card(
         lineage=[describe_entry(entry) for entry in lineage],
         results=[(result.dataset_name, result.metric_name, result.metric_value) for result in eval_results or []],
         samples=samples,
+        core=describe_core(model),
+        core_is_referred_to=core == "reference",
+        has_license_of_core=license is None and bool(licensed),
     )
+
+
+def describe_core(model) -> str | None:
+    """Return the repository of a grown model's core, and its commit, as a card names them; or None, if it is not on the Hub."""
+    if getattr(model, "core_folder", None) is not None:
+        return None
+    try:
+        core, revision = find_core_source(model)
+    except ValueError:  # unknown, or not a grown model
+        return None
+    return f"[`{core}`](https://huggingface.co/{core})" + (f" at `{revision[:12]}`" if revision else "")
+
+
+def find_license(model) -> dict[str, str]:
+    """
+    Return the license in the card of the model that this one was grown from, or of the nearest before it whose card has one:
+    `license`, and for one that the Hub does not know, `license_name` and `license_link`. Return an empty dictionary if there is
+    none, or no card can be read.
+    """
+    sources = [(entry["core"], entry.get("core_revision")) for entry in get_lineage(model) if entry.get("core")][::-1]
+    if (folder := getattr(model, "core_folder", None)) is not None:
+        # A pipeline has its card beside the model's folder.
+        sources += [(folder, None), (str(Path(folder).parent), None)]
+    for source, revision in sources:
+        try:
+            path = Path(source, "README.md")
+            if not Path(source).is_dir():
+                path = Path(hf_hub_download(source, "README.md", revision=revision))
+            data = ModelCard.load(path).data
+        except (OSError, ValueError, HTTPError, YAMLError):
+            continue
+        if not isinstance(license := data.get("license"), str):
+            continue
+        found = {"license": license, **{name: data.get(name) for name in ("license_name", "license_link")}}
+        link = found["license_link"]
+        if link and "://" not in link and not Path(source).is_dir():  # a file of the core's repository
+            found["license_link"] = f"{constants.ENDPOINT}/{source}/blob/{revision or 'main'}/{link}"
+        return {name: value for name, value in found.items() if isinstance(value, str)}
+    return {}
 
 
 def describe_entry(entry: dict[str, Any]) -> tuple:

@@ -3,14 +3,18 @@
 
 """The base class of models and pipelines for safe loading, saving and publishing."""
 
+import copy
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import unwrap_module
 
 from .publish import Push
+from .references import FETCH_ARGUMENTS, FETCHING
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -41,7 +45,15 @@ class HubMixin:
         # Without this, diffusers falls back to pickled weights.
         if not folder.is_dir() or any(folder.rglob("*.bin")):
             kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        # A model that refers to its core fetches it as it is fetched itself, also if it is part of a pipeline.
+        fetching = {name: kwargs[name] for name in FETCH_ARGUMENTS if kwargs.get(name) is not None}
+        if found := re.match(r"(.+)[/\\]models--[^/\\]+[/\\]snapshots[/\\]", str(folder)):
+            fetching.setdefault("cache_dir", found[1])  # the cache that diffusers has loaded the pipeline into
+        outer = FETCHING.set({**(FETCHING.get() or {}), **fetching})
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        finally:
+            FETCHING.reset(outer)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -73,14 +85,23 @@ class HubMixin:
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
+        core: str = "copy",
         **kwargs: Any,
     ) -> None:
         """
         Save as diffusers does, with three differences: weights are always safetensors, attached or fused adapters are refused,
         and the index of older shards is removed.
 
+        Args:
+            core (`str`, defaults to `"copy"`):
+                `"copy"` saves a grown model as a whole. `"reference"` saves its growth stages, and where its core is: the folder, or
+                the repository and the commit, that it was loaded from. Loading fetches the core from there, and checks that it is
+                the same.
+
         Raises:
-            `ValueError`: if adapters are attached or fused. Their weights would have names that do not load.
+            `ValueError`: if adapters are attached or fused. Their weights would have names that do not load. With
+                `core="reference"`, if there is no core, if it has changed since it was loaded, or if it is unknown where it came from.
+            `OSError`: with `core="reference"`, if the core's folder or repository cannot be read.
         """
         # The signature must name `variant` and the others: a pipeline passes to the `save_pretrained` of a component only the
         # arguments in its signature.
@@ -95,9 +116,10 @@ class HubMixin:
                 "adapters by `save_lora_weights`, then remove them by `unload_lora_weights()` (for a pipeline), or by "
                 "`save_lora_adapter` and `unload_lora()` (for a model). Fused adapters stay part of the weights."
             )
+        saved = self if core == "copy" else self.refer(core, push_to_hub)
         arguments = {"safe_serialization": True, "variant": variant, "max_shard_size": max_shard_size, **kwargs}
         arguments = {name: value for name, value in arguments.items() if value is not None} | given.arguments
-        super().save_pretrained(**arguments)  # type: ignore[misc]
+        super(HubMixin, saved).save_pretrained(**arguments)  # type: ignore[misc]
         for index in Path(save_directory).glob("*.safetensors.index*.json"):
             name = index.name.removesuffix(".json").replace(".safetensors.index", "") + ".safetensors"
             weights = index.with_name(name)
@@ -105,7 +127,20 @@ class HubMixin:
                 index.unlink()  # loading would prefer it to the newer single file
         if push_to_hub:
             repo_id = push.pop("repo_id", None) or Path(save_directory).resolve().name
-            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **push)
+            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, core=core, **push)
+
+    def refer(self, core: str, is_published: bool) -> Any:
+        """Return a view of the model, or of the pipeline, in which the core is a reference, to save it."""
+        model = unwrap_module(getattr(self, "unet", self))  # from `torch.compile(unet)`
+        if core != "reference" or not hasattr(model, "refer_to_core"):
+            other = 'or "reference"' if hasattr(model, "refer_to_core") else f"for a {type(model).__name__}"
+            raise ValueError(f'`core={core!r}` must be "copy" {other}.')
+        view = model.refer_to_core(is_published)
+        if model is unwrap_module(self):
+            return view
+        pipeline: Any = copy.copy(self)
+        pipeline.unet = view
+        return pipeline
 
     def push_to_hub(
         self,
@@ -120,6 +155,7 @@ class HubMixin:
         revision: str | None = None,
         samples: str | Path | None = None,
         max_shard_size: int | str | None = None,
+        core: str = "copy",
         **card: Any,
     ) -> str:
         r"""
@@ -148,6 +184,8 @@ class HubMixin:
                 An image to upload and to show in the card.
             max_shard_size (`int` or `str`, *optional*):
                 As for `save_pretrained`.
+            core (`str`, defaults to `"copy"`):
+                As for `save_pretrained`. With `"reference"`, the core must be on the Hub.
             card:
                 `license`, `datasets` and `eval_results` as for [`make_card`].
 
@@ -165,10 +203,11 @@ class HubMixin:
             raise TypeError(f"{unknown} are not arguments of `push_to_hub`.")
         if samples is not None and not Path(samples).is_file():
             raise ValueError(f"`samples={str(samples)!r}` is not a file.")
+        saved = self if core == "copy" else self.refer(core, is_published=True)
         push = Push(repo_id, commit_message, private, token, create_pr, revision)
         push.prepare()
         saving = {"variant": variant, "max_shard_size": max_shard_size}
-        return push.publish(self, saving, subfolder, samples, card)
+        return push.publish(self, saving, subfolder, samples, {**card, "core": core}, saved)
 
     @staticmethod
     def plan_push(push_to_hub: bool, core_is_loaded: bool, **arguments: Any) -> Push | None:

@@ -45,6 +45,7 @@ class Push:
         subfolder: str | None = None,
         samples: str | Path | None = None,
         card: dict[str, Any] = {},
+        saved: Any = None,
     ) -> str:
         """
         Publish a model or pipeline.
@@ -56,6 +57,8 @@ class Push:
                 Arguments of its `save_pretrained`.
             subfolder (`str`, *optional*), samples (`str` or `Path`, *optional*), card (`dict`, defaults to `{}`):
                 As for [`HubMixin.push_to_hub`].
+            saved (*optional*):
+                What to save, from [`HubMixin.refer`], if it is not all of `pushed`.
 
         Returns:
             `str`: The address of the commit, or of the pull request.
@@ -66,7 +69,7 @@ class Push:
         folder = None
         try:
             folder = new_upload_folder(self.repo_id)
-            pushed.save_pretrained(folder, **saving)
+            (pushed if saved is None else saved).save_pretrained(folder, **saving)
             if subfolder is None:
                 write_card(folder, pushed, self.repo_id, samples, **card)
         except Exception as error:  # any error: [`publish_or_keep`] must return the model

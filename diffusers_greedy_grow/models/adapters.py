@@ -54,7 +54,8 @@ class AdapterMixin(PeftAdapterMixin):
                 `save_pretrained`; or the tensors themselves. PEFT keeps `lora_alpha` in an `adapter_config.json` beside its
                 file; without that, and without `metadata`, it is taken to be the rank.
             prefix (`str`, *optional*, defaults to `"transformer"`):
-                What the tensors' names may begin with, besides `unet.`, PEFT's `base_model.model.`, and the layer's own name.
+                What the tensors' names may begin with, besides `unet.` (for the core of a PRXPixel pipeline, `transformer.`),
+                PEFT's `base_model.model.`, and the layer's own name.
             hotswap (`bool`, defaults to `False`):
                 Whether to replace the adapter named `adapter_name` in place.
             kwargs:
@@ -71,13 +72,14 @@ class AdapterMixin(PeftAdapterMixin):
         state_dict, metadata = read_adapter(
             pretrained_model_name_or_path_or_dict, kwargs, kwargs.pop("weight_name", None)
         )
-        metadata = remove_prefix(metadata or given, prefix)
+        prefixes = get_prefixes(self, prefix)
+        metadata = remove_prefix(metadata or given, prefixes)
         if metadata is None and any(PEFT_PREFIX in name for name in state_dict):
             logger.warning(
                 f"There is no {CONFIG_NAME} with these tensors of PEFT, so `lora_alpha` is taken to be the rank. If it was not, "
                 "pass the folder that PEFT's `save_pretrained` wrote, or `metadata=config.to_dict()` to `load_lora_adapter`."
             )
-        tensors, metadata = fit_adapter(self, state_dict, metadata, prefix)
+        tensors, metadata = fit_adapter(self, state_dict, metadata, prefixes)
         adapter_name = kwargs.get("adapter_name")
         if hotswap and adapter_name is not None and adapter_name in getattr(self, "peft_config", {}):
             check_hotswap(self, tensors, metadata, adapter_name)
@@ -178,10 +180,16 @@ def read_peft_config(source: Any, weight_name: str | None, fetching: dict[str, A
     return config.to_dict()
 
 
-def remove_prefix(metadata: dict[str, Any] | None, prefix: str | None) -> dict[str, Any] | None:
+def get_prefixes(model: Any, prefix: str | None) -> tuple[str, ...]:
+    """Return what an adapter's names may begin with: the name of the model, or of its core, in a pipeline."""
+    core = getattr(model, "core", None)
+    return tuple(f"{name}." for name in dict.fromkeys((prefix, "unet", getattr(core, "component", None))) if name)
+
+
+def remove_prefix(metadata: dict[str, Any] | None, prefixes: tuple[str, ...]) -> dict[str, Any] | None:
     """Return the configuration of this model's adapter from that of a file, in which names may begin with the component's."""
     metadata = metadata or {}
-    for start in (f"{prefix}.", "unet."):
+    for start in prefixes:
         own = {name.removeprefix(start): value for name, value in metadata.items() if name.startswith(start)}
         if own:
             return own
@@ -193,7 +201,7 @@ def remove_prefix(metadata: dict[str, Any] | None, prefix: str | None) -> dict[s
 
 
 def fit_adapter(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] | None, prefix: str | None
+    model: nn.Module, state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] | None, prefixes: tuple[str, ...]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """
     Give an adapter's tensors the names that they have in `model`, such as `transformer_blocks.0.attn1.to_q.lora_A.weight`. In a
@@ -211,7 +219,7 @@ def fit_adapter(
     unknown, adapters, is_of_core = [], set(), False
     for name in state_dict:
         own = name
-        for start in (f"{prefix}.", "unet.", PEFT_PREFIX):
+        for start in (*prefixes, PEFT_PREFIX):
             own = own.removeprefix(start)
         match = TENSOR_NAME.fullmatch(f"core.{own}" if own.startswith(core_parts) else own)
         if match is None or match["layer"] not in layers:

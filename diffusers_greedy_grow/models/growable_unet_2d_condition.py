@@ -22,6 +22,7 @@ from huggingface_hub.errors import HTTPError
 from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import HubMixin
+from ..hub.references import find_folder
 from .adapters import AdapterMixin
 from .blocks import (
     CROP_DIM,
@@ -34,7 +35,8 @@ from .blocks import (
     complete_crop,
     embed_time,
 )
-from .cores import Core, ForeignCore, adopt_core, build_core, is_foreign
+from .core_references import CoreReferenceMixin
+from .cores import CORE_CLASSES, Core, ForeignCore, adopt_core, build_core, is_foreign
 from .shallow_unet_2d import CORE_CONFIG_NAMES, ShallowUNet2DModel, check_text
 
 
@@ -169,7 +171,7 @@ class GrowthStage(nn.Module):
         return image + detail + gain * (sample - (1 - sigma.reshape(-1, 1, 1, 1)) * image), features
 
 
-class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
+class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, AttentionMixin, ConfigMixin):
     r"""
     A core with growth stages around it, each of which multiplies the resolution (Vasconcelos et al., 2024,
     section 4). Create one by [`~GrowableUNet2DConditionModel.from_core`]; loading uses the constructor.
@@ -253,6 +255,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         else:
             self.core = build_core(core_config, core_process, inner_sample_sizes[0])
             check_core_arguments(self.core, arguments, init)
+            self._repeated_blocks = [*self.core._repeated_blocks, "GrowthEncoder", "GrowthDecoder"]
         if init == "random":
             self.core.remove_shallow_parts()
 
@@ -374,10 +377,12 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         if not isinstance(core, (ShallowUNet2DModel, GrowableUNet2DConditionModel)) and not is_foreign(core):
             raise ValueError(
                 "`core` must be a ShallowUNet2DModel, a GrowableUNet2DConditionModel, a UNet2DModel, UNet2DConditionModel or "
-                f"PRXTransformer2DModel of diffusers, a folder or a repository id, but is a {type(core).__name__}."
+                f"PRXTransformer2DModel of diffusers, a folder or a repository id, but is a {type(core).__name__}. A pipeline is "
+                "grown by `GreedyGrowPipeline.from_core`."
             )
         check_unmodified(core)
         lineage, source_of_core = get_lineage(core), find_source(core)
+        folder = core.core_folder if isinstance(core, GrowableUNet2DConditionModel) else find_folder(core)
         if is_foreign(core):
             core = adopt_core(core, process, core_sample_size)
         elif process is not None or core_sample_size is not None:
@@ -405,6 +410,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         stage.time_embedding.to(get_parameter_dtype(grown.core.time_embedding) if is_own else torch.float32)
         grown.stages[-1] = stage
 
+        grown.core_folder = folder
         grown.register_to_config(_lineage=lineage)
         add_to_lineage(grown, grown_to=sample_size, init=init, **source_of_core)
         if push is not None:
@@ -512,6 +518,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         text_cache: TextCache | None = None,
         crop: torch.Tensor | None = None,
+        inner_image: torch.Tensor | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -541,6 +548,9 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
                 `guide(pred, negative_pred)` combines two clean images at the core's resolution into one.
             text_cache ([`TextCache`], *optional*), crop (`torch.Tensor` of shape `(B, 3)`, *optional*):
                 See [`ShallowUNet2DModel.forward`].
+            inner_image (`torch.Tensor` of shape `(B, out_channels, h, w)`, *optional*):
+                A clean image at the resolution of the core or of an inner stage. It takes the place of the one that is
+                predicted there, and the stages around it add their detail.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
@@ -560,7 +570,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         negative_text = None
         if negative_encoder_hidden_states is not None:
             negative_text = TextInputs(negative_encoder_hidden_states, negative_encoder_attention_mask)
-        self.check_inputs(sample, text, num_stages, negative_text, guide)
+        self.check_inputs(sample, text, num_stages, negative_text, guide, inner_image)
         dtype = self.stages[0].encoder.conv_in.weight.dtype  # the model's; `self.dtype` searches all weights
 
         # With a frozen core inside a stage that preserves, nothing inside needs gradients: they are neither computed nor
@@ -581,6 +591,8 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         if self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
                 image, features = run_core()
+            if inner_image is not None and inner_image.shape == core_sample.shape:
+                image = inner_image
         else:
             # `init="random"`: the core has no entry, it starts from the first stage's encoder features. That stage runs it.
             image, features = None, None
@@ -589,6 +601,8 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         for stage, state in zip(self.stages[:num_stages], stage_states):
             with torch.set_grad_enabled(grad_enabled if stage is self.stages[-1] else inner_grad_enabled):
                 image, features = stage(*state, stage_text, text_sum, dtype, image, features, run_core, crop)
+            if inner_image is not None and inner_image.shape == image.shape:
+                image = inner_image
         assert image is not None
 
         # Stages that are left out enlarge by `U`, not `S`: the state gets no high band at all until they join.
@@ -651,6 +665,7 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
         num_stages: int,
         negative_text: TextInputs | None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+        inner_image: torch.Tensor | None,
     ) -> None:
         """Raise a `ValueError` that names the argument of [`~GrowableUNet2DConditionModel.forward`] that does not fit."""
         batch_size, _, height, width = sample.shape
@@ -670,6 +685,15 @@ class GrowableUNet2DConditionModel(HubMixin, AdapterMixin, ModelMixin, Attention
                 f"{argument} needs a core that predicts images, but the core of a model grown with `init='random'` draws no "
                 "images of its own. Run all stages, once per text."
             )
+        if inner_image is not None:
+            # The levels that predict an image, and have a stage around them that takes part
+            sizes = self.sample_sizes[0 if self.stages[0].preserves else 1 : num_stages]
+            scales = [self.config.sample_size // size for size in sizes]
+            shapes = [(batch_size, sample.shape[1], height // scale, width // scale) for scale in scales]
+            if tuple(inner_image.shape) not in shapes:
+                raise ValueError(
+                    f"`inner_image` is of shape {tuple(inner_image.shape)}, but must be of one of {shapes}."
+                )
         if negative_text is not None:
             check_text(dim, batch_size, negative_text.encoder_hidden_states, negative_text.encoder_attention_mask)
             if (text.encoder_attention_mask is None) != (negative_text.encoder_attention_mask is None):
@@ -776,9 +800,17 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
                 f"that it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
             ) from error
     classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
-    if config.get("_class_name") not in classes:
+    name = config.get("_class_name")
+    if name in CORE_CLASSES:
         raise ValueError(
-            f"`core={str(path)!r}` holds a {config.get('_class_name')}; only {' and '.join(classes)} can be grown."
+            f"`core={str(path)!r}` holds a {name}, without the process that it was trained on: load it by "
+            f"`diffusers.{name}.from_pretrained`, and pass it with its `process`; or grow its pipeline by "
+            "`GreedyGrowPipeline.from_core`."
+        )
+    if name not in classes:
+        raise ValueError(
+            f"`core={str(path)!r}` holds a {name}; only {', '.join(classes)} and, of diffusers, {', '.join(CORE_CLASSES)} can be "
+            "grown."
         )
     return classes[config["_class_name"]], config, subfolder, commit
 
@@ -793,6 +825,14 @@ def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2D
         `ValueError`: if it is another kind of model, or weights are missing or left over.
     """
     model_class, _, kwargs["subfolder"], commit = find_core(path, **kwargs)
+    return load_complete(model_class, path, commit, **kwargs)
+
+
+def load_complete(model_class: type[ModelMixin], path: str | Path, commit: str | None, **kwargs) -> Any:
+    """
+    Load a model of a known class, with all of its weights, by `from_pretrained`, which gets `kwargs`. The errors are those of
+    [`load_core`].
+    """
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, RuntimeError, ValueError, HTTPError) as error:

@@ -13,7 +13,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import RectifiedFlow
-from ..hub.mixins import refuse_pickles
+from ..hub.mixins import HubMixin, refuse_pickles
+from ..models.cores import CORE_CLASSES
+from ..models.growable_unet_2d_condition import load_complete
 
 
 if TYPE_CHECKING:  # importing these takes a second, which only those should wait who grow one
@@ -87,17 +89,24 @@ READERS: dict[str, Callable[[Any], ForeignPipeline]] = {
     "IFPipeline": read_if,
     "PRXPixelPipeline": read_prx_pixel,
 }
+GROWABLE = (
+    f"Pipelines that can be grown are GreedyGrowPipeline, {', '.join(READERS)}: in pixel space (without a VAE), without conditions "
+    "other than text."
+)
 # Components that check or mark finished images, not needed to grow
 LEFT_OUT = {"IFPipeline": {"safety_checker": None, "feature_extractor": None, "watermarker": None}}
+# The arguments of `from_pretrained` that say how to fetch a file
+FETCHING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
-def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
+def find_foreign(core: Any, kwargs: dict[str, Any], model_kwargs: dict[str, Any]) -> ForeignPipeline | None:
     """
     Read a pipeline of diffusers, loaded or from a folder or Hub repository.
 
     Args:
         core (`Any`): The pipeline, its folder or repository.
-        kwargs (`dict`): Arguments of `from_pretrained`, for a folder or repository.
+        kwargs (`dict`), model_kwargs (`dict`): Arguments of `from_pretrained` of the pipeline, and of its model, for a folder or
+            repository.
 
     Returns:
         [`ForeignPipeline`], or None if `core` is something else than a pipeline of diffusers: one of ours, or no pipeline.
@@ -112,36 +121,43 @@ def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
         if kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
         return READERS[name](core)
+    if isinstance(core, DiffusionPipeline) and not isinstance(core, HubMixin):
+        raise ValueError(f"`core` is a {name}. {GROWABLE}")
     if not isinstance(core, (str, Path)):
         return None
-    fetching = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+    fetching = {name: kwargs[name] for name in FETCHING if name in kwargs}
     try:
-        index = DiffusionPipeline.load_config(core, **{name: kwargs[name] for name in fetching if name in kwargs})
+        index, commit = DiffusionPipeline.load_config(core, return_commit_hash=True, **fetching)
     except OSError:
         return None
     name = str(index.get("_class_name"))
     if name not in READERS:
-        if name == "GreedyGrowPipeline":
+        if name.startswith("GreedyGrow"):
             return None
-        raise ValueError(
-            f"`core={str(core)!r}` holds a {name}. Pipelines that can be grown are GreedyGrowPipeline, "
-            f"{', '.join(READERS)}: in pixel space, without conditions other than text."
-        )
+        raise ValueError(f"`core={str(core)!r}` holds a {name}. {GROWABLE}")
     left_out = LEFT_OUT.get(name, {})
-    others = {
-        component: value[0]
+    components = {
+        component: value
         for component, value in index.items()
-        if isinstance(value, (list, tuple))
-        and component not in left_out
-        and value[0] not in (None, "diffusers", "transformers")
+        if isinstance(value, (list, tuple)) and component not in left_out and value[0] is not None
     }
+    others = {key: value[0] for key, value in components.items() if value[0] not in ("diffusers", "transformers")}
     if others:
         raise ValueError(
             f"`core={str(core)!r}` has components of other packages than diffusers and transformers: {others}."
         )
     refuse_pickles(kwargs.get("use_safetensors"))
+    models = {component: value[1] for component, value in components.items() if value[1] in CORE_CLASSES}
+    if len(models) != 1:
+        raise ValueError(
+            f"`core={str(core)!r}` must have one model of {', '.join(CORE_CLASSES)}, but has {sorted(components.items())}."
+        )
+    ((component, model_class),) = models.items()
+    pinned = {} if commit is None else {"revision": commit}
+    arguments = {**model_kwargs, **pinned, "subfolder": component, "use_safetensors": True}
+    model = load_complete(getattr(diffusers, model_class), core, commit, **arguments)
     settings = {"requires_safety_checker": False} if left_out else {}
     pipeline = getattr(diffusers, name).from_pretrained(
-        core, **{**kwargs, **left_out, **settings, "use_safetensors": True}
+        core, **{**kwargs, **pinned, **left_out, **settings, component: model, "use_safetensors": True}
     )
     return READERS[name](pipeline)

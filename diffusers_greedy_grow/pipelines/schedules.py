@@ -123,10 +123,15 @@ def start_scheduler(
         All timesteps, and the number of steps.
     """
     timesteps, num_inference_steps = retrieve_timesteps(scheduler, device=device, **schedule)
-    scheduler.set_begin_index(step)  # otherwise the first step searches for it, which waits for the GPU
+    begin(scheduler, step)
+    return timesteps, num_inference_steps
+
+
+def begin(scheduler: SchedulerMixin, step: int) -> None:
+    """Let a scheduler whose timesteps are set begin at the index `step`. It would search for it, which waits for the GPU."""
+    scheduler.set_begin_index(step)
     if getattr(scheduler, "solver_p", None) is not None:  # the predictor that UniPC may have
         scheduler.solver_p.set_begin_index(step)
-    return timesteps, num_inference_steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -45,9 +45,10 @@ CONDITIONAL = {
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "cross_attention_dim": TEXT_DIM,
 }
-# The layers of DeepFloyd IF, without its prediction of variances
+# The layers of DeepFloyd IF, which also predicts variances
 IF = {
     **CONDITIONAL,
+    "out_channels": 6,
     "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
@@ -81,7 +82,16 @@ FAMILIES = {
         CONDITIONAL,
         DDPMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear", clip_sample=False),
     ),
-    "if": (UNet2DConditionModel, IF, DDPMScheduler(beta_schedule="squaredcos_cap_v2", **THRESHOLDING)),
+    "if": (
+        UNet2DConditionModel,
+        IF,
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", **THRESHOLDING),
+    ),
+    "unet, variances": (
+        UNet2DModel,
+        {**UNCONDITIONAL, "out_channels": 6},
+        DDPMScheduler(variance_type="learned", prediction_type="v_prediction"),
+    ),
     "prx": (PRXTransformer2DModel, PRX, RectifiedFlow(noise_scale=2.0)),
 }
 
@@ -286,9 +296,8 @@ def test_sides(family):
     "family,changes,message",
     [
         ("unet", {"in_channels": 4, "out_channels": 4}, "`in_channels=4`.*latent space"),
-        ("unet", {"out_channels": 6}, "`out_channels=6`.*variance"),
-        ("if", {"out_channels": 6}, "`out_channels=6`.*variance"),
-        ("unet", {"out_channels": 1}, "`out_channels=1`.*must be `in_channels=3`"),
+        ("unet", {"out_channels": 1}, "`out_channels=1`.*must be `in_channels=3`, or 6 with variances"),
+        ("if", {"out_channels": 9}, "`out_channels=9`.*must be `in_channels=3`, or 6 with variances"),
         ("unet", {"num_class_embeds": 10}, "`num_class_embeds=10`.*classes"),
         ("unet", {"time_embedding_type": "fourier"}, "`time_embedding_type='fourier'`.*positional"),
         (

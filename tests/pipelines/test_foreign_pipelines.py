@@ -8,19 +8,23 @@ import json
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     IFPipeline,
+    LDMPipeline,
     PRXPixelPipeline,
 )
 from diffusers.utils import is_ftfy_available
+from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
 
-from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.flow import pool
+from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
+from diffusers_greedy_grow.flow import high_band, pool, shift_sigma, upsample
 from diffusers_greedy_grow.training.text.captions import encode_captions
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
@@ -140,9 +144,126 @@ def test_a_step_of_prx_pixel_is_the_originals():
     torch.testing.assert_close(pool(output, 2), expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+def test_guidance_of_if_is_the_originals(guidance_scale, monkeypatch):
+    """
+    At each of the original's states, the grown model's image, guided at its core, pools to the original's clean image: it
+    guides the noise, leaves the variance as it is, and then thresholds. With this guidance, most values exceed the limits.
+    """
+    core = make_if()
+    grown = grow(core)
+    scheduler, seen = core.scheduler, []
+    original_step = scheduler.step
+
+    def step(prediction, timestep, state, **kwargs):
+        output = original_step(prediction, timestep, state, **{**kwargs, "return_dict": True})
+        seen.append((timestep, state, output.pred_original_sample))
+        return (output.prev_sample,)
+
+    monkeypatch.setattr(scheduler, "step", step)
+    core.set_progress_bar_config(disable=True)
+    text = {"prompt": PROMPTS[0], "negative_prompt": NEGATIVE}
+    core(**text, num_inference_steps=3, guidance_scale=guidance_scale, output_type="pt")
+    assert len(seen) == 3
+    embeds, mask, negative_embeds, negative_mask = grown.encode_prompt(**text)
+    grown._guidance_scale, grown._guider = guidance_scale, None
+    guidance = {
+        "negative_encoder_hidden_states": negative_embeds,
+        "negative_encoder_attention_mask": negative_mask,
+        "guide": grown.guide,
+    }
+    for timestep, state, expected in seen:
+        # The state with detail, in our process: its noise level is that of a pooled state at this timestep.
+        ratio = ((1 - scheduler.alphas_cumprod[timestep]) / scheduler.alphas_cumprod[timestep]).sqrt()
+        sigma_in = ratio / (1 + ratio)
+        sigma = shift_sigma(sigma_in, 2)
+        x_in = state * ((1 - sigma_in) ** 2 + sigma_in**2).sqrt()
+        x = upsample(x_in * ((1 - sigma) + sigma / 2), 2)
+        x = x + high_band(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), 2)
+        output = grown.unet(x, 1000 * sigma, embeds, mask, **(guidance if guidance_scale > 1 else {}))
+        assert expected.std() > 0.05
+        torch.testing.assert_close(pool(output.pred_original_sample, 2), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_what_is_no_pipeline_in_pixel_space(tmp_path):
+    """Each error says what can be grown."""
+    unet, scheduler = make_foreign("unet")
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    latent = LDMPipeline(vae, unet, DDIMScheduler())
+    supported = (
+        "is a LDMPipeline. Pipelines that can be grown are .*DDPMPipeline, DDIMPipeline, IFPipeline, PRXPixelPipeline"
+    )
+    with pytest.raises(ValueError, match=supported):
+        grow(latent)
+    with pytest.raises(
+        ValueError, match="but is a LDMPipeline. A pipeline is grown by `GreedyGrowPipeline.from_core`"
+    ):
+        GrowableUNet2DConditionModel.from_core(latent, 32, (8,))
+    with pytest.raises(ValueError, match="`num_class_embeds=3`.*classes are not supported"):
+        grow(DDPMPipeline(make_foreign("unet", num_class_embeds=3)[0], scheduler))
+    core = DDPMPipeline(unet, scheduler)
+    core.scheduler = EulerDiscreteScheduler()
+    with pytest.raises(
+        TypeError, match="must be the DDPMScheduler or DDIMScheduler .* but is a EulerDiscreteScheduler"
+    ):
+        grow(core)
+    core.scheduler = scheduler
+    for size, message in ((24, "must be a larger multiple of the core's 16: 32"), (48, "32 would fit")):
+        with pytest.raises(ValueError, match=f"`sample_size={size}`.*{message}"):
+            GreedyGrowPipeline.from_core(core, size, (8,))
+    # A model alone, in a folder
+    core.save_pretrained(tmp_path)
+    vae.save_pretrained(tmp_path / "vae")
+    for folder, message in (
+        (
+            tmp_path,
+            "holds a UNet2DModel, without the process .* or grow its pipeline by `GreedyGrowPipeline.from_core`",
+        ),
+        (tmp_path / "unet", "load it by `diffusers.UNet2DModel.from_pretrained`, and pass it with its `process`"),
+        (tmp_path / "vae", "holds a AutoencoderKL; only ShallowUNet2DModel, .*, PRXTransformer2DModel can be grown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GrowableUNet2DConditionModel.from_core(folder, 32, (8,))
+
+
+def test_a_core_without_all_of_its_weights(tmp_path):
+    """diffusers would only warn, and make the missing weights random."""
+    core = DDPMPipeline(*make_foreign("unet"))
+    core.save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    state = load_file(weights)
+    bias = state.pop("conv_in.bias")
+    save_file(state, weights, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"does not hold the weights that its config.json describes: .*\['conv_in.bias'\]"
+    ):
+        grow(tmp_path)
+    save_file({**state, "conv_in.bias": bias, "more": bias.clone()}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not hold the weights that its config.json describes: .*\['more'\]"):
+        grow(tmp_path)
+    save_file({**state, "conv_in.bias": bias[1:].clone()}, weights, {"format": "pt"})
+    with pytest.raises(
+        OSError, match="cannot be loaded: .*conv_in.bias expected shape.*do not belong to its config.json"
+    ):
+        grow(tmp_path)
+    weights.write_bytes(content[:-1000])
+    with pytest.raises(OSError, match="cannot be loaded: .*its weights are missing, damaged"):
+        grow(tmp_path)
+    weights.unlink()
+    with pytest.raises(OSError, match="cannot be loaded: .*its weights are missing, damaged"):
+        grow(tmp_path)
+    torch.save(core.unet.state_dict(), weights.with_suffix(".bin"))
+    with pytest.raises(OSError, match="cannot be loaded: .*no file named diffusion_pytorch_model.safetensors"):
+        grow(tmp_path)
+    weights.write_bytes(content)
+    grow(tmp_path)
+
+
 def test_pipelines_that_cannot_be_grown(tmp_path):
-    with pytest.raises(ValueError, match="`out_channels=6`.*variance"):
-        grow(make_if(out_channels=6))
+    with pytest.raises(ValueError, match="`out_channels=9`.*with variances"):
+        grow(make_if(out_channels=9))
     core = DDPMPipeline(*make_foreign("unet"))
     with pytest.raises(TypeError, match=r"\['dtype'\] only apply when `core` is a path"):
         grow(core, dtype=torch.float16)
@@ -159,8 +280,10 @@ def test_pipelines_that_cannot_be_grown(tmp_path):
     for changes, message in (
         (
             {"_class_name": "StableDiffusionPipeline"},
-            "holds a StableDiffusionPipeline. Pipelines that can be grown are",
+            "holds a StableDiffusionPipeline. Pipelines that can be grown are .*IFPipeline, .*without a VAE",
         ),
+        ({"_class_name": "DiTPipeline"}, "holds a DiTPipeline. Pipelines that can be grown are .*IFPipeline"),
+        ({"unet": ["diffusers", "AutoencoderKL"]}, "must have one model of UNet2DModel, UNet2DConditionModel"),
         ({"scheduler": ["os", "system"]}, "components of other packages.*{'scheduler': 'os'}"),
     ):
         index.write_text(json.dumps({**config, **changes}))

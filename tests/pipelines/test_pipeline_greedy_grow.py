@@ -45,7 +45,7 @@ from diffusers_greedy_grow.flow import (
     upsample,
 )
 from diffusers_greedy_grow.models.blocks import GreedyGrowOutput
-from diffusers_greedy_grow.pipelines.pipeline_greedy_grow import TEXT_NAMES
+from diffusers_greedy_grow.pipelines.denoising import TEXT_NAMES
 from diffusers_greedy_grow.pipelines.schedules import count_stages, get_handover_sigmas
 
 from ..testing_utils import TEXT_DIM, draw_one, make_core, make_grown, make_pipeline, randomize

@@ -33,9 +33,12 @@ class PRXTransformer2DCore(ForeignCore, PRXTransformer2DModel):
 
     model_class = PRXTransformer2DModel
     process_class = RectifiedFlow
+    component = "transformer"
     process_hint = (
         "`RectifiedFlow(noise_scale)` of `diffusers_greedy_grow.flow`, with the `noise_scale` of its pipeline"
     )
+
+    _no_split_modules = _repeated_blocks = ["PRXBlock"]
 
     def __init__(self, process: dict[str, Any] | None, sample_size: int, /, **config: Any):
         super().__init__(process, sample_size, **config)

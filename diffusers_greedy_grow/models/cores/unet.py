@@ -10,16 +10,23 @@ import torch.nn as nn
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import get_parameter_dtype
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ...flow import VariancePreserving
 from .foreign import ForeignCore
 
 
 class ConvWithFeatures(nn.Conv2d):
-    """An output layer that returns its input, the features, after its output. So a UNet's `forward` returns both."""
+    """
+    An output layer that keeps its input, the features, until [`UNetCore.split`] takes it. It returns its output alone, so that an
+    adapter of PEFT can be added to it.
+    """
+
+    features: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([super().forward(x), x], dim=1)
+        self.features = x
+        return super().forward(x)
 
 
 class TimeEmbedding(TimestepEmbedding):
@@ -33,24 +40,48 @@ class UNetCore(ForeignCore):
     """The parts of a core that both UNets share."""
 
     process_class = VariancePreserving
+    component = "unet"
     process_hint = "the DDPMScheduler or DDIMScheduler that it was trained with"
     conv_out: nn.Module
     time_embedding: nn.Module
+    _no_split_modules = [  # whole blocks upwards, since they join what others have computed
+        "ResnetBlock2D",
+        "BasicTransformerBlock",
+        "UpBlock2D",
+        "AttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "ResnetUpsampleBlock2D",
+        "SimpleCrossAttnUpBlock2D",
+    ]
 
     def __init__(self, process: dict[str, Any] | None, sample_size: int, /, **config: Any):
         super().__init__(process, sample_size, **config)
         # The layers keep their parameters.
         self.conv_out.__class__ = ConvWithFeatures
         self.time_embedding.__class__ = TimeEmbedding
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        self._repeated_blocks = sorted({type(block).__name__ for block in blocks if block is not None})
 
     def read_shape(self) -> dict[str, Any]:
         config = self.config
         self.check_channels()
+        channels = config.in_channels
+        remedy = f"it must be `in_channels={channels}`, or {2 * channels} with variances"
+        self.check(config.out_channels in (channels, 2 * channels), "out_channels", remedy)
         self.check(config.time_embedding_type == "positional", "time_embedding_type", 'it must be "positional"')
         for name in ("class_embed_type", "num_class_embeds"):
             self.check(config[name] is None, name, "models that are conditioned on classes are not supported")
         self.side_multiple = 2 ** (len(config.block_out_channels) - 1)
         return {"in_channels": config.in_channels, "patch_size": 1, "hidden_size": config.block_out_channels[0]}
+
+    def split(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the prediction in a UNet's `output`, without the variances that some predict after it (`learned_range`), which only
+        matter where a sampler adds noise; and the features that the output was made of.
+        """
+        layer = self.conv_out.get_base_layer() if isinstance(self.conv_out, BaseTunerLayer) else self.conv_out
+        features, layer.features = layer.features, None
+        return output[:, : self.config.in_channels], features
 
 
 class UNet2DCore(UNetCore, UNet2DModel):
@@ -65,7 +96,7 @@ class UNet2DCore(UNetCore, UNet2DModel):
 
     def predict(self, y, time, text, mask, kwargs):
         (output,) = UNet2DModel.forward(self, y, time, return_dict=False)
-        return output.split([y.shape[1], output.shape[1] - y.shape[1]], dim=1)
+        return self.split(output)
 
 
 class UNet2DConditionCore(UNetCore, UNet2DConditionModel):
@@ -95,4 +126,4 @@ class UNet2DConditionCore(UNetCore, UNet2DConditionModel):
         (output,) = UNet2DConditionModel.forward(
             self, y, time, text, encoder_attention_mask=mask, cross_attention_kwargs=kwargs, return_dict=False
         )
-        return output.split([y.shape[1], output.shape[1] - y.shape[1]], dim=1)
+        return self.split(output)

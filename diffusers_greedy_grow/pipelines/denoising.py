@@ -1,0 +1,371 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The denoising loop, which all pipelines share."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.guiders import BaseGuidance
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+
+from ..flow import add_noise, high_band, unshift_sigma, velocity_from_clean
+from ..models.blocks import TextCache
+from .schedules import check_schedule, shift_name, start_scheduler, step_arguments
+
+
+# The tensors of the text, as `encode_prompt` returns them and step callbacks see them
+TEXT_NAMES = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+
+
+@dataclass
+class Sampling:
+    """
+    How one call of a pipeline draws: its checked arguments, and what follows from them.
+
+    Args:
+        batch_size (`int`), height (`int`), width (`int`): Of the images.
+        device (`torch.device`), generator: Where they are drawn, and the source of all noise.
+        timesteps (`torch.Tensor`): All timesteps of the schedule; an order of 2 has two per step.
+        schedule (`dict`): The arguments that set the scheduler's timesteps again.
+        first (`int`): The index of the timestep to begin at.
+        num_stages (`list[int]`): How many growth stages take part at each timestep.
+        text (`dict`): The encoded prompts, by [`TEXT_NAMES`].
+        at_core (`bool`): Whether guidance acts on the core's prediction alone.
+        guidance_stop (`float`), guider, cross_attention_kwargs, callback, callback_names: See the pipelines' `__call__`.
+    """
+
+    batch_size: int
+    height: int
+    width: int
+    device: torch.device
+    generator: torch.Generator | list[torch.Generator] | None
+    timesteps: torch.Tensor
+    schedule: dict[str, Any]
+    first: int
+    num_stages: list[int]
+    text: dict[str, torch.Tensor | None]
+    at_core: bool
+    guidance_stop: float
+    guider: BaseGuidance | None
+    cross_attention_kwargs: dict | None
+    callback: Callable[[Any, int, torch.Tensor, dict], dict] | None
+    callback_names: list[str]
+
+    @property
+    def first_sigma(self) -> torch.Tensor:
+        """The noise level to begin at."""
+        return self.timesteps[self.first].to(torch.float32) / 1000
+
+
+# `predict(latents, sigma, guided, texts, sampling, num_stages)` returns clean images `(B, C, H, W)`
+Predict = Callable[..., torch.Tensor]
+# `keep(latents, sigma)` returns states `(B, C, H, W)` of the same noise level
+Keep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DenoisingMixin:
+    """The part of a pipeline that turns noise into images. It needs `unet`, `scheduler` and `image_processor`."""
+
+    unet: Any
+    scheduler: Any
+    image_processor: Any
+    progress_bar: Any
+    maybe_free_model_hooks: Any
+    _guidance_scale: float
+    _guider: BaseGuidance | None
+    _num_timesteps: int
+    _interrupt: bool
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return (self._guidance_scale > 1.0 or self._guider is not None) and (
+            self.unet.config.cross_attention_dim is not None
+        )
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def guide(self, pred: torch.Tensor, negative_pred: torch.Tensor) -> torch.Tensor:
+        """Combine the clean images predicted for the prompt and for the negative prompt."""
+        if self._guider is not None:
+            return self._guider.forward(pred, negative_pred).pred
+        return negative_pred + self._guidance_scale * (pred - negative_pred)
+
+    def prepare_texts(self, text: dict[str, torch.Tensor | None], at_core: bool) -> dict[bool, dict[str, Any]]:
+        """
+        Return the model's text arguments in steps with guidance, under `True`, and in those without, under `False`. Each has
+        a cache of its own, which its first step fills. With `at_core`, guidance acts on the core's prediction alone.
+        """
+        embeds, mask, negative_embeds, negative_mask = (text[name] for name in TEXT_NAMES)
+        # The model would cast them, too. But autocast to bfloat16 on a CPU cannot concatenate what an encoder in float16 returns.
+        embeds, negative_embeds = (
+            one if one is None else one.to(self.unet.dtype) for one in (embeds, negative_embeds)
+        )
+        arguments = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        texts: dict[bool, dict[str, Any]] = {
+            guided: {**arguments, "text_cache": TextCache()} for guided in (True, False)
+        }
+        if not self.do_classifier_free_guidance:
+            return texts
+        if at_core:
+            texts[True]["negative_encoder_hidden_states"] = negative_embeds
+            texts[True]["negative_encoder_attention_mask"] = negative_mask
+            texts[True]["guide"] = self.guide
+            return texts
+        texts[True]["encoder_hidden_states"] = torch.cat([embeds, negative_embeds])  # type: ignore
+        if mask is not None:
+            texts[True]["encoder_attention_mask"] = torch.cat([mask, negative_mask])  # type: ignore
+        return texts
+
+    def get_text_state(self, text: dict[str, torch.Tensor | None]) -> tuple | None:
+        """
+        Return a value that changes when the text does, also in place, or None where a change cannot be seen: adapters may
+        change the layers that project the text, and tensors made in inference mode do not count their changes.
+        """
+        tensors = [tensor for tensor in text.values() if tensor is not None]
+        if self.unet._hf_peft_config_loaded or any(tensor.is_inference() for tensor in tensors):
+            return None
+        return (self.do_classifier_free_guidance, *((id(tensor), tensor._version) for tensor in tensors))
+
+    def run_callback(
+        self,
+        callback: Callable[[Any, int, torch.Tensor, dict], dict],
+        names: list[str],
+        step: int,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        text: dict[str, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], bool]:
+        """Call a step callback. Return the latents and the text after it, and whether the text may have changed."""
+        before = self.get_text_state(text)
+        tensors = {"latents": latents, **text}
+        tensors |= callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
+        new_text = {name: tensors[name] for name in TEXT_NAMES}
+        after = self.get_text_state(new_text)
+        return tensors["latents"], new_text, after is None or after != before  # type: ignore
+
+    def prepare_timesteps(
+        self, num_inference_steps: int, timesteps: list[float] | None, device: torch.device
+    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
+        """
+        Set the scheduler's timesteps.
+
+        Returns:
+            The timesteps, the number of steps, and the arguments that set the same timesteps again.
+
+        Raises:
+            `ValueError`: if the scheduler draws no good images with its settings, or changes the `timesteps` that were asked for.
+        """
+        schedule: dict[str, Any] = {"num_inference_steps": num_inference_steps}
+        if timesteps is not None:
+            shift = self.scheduler.config[shift_name(self.scheduler)]
+            schedule = {"sigmas": unshift_sigma(np.array(timesteps) / 1000, shift)}
+        check_schedule(self.scheduler, schedule)
+        made, num_inference_steps = start_scheduler(self.scheduler, schedule, device)
+        # Some schedulers round them.
+        if timesteps is not None and not np.allclose(made.tolist(), timesteps, rtol=0, atol=1):
+            raise ValueError(
+                f"`scheduler` changes `timesteps={list(timesteps)}` to {made.tolist()}: pass `num_inference_steps`, or a scheduler "
+                "that has its shift in its config, no `shift_terminal`, and no sigmas of its own, such as Karras'."
+            )
+        return made, num_inference_steps, schedule
+
+    def draw_noise(self, sampling: Sampling) -> torch.Tensor:
+        """Draw noise `(B, C, height, width)`. It becomes the image, so it is in float32 whatever the model runs in."""
+        shape = (sampling.batch_size, self.unet.config.in_channels, sampling.height, sampling.width)
+        return randn_tensor(shape, generator=sampling.generator, device=sampling.device, dtype=torch.float32)
+
+    def prepare_latents(
+        self, sampling: Sampling, latents: torch.Tensor | None = None, image: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Return the state to begin with, in float32: noise, or `latents` in its place; with a clean `image`, that image with noise
+        of the first timestep's level.
+
+        Args:
+            sampling ([`Sampling`]): How to draw.
+            latents (`torch.Tensor` of shape `(B, C, height, width)`, *optional*): The noise.
+            image (`torch.Tensor` of shape `(B, C, height, width)`, *optional*): The image in [-1, 1].
+        """
+        noise = self.draw_noise(sampling) if latents is None else latents.to(sampling.device, torch.float32)
+        return noise if image is None else add_noise(image, noise, sampling.first_sigma)
+
+    def join_stages(
+        self,
+        latents: torch.Tensor,
+        pred_original_sample: torch.Tensor,
+        sigma: torch.Tensor,
+        num_stages_before: int,
+        step: int,
+        schedule: dict[str, Any],
+    ) -> torch.Tensor:
+        """
+        Let further growth stages join at a step. They add detail that the state lacks, `(1 - sigma) H x0`; multistep
+        solvers must forget their history here, or they would return to their own state without it.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): The state.
+            pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`): The first clean image with these stages.
+            sigma (`torch.Tensor`): The noise level of the state.
+            num_stages_before (`int`): How many stages took part until now.
+            step (`int`): The index of the step's timestep.
+            schedule (`dict`): The arguments that set the scheduler's timesteps.
+
+        Returns:
+            The state with the detail.
+        """
+        sizes = self.unet.sample_sizes
+        detail = high_band(pred_original_sample, sizes[-1] // sizes[num_stages_before])
+        start_scheduler(self.scheduler, schedule, latents.device, step)
+        return latents + (1 - sigma) * detail
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        guided: bool,
+        texts: dict[bool, dict[str, Any]],
+        sampling: Sampling,
+        num_stages: int,
+        **inner: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Predict clean images.
+
+        Args:
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): The states.
+            sigma (`torch.Tensor`): Their noise level.
+            guided (`bool`): Whether to guide the prediction.
+            texts (`dict`): The model's text arguments, see [`prepare_texts`].
+            sampling ([`Sampling`]): How to draw.
+            num_stages (`int`): How many growth stages take part.
+            inner: `inner_image`, see [`GrowableUNet2DConditionModel.forward`].
+
+        Returns:
+            The images `(B, C, H, W)`.
+        """
+        twice = guided and not sampling.at_core
+        kwargs = {**texts[guided], **{name: torch.cat([one, one]) if twice else one for name, one in inner.items()}}
+        if len(self.unet.sample_sizes) > 1:
+            kwargs["num_stages"] = num_stages
+        model_input = torch.cat([latents, latents]) if twice else latents
+        compiled = any(is_compiled_module(one) or one._compiled_call_impl for one in self.unet.modules())
+        if compiled:  # with `mode="reduce-overhead"`, all blocks of a step are one series of CUDA graphs
+            torch.compiler.cudagraph_mark_step_begin()
+        pred_original_sample = self.unet(
+            model_input,
+            1000 * sigma.expand(len(model_input)),
+            cross_attention_kwargs=sampling.cross_attention_kwargs,
+            **kwargs,
+        ).pred_original_sample
+        if compiled:
+            kwargs["text_cache"].copy_out()
+        return self.guide(*pred_original_sample.chunk(2)) if twice else pred_original_sample
+
+    def is_guided(self, sampling: Sampling, index: int) -> bool:
+        """Return whether guidance acts at a timestep, and prepare the guider for it, if there is one."""
+        timesteps, guider = sampling.timesteps, sampling.guider
+        if guider is None:
+            order = self.scheduler.order
+            return self.do_classifier_free_guidance and index - index % order < sampling.guidance_stop * len(timesteps)
+        guider.set_state(step=index, num_inference_steps=len(timesteps), timestep=timesteps[index])
+        guider.prepare_inputs({})  # guiders with a memory start it here
+        return self.do_classifier_free_guidance and guider.num_conditions == 2
+
+    def denoise(
+        self,
+        sampling: Sampling,
+        latents: torch.Tensor,
+        predict: Predict | None = None,
+        keep: Keep | None = None,
+        visits: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """
+        Turn states of the first timestep's noise level into images.
+
+        Args:
+            sampling ([`Sampling`]): How to draw.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): The states, in float32.
+            predict (`Callable`, *optional*): Predicts the clean images, with the arguments of [`predict`], which is the default.
+            keep (`Callable`, *optional*): `keep(latents, sigma)` changes the states after each step.
+            visits (sequence of `int`, *optional*): The indices of the timesteps in the order in which they are visited, by default all from
+                the first one on. Where one is not behind the one before it, the states get the noise that is missing there.
+
+        Returns:
+            The images `(B, C, H, W)` in [-1, 1], not clamped.
+        """
+        predict = predict or self.predict
+        scheduler, timesteps, num_stages = self.scheduler, sampling.timesteps, sampling.num_stages
+        visits = range(sampling.first, len(timesteps)) if visits is None else visits
+        text, texts = sampling.text, self.prepare_texts(sampling.text, sampling.at_core)
+        step_kwargs = step_arguments(scheduler, sampling.generator)
+        order, before = scheduler.order, sampling.first - 1
+        self._num_timesteps = len(visits)
+        with self.progress_bar(total=math.ceil(len(visits) / order)) as progress_bar:
+            for visit, i in enumerate(visits):
+                if self._interrupt:
+                    continue
+                t = timesteps[i]
+                sigma = t.to(torch.float32) / 1000
+                if i <= before:
+                    latents = self.add_missing_noise(sampling, latents, before + 1, i)
+                pred_original_sample = predict(
+                    latents, sigma, self.is_guided(sampling, i), texts, sampling, num_stages[i]
+                )
+                if i > sampling.first and num_stages[i] > num_stages[i - 1]:
+                    latents = self.join_stages(
+                        latents, pred_original_sample, sigma, num_stages[i - 1], i, sampling.schedule
+                    )
+                velocity = velocity_from_clean(latents, pred_original_sample, sigma)
+                latents = scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
+                if keep is not None:
+                    latents = keep(latents, scheduler.sigmas[i + 1].to(latents.device))
+
+                if sampling.callback is not None:
+                    names = sampling.callback_names
+                    latents, text, changed = self.run_callback(sampling.callback, names, visit, t, latents, text)
+                    if changed:
+                        texts = self.prepare_texts(text, sampling.at_core)
+                before = i
+                if visit == len(visits) - 1 or (visit + 1) % order == 0:
+                    progress_bar.update()
+        return latents
+
+    def add_missing_noise(self, sampling: Sampling, latents: torch.Tensor, index: int, earlier: int) -> torch.Tensor:
+        """
+        Return to an earlier timestep (Lugmayr et al., RePaint, 2022): scale the states and add noise, so that they have that
+        timestep's noise level, and let the scheduler begin there again.
+
+        Args:
+            sampling ([`Sampling`]): How to draw.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`): The states.
+            index (`int`), earlier (`int`): The index of the noise level that they have, and of that to return to.
+        """
+        low, high = (self.scheduler.sigmas[i].to(latents.device) for i in (index, earlier))
+        scale = (1 - high).clamp(min=0) / (1 - low)
+        missing = (high**2 - (scale * low) ** 2).clamp(min=0).sqrt()
+        start_scheduler(self.scheduler, sampling.schedule, latents.device, earlier)
+        return scale * latents + missing * self.draw_noise(sampling)
+
+    def finish(
+        self, latents: torch.Tensor, output_type: str, return_dict: bool
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Return images `(B, C, H, W)` in [-1, 1] as a pipeline's output."""
+        image = self.image_processor.postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)

@@ -1,0 +1,232 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Inpainting: a part of a given image is drawn again to fit a prompt, and the rest is kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.guiders import BaseGuidance
+from diffusers.image_processor import InpaintProcessor, PipelineImageInput
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import replace_example_docstring
+from PIL import Image
+
+from ..flow import add_noise
+from .inputs import check_range, count_prompts, image_size, list_images, repeat_images
+from .pipeline_greedy_grow import GreedyGrowPipeline
+from .schedules import INTEGER
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from diffusers import AutoPipelineForInpainting
+        >>> from diffusers.utils import load_image
+        >>> import diffusers_greedy_grow
+
+        >>> pipe = AutoPipelineForInpainting.from_pretrained("output/grown-64")
+        >>> image, mask = load_image("circle.png"), load_image("mask.png")
+        >>> pipe("a small blue square on a white background", image, mask).images[0]
+        ```
+"""
+
+
+class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
+    r"""
+    Pipeline that draws a part of a given image again, in pixel space (as in RePaint, Lugmayr et al., 2022). At each noise level
+    the state outside the mask is that of the given image, and pixels where the mask is 0 are kept exactly. Its components
+    and settings are those of [`GreedyGrowPipeline`].
+    """
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None = None,
+        image: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        strength: float = 1.0,
+        padding_mask_crop: int | None = None,
+        jump_length: int | None = None,
+        jump_n_sample: int = 3,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        cross_attention_kwargs: dict | None = None,
+        guidance_stop: float = 0.8,
+        guider: BaseGuidance | None = None,
+        guidance_resolution: str = "full",
+        core_first: float | str | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Draw parts of images again.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What the whole image shows. Leave out for `prompt_embeds`, and for an unconditional model.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
+                The image to change: one for all prompts, or one per prompt. PIL images in RGB, arrays `(H, W, C)` or tensors
+                `(C, H, W)` in [0, 1]. They are resized to `height` and `width`; of the result of that, pixels are kept.
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
+                White where the image is drawn again, black where it is kept, gray for a mixture: as many masks as images, or one,
+                and of the same height and width. PIL images, arrays `(H, W)` or tensors `(H, W)` or `(1, H, W)` in [0, 1].
+            strength (`float`, defaults to 1.0):
+                The share of the steps that run, in (0, 1]. Below 1, what is drawn begins as the given image with noise.
+            padding_mask_crop (`int`, *optional*):
+                Draws only the part of the image around the mask, with a margin of so many pixels, at the whole resolution, and puts it
+                back into the image. For one image and one mask of PIL, and `output_type="pil"`.
+            jump_length (`int`, *optional*):
+                Resamples as RePaint does: after so many steps, the state gets the noise again that they have removed, and they run
+                again. What is drawn then fits better to what is kept. Not with `core_first`.
+            jump_n_sample (`int`, defaults to 3):
+                How often these steps run; each time costs as much as the first.
+            latents (`torch.Tensor` of shape `(B, C, height, width)`, *optional*):
+                The noise to begin with, standard normal. What is kept has it, too.
+            guidance_stop (`float`, defaults to 0.8):
+                The share of all `num_inference_steps` after which guidance ends, those that `strength` leaves out included.
+            negative_prompt, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, prompt_embeds,
+            negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask, output_type, return_dict,
+            callback_on_step_end, callback_on_step_end_tensor_inputs, cross_attention_kwargs, guider, guidance_resolution,
+            core_first:
+                See [`GreedyGrowPipeline.__call__`].
+
+        Examples:
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
+
+        Raises:
+            `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
+        """
+        images = list_images("image", image, count_prompts(prompt, prompt_embeds))
+        masks = list_masks(mask_image, images)
+        if padding_mask_crop is not None:
+            check_crop(padding_mask_crop, images, masks, output_type)
+        if jump_length is not None:
+            check_jumps(jump_length, jump_n_sample, core_first)
+        sampling = self.prepare(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            strength=strength,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            cross_attention_kwargs=cross_attention_kwargs,
+            guidance_stop=guidance_stop,
+            guider=guider,
+            guidance_resolution=guidance_resolution,
+            core_first=core_first,
+        )
+        processor = InpaintProcessor(vae_scale_factor=1, mask_do_binarize=False)
+        single = (images[0], masks[0]) if padding_mask_crop is not None else (images, masks)
+        clean, mask, overlay = processor.preprocess(*single, sampling.height, sampling.width, padding_mask_crop)
+        clean, mask = repeat_images(clean, sampling), repeat_images(mask, sampling)
+        noise = self.prepare_latents(sampling, latents)
+
+        def keep(state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return torch.lerp(add_noise(clean, noise, sigma), state, mask)
+
+        visits = None
+        if jump_length is not None:
+            visits = list_visits(
+                sampling.first, len(sampling.timesteps), jump_length * self.scheduler.order, jump_n_sample
+            )
+        state = add_noise(clean, noise, sampling.first_sigma)
+        state = self.denoise(sampling, state, keep=keep, visits=visits)
+        if output_type == "latent":
+            return self.finish(state, output_type, return_dict)
+        drawn = processor.postprocess(state, output_type, **overlay)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
+
+
+def list_masks(masks: Any, images: list[Any]) -> list[Any]:
+    """
+    Return given masks as a list, PIL images in gray.
+
+    Raises:
+        `ValueError`: if they are no masks, outside [0, 1], of another size than the images, or neither one nor one per image.
+    """
+    if isinstance(masks, (torch.Tensor, np.ndarray)) and masks.ndim == 4:
+        masks = list(masks)
+    masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    if len(masks) not in (1, len(images)):
+        raise ValueError(f"`mask_image` has {len(masks)} masks for {len(images)} images: pass one, or one per image.")
+    height, width = image_size(images[0])
+    listed: list[Any] = []
+    for mask in masks:
+        if isinstance(mask, Image.Image):
+            mask = mask.convert("L")
+        elif isinstance(mask, (torch.Tensor, np.ndarray)) and mask.squeeze().ndim == 2:
+            check_range("mask_image", mask)
+            mask = torch.as_tensor(mask.squeeze(), dtype=torch.float32)[None]
+        else:
+            raise ValueError(
+                "`mask_image` must be a PIL.Image.Image, an array (H, W) or a tensor (H, W) or (1, H, W), or a list of them, but has a "
+                f"{type(mask).__name__}" + (f" of the shape {tuple(mask.shape)}." if hasattr(mask, "shape") else ".")
+            )
+        if image_size(mask) != (height, width):
+            size = image_size(mask)
+            raise ValueError(
+                f"`mask_image` is {size[1]} x {size[0]} pixels and `image` {width} x {height}: resize the mask to the image."
+            )
+        listed.append(mask)
+    return listed
+
+
+def check_crop(padding: Any, images: list[Any], masks: list[Any], output_type: str) -> None:
+    """Raise a `ValueError` if `padding_mask_crop` does not fit the images."""
+    if not isinstance(padding, INTEGER) or padding < 0:
+        raise ValueError(f"`padding_mask_crop={padding!r}` must be a number of pixels, at least 0.")
+    is_one = len(images) == len(masks) == 1
+    if output_type != "pil" or not is_one or not all(isinstance(one, Image.Image) for one in (*images, *masks)):
+        raise ValueError(
+            f'`padding_mask_crop={padding}` is for one image and one mask of PIL and `output_type="pil"`: pass None, and crop them '
+            "yourself."
+        )
+    if masks[0].getbbox() is None:
+        raise ValueError("`mask_image` is black everywhere: there is nothing to draw around which to crop.")
+
+
+def check_jumps(jump_length: Any, jump_n_sample: Any, core_first: Any) -> None:
+    """Raise a `ValueError` if the arguments of the resampling do not fit."""
+    for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
+        if not isinstance(value, INTEGER) or value < 1:
+            raise ValueError(f"`{name}={value!r}` must be a positive integer.")
+    if core_first is not None:
+        raise ValueError(
+            f"`core_first={core_first!r}` does not go with `jump_length={jump_length}`: stages that have joined would leave again."
+        )
+
+
+def list_visits(first: int, count: int, length: int, repeats: int) -> list[int]:
+    """Return the indices of timesteps from `first` to `count`, in blocks of `length`, each `repeats` times."""
+    blocks = [range(start, min(start + length, count)) for start in range(first, count, length)]
+    return [index for block in blocks for _ in range(repeats) for index in block]
