@@ -33,6 +33,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.pipelines.foreign import describe_foreign
 from diffusers_greedy_grow.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.loading import TrainingData, load_training_data, make_loader
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. The plan: what each phase will cost
     if model_args.core is not None:
-        adopt_core(model_args)
+        adopt_core(model_args, args)
     phases = list_phases(model_args, args)
     plans, text = plan_phases(phases, data_args, model_args, args, accelerator)
     logger.info(text)
@@ -140,7 +141,7 @@ def train(
     first = 0
     if checkpoint is not None:
         first = find_resumed_phase(checkpoint, phases, run.decisive_config, args.resume_with_changes)
-    pipeline = start_pipeline(run, model_args, data, first, checkpoint)
+    pipeline = start_pipeline(run, model_args, data, first, checkpoint, args.seed)
     warn_of_truncated_captions(pipeline, data.validation.captions[:1000])
     set_attention_backend(pipeline.unet, args.attention_backend)  # fails if it is not installed
     accelerator.wait_for_everyone()
@@ -204,16 +205,21 @@ def load_data(
 
 
 def start_pipeline(
-    run: Run, model_args: ModelArguments, data: TrainingData, first: int, checkpoint: Path | None
+    run: Run, model_args: ModelArguments, data: TrainingData, first: int, checkpoint: Path | None, seed: int
 ) -> GreedyGrowPipeline:
     """
-    Return the pipeline that phase number `first` of the run starts from.
+    Return the pipeline that phase number `first` of the run starts from. One of diffusers is already grown to that phase's
+    resolution.
 
     Raises:
         `ValueError`: if the phase before it left no pipeline.
     """
     if first == 0:
         if model_args.core is not None:
+            if describe_foreign(model_args.core, model_args.core_revision) is not None:
+                return grow_pipeline(
+                    model_args.core, run.phases[0], model_args, data.measured, seed, model_args.core_revision
+                )
             return load_pipeline(model_args.core, model_args.core_revision, dropout=model_args.core_dropout)
         return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name

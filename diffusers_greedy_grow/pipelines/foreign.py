@@ -3,12 +3,15 @@
 
 """Pipelines of diffusers that can be grown: what of each a grown pipeline continues to use."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -112,8 +115,61 @@ def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
         if kwargs:
             raise TypeError(f"{sorted(kwargs)} only apply when `core` is a path or repository, not a loaded pipeline.")
         return READERS[name](core)
-    if not isinstance(core, (str, Path)):
+    index = find_index(core, kwargs) if isinstance(core, (str, Path)) else None
+    if index is None:
         return None
+    name = index["_class_name"]
+    left_out = LEFT_OUT.get(name, {})
+    refuse_pickles(kwargs.get("use_safetensors"))
+    settings = {"requires_safety_checker": False} if left_out else {}
+    pipeline = getattr(diffusers, name).from_pretrained(
+        core, **{**kwargs, **left_out, **settings, "use_safetensors": True}
+    )
+    return READERS[name](pipeline)
+
+
+def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPipeline | None:
+    """
+    Read the configuration files of a pipeline of diffusers, without its weights: its model is on the meta device, and it has
+    neither text encoder nor tokenizer.
+
+    Args:
+        core (`str` or `Path`): The folder or Hub repository.
+        revision (`str`, *optional*): Its branch, tag or commit.
+
+    Returns:
+        [`ForeignPipeline`], or None if `core` is something else than a pipeline of diffusers: one of ours, or no pipeline.
+
+    Raises:
+        `ValueError`: if it is a pipeline that cannot be grown.
+        `OSError`: if a configuration is missing.
+    """
+    index = find_index(core, {"revision": revision})
+    if index is None:
+        return None
+    name, parts = index["_class_name"], {}
+    for component in ("unet", "transformer", "scheduler"):
+        if component in index:
+            component_class = getattr(diffusers, str(index[component][1]), None)
+            if not hasattr(component_class, "load_config"):
+                raise ValueError(
+                    f"`core={str(core)!r}` has `{component}={index[component]}`, not a class of diffusers."
+                )
+            config = component_class.load_config(core, subfolder=component, revision=revision)
+            # A scheduler is read for its values, which the meta device has not.
+            with torch.device("cpu" if component == "scheduler" else "meta"):
+                parts[component] = component_class.from_config(config)
+    arguments = inspect.signature(getattr(diffusers, name).__init__).parameters
+    config = {key: argument.default for key, argument in arguments.items()} | index
+    described = SimpleNamespace(**parts, text_encoder=None, tokenizer=None, config=SimpleNamespace(**config))
+    return READERS[name](described)
+
+
+def find_index(core: str | Path, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    Return the content of `model_index.json` of a pipeline of diffusers that can be grown, or None if `core` is one of ours or no
+    pipeline. Raise a `ValueError` if it is a pipeline that cannot be grown. `kwargs` are those of [`find_foreign`].
+    """
     fetching = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
     try:
         index = DiffusionPipeline.load_config(core, **{name: kwargs[name] for name in fetching if name in kwargs})
@@ -127,21 +183,15 @@ def find_foreign(core: Any, kwargs: dict[str, Any]) -> ForeignPipeline | None:
             f"`core={str(core)!r}` holds a {name}. Pipelines that can be grown are GreedyGrowPipeline, "
             f"{', '.join(READERS)}: in pixel space, without conditions other than text."
         )
-    left_out = LEFT_OUT.get(name, {})
     others = {
         component: value[0]
         for component, value in index.items()
         if isinstance(value, (list, tuple))
-        and component not in left_out
+        and component not in LEFT_OUT.get(name, {})
         and value[0] not in (None, "diffusers", "transformers")
     }
     if others:
         raise ValueError(
             f"`core={str(core)!r}` has components of other packages than diffusers and transformers: {others}."
         )
-    refuse_pickles(kwargs.get("use_safetensors"))
-    settings = {"requires_safety_checker": False} if left_out else {}
-    pipeline = getattr(diffusers, name).from_pretrained(
-        core, **{**kwargs, **left_out, **settings, "use_safetensors": True}
-    )
-    return READERS[name](pipeline)
+    return index

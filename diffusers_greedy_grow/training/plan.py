@@ -6,6 +6,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from ..models.growable_unet_2d_condition import find_core
 from .arguments import DataArguments, ModelArguments, TrainingArguments
-from .growing import build_core, get_text_hidden_size, stage_arguments
+from .growing import build_core, describe_core, get_text_hidden_size, stage_arguments
 from .optimizer import count_orthogonalization, find_matrices
 from .parsing import parse_buckets
 from .phases import Phase
@@ -107,19 +107,10 @@ def plan_phase(
     matrices = find_matrices(model).values() if optimizer == "muon" else ()
     shapes = [matrix.shape for matrix in matrices if matrix.requires_grad]
 
-    # The core's layers are alike: each further layer adds what the second one adds.
-    core = model if isinstance(model, ShallowUNet2DModel) else model.core
-    layers, was = core.transformer_blocks, model.dtype
+    was = model.dtype
     torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules that are kept in float32
-    counts = []
-    for num_layers in range(1, min(len(layers), 2) + 1):
-        core.transformer_blocks = layers[:num_layers]
-        counts.append(count_step(model, resolution, num_tokens))
-    core.transformer_blocks = layers
+    forward_flops, train_flops, activations, checkpointed_activations = count_layers(model, resolution, num_tokens)
     torch.nn.Module.to(model, was)
-    forward_flops, train_flops, activations, checkpointed_activations = (
-        one + (len(layers) - 1) * (two - one) for one, two in zip(counts[0], counts[-1])
-    )
     return PhasePlan(
         name=name,
         resolution=resolution,
@@ -136,6 +127,20 @@ def plan_phase(
         moments=2 * trained - sum(shape.numel() for shape in shapes),
         optimizer_flops=sum(map(count_orthogonalization, shapes)),
     )
+
+
+def count_layers(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, ...]:
+    """Return what [`count_step`] does, in less time: the layers of our core are alike, and only two of them are run."""
+    core = model if isinstance(model, ShallowUNet2DModel) else model.core
+    if not isinstance(core, ShallowUNet2DModel):
+        return count_step(model, resolution, num_tokens)
+    layers, counts = core.transformer_blocks, []
+    for num_layers in range(1, min(len(layers), 2) + 1):
+        core.transformer_blocks = layers[:num_layers]
+        counts.append(count_step(model, resolution, num_tokens))
+    core.transformer_blocks = layers
+    # Each further layer adds what the second one adds.
+    return tuple(one + (len(layers) - 1) * (two - one) for one, two in zip(counts[0], counts[-1]))
 
 
 def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, int, int, int]:
@@ -228,11 +233,12 @@ def plan_phases(
     batches_per_step = num_processes * args.gradient_accumulation_steps
     plans = []
     with torch.device("meta"):
-        unet = build_unet_without_weights(model_args)
+        unet, growth = build_unet_without_weights(model_args)
         for phase in phases:
-            if phase.resolution != unet.config.sample_size:
+            if growth or phase.resolution != unet.config.sample_size:
                 stage = stage_arguments(phase, model_args)
-                unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage)
+                unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage, **growth)
+                growth = {}
             phase.freeze(unet)
             plans.append(
                 plan_phase(
@@ -253,33 +259,39 @@ def plan_phases(
     text = format_plan(plans, describe_parts(unet), num_shards, args.gradient_checkpointing)
     if args.plan:
         text += "\n" + format_memory(plans, num_processes if num_processes > 1 else 8)
+    if unet.config.get("core_config") is not None and not any(phase.kind == "joint" for phase in phases):
+        text += "\nThe core stays as it is; `joint_steps` trains it too, which needs its gradients' memory."
     return plans, text
 
 
-def build_unet_without_weights(model_args: ModelArguments) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
+def build_unet_without_weights(model_args: ModelArguments) -> tuple[torch.nn.Module, dict[str, Any]]:
     """
-    Build the model that a run starts from, on the meta device.
+    Build the model that a run starts from, on the meta device. Also return what growing a model of diffusers needs to know about
+    it, as arguments of [`~GrowableUNet2DConditionModel.from_core`].
 
     Raises:
         `ValueError`: if the resolutions do not begin with the core's.
     """
     if model_args.core is None:
-        return build_core(model_args, get_text_hidden_size(model_args))
-    model_class, config, _, _ = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)
-    unet = model_class.from_config(config)
-    if unet.config.sample_size != model_args.resolutions[0]:
+        return build_core(model_args, get_text_hidden_size(model_args)), {}
+    config, foreign = describe_core(model_args)
+    if config["sample_size"] != model_args.resolutions[0]:
         raise ValueError(
             f"`resolutions={model_args.resolutions}` must begin with the resolution of `core={model_args.core!r}`, which is "
-            f"{unet.config.sample_size}."
+            f"{config['sample_size']}."
         )
-    return unet
+    if foreign is not None:
+        return foreign.model, {"process": foreign.process, "core_sample_size": config["sample_size"]}
+    is_grown = "inner_sample_sizes" in config
+    return (GrowableUNet2DConditionModel if is_grown else ShallowUNet2DModel).from_config(config), {}
 
 
 def check_buckets(
     buckets: str, resolutions: list[int], unet: ShallowUNet2DModel | GrowableUNet2DConditionModel
 ) -> None:
     """Raise a `ValueError` if the aspect-ratio buckets hold a side that the models cannot take."""
-    cell = unet.config.patch_size * resolutions[-1] // unet.sample_sizes[0]
+    core = unet if isinstance(unet, ShallowUNet2DModel) else unet.core
+    cell = core.side_multiple * resolutions[-1] // unet.sample_sizes[0]
     cell = math.lcm(cell, 2 * resolutions[-1] // resolutions[0])  # the core's losses are by bands of factor 2
     for side in itertools.chain(*parse_buckets(buckets)):
         if side % cell:

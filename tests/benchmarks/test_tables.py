@@ -150,4 +150,10 @@ def test_evaluate_counts_seconds_of_all_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate", str(tmp_path), "nowhere"])
     evaluate.main()
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result == {"images": {"core": 30}, "seconds": {"core": 4.0}, "curve": [lines[2]], "scores": {}, "nearest_ratio": {}}
+    assert result == {
+        "images": {"core": 30},
+        "seconds": {"core": 4.0},
+        "curve": [lines[2]],
+        "scores": {},
+        "nearest_ratio": {},
+    }
