@@ -150,7 +150,7 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
     name, parts = index["_class_name"], {}
     for component in ("unet", "transformer", "scheduler"):
         if component in index:
-            component_class = getattr(diffusers, str(index[component][1]), None)
+            component_class: Any = getattr(diffusers, str(index[component][1]), None)
             if not hasattr(component_class, "load_config"):
                 raise ValueError(
                     f"`core={str(core)!r}` has `{component}={index[component]}`, not a class of diffusers."
