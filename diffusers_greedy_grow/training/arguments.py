@@ -346,6 +346,18 @@ class TrainingArguments(LoopArguments):
             "diffusers."
         },
     )
+    cache_core_predictions: int = field(
+        default=0,
+        metadata={
+            "help": "Number of draws of noise, noise level and caption per training image for which the frozen core is run once, before "
+            "the steps of a detail phase, and its predictions are cached on disk; 0 runs the core in each step. For large cores and "
+            "small data."
+        },
+    )
+    core_predictions_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for cache_core_predictions. By default, it is core_predictions in output_dir."},
+    )
     train_batch_size: list[int] = field(
         default_factory=lambda: [32, 16], metadata={"help": "Images per process and batch, at each resolution."}
     )
@@ -473,6 +485,7 @@ PATHS = {
     "train_data_dir",
     "high_res_data_dir",
     "text_embeddings_dir",
+    "core_predictions_dir",
     "core",
     "text_encoder",
     "pretrained_model_name_or_path",
@@ -488,6 +501,7 @@ FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "dataloader_num_workers",
     "max_broken_share",
     "text_embeddings_dir",
+    "core_predictions_dir",
     "validation_prompts",
     "num_validation_images",
     "num_scored_images",

@@ -428,6 +428,7 @@ def check_grow_ranges(
         (training, "detail_steps", 0, math.inf),
         (training, "joint_steps", 0, math.inf),
         (training, "core_lr_scale", 0, math.inf),
+        (training, "cache_core_predictions", 0, math.inf),
         (training, "sample_steps", 1, math.inf),
         (training, "hub_steps", 1, math.inf),
     )
@@ -483,6 +484,10 @@ def check_phases(parser: HfArgumentParser, model: ModelArguments, training: Trai
     trains_stages = training.joint_steps is None or sum(training.detail_steps + training.joint_steps) > 0
     if not trains_stages and (model.core is not None or not training.core_steps):
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
+    if training.core_predictions_dir is not None:
+        if not training.cache_core_predictions:
+            parser.error(f"--core_predictions_dir {training.core_predictions_dir}: needs --cache_core_predictions.")
+        check_folder(parser, "core_predictions_dir", training.core_predictions_dir)
     if training.hub_steps is not None and not training.push_to_hub:
         parser.error("--hub_steps needs --push_to_hub.")
     if training.optimizer not in OPTIMIZERS:

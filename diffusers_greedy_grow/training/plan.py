@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from .arguments import DataArguments, ModelArguments, TrainingArguments
+from .core_predictions import count_prediction_bytes
 from .growing import build_core, describe_core, get_text_hidden_size, stage_arguments
 from .optimizer import count_orthogonalization, find_matrices
 from .parsing import parse_buckets
@@ -41,6 +42,7 @@ class PhasePlan:
         largest_unit (`int`): Bytes of the largest group of parameters that FSDP gathers at once.
         moments (`int`): Numbers that the optimizer keeps: two per trained parameter, one where Muon trains it.
         optimizer_flops (`int`): Operations per step of Muon on one process. Those of AdamW are few, and not counted.
+        prediction_bytes (`int`): Bytes per training image on disk, if the core's predictions are cached.
     """
 
     name: str
@@ -57,6 +59,7 @@ class PhasePlan:
     largest_unit: int
     moments: int
     optimizer_flops: int
+    prediction_bytes: int = 0
 
     @property
     def images(self) -> int:
@@ -88,6 +91,7 @@ def plan_phase(
     num_tokens: int,
     dtype: torch.dtype = torch.float32,
     optimizer: str = "adamw",
+    num_draws: int = 0,
 ) -> PhasePlan:
     """
     Count one training step, without allocating weights or activations.
@@ -100,6 +104,7 @@ def plan_phase(
         num_tokens (`int`): Text tokens per image.
         dtype (`torch.dtype`, defaults to float32): The dtype in which layers compute.
         optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"muon"`.
+        num_draws (`int`, defaults to 0): The number of draws per image for which the core's predictions are cached, if they are.
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -110,6 +115,8 @@ def plan_phase(
     was = model.dtype
     torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules that are kept in float32
     forward_flops, train_flops, activations, checkpointed_activations = count_layers(model, resolution, num_tokens)
+    if num_draws:
+        _, train_flops, activations, checkpointed_activations = count_step(model, resolution, num_tokens, cached=True)
     torch.nn.Module.to(model, was)
     return PhasePlan(
         name=name,
@@ -126,6 +133,7 @@ def plan_phase(
         largest_unit=largest_unit,
         moments=2 * trained - sum(shape.numel() for shape in shapes),
         optimizer_flops=sum(map(count_orthogonalization, shapes)),
+        prediction_bytes=count_prediction_bytes(model, num_draws) if num_draws else 0,
     )
 
 
@@ -143,17 +151,30 @@ def count_layers(model: torch.nn.Module, resolution: int, num_tokens: int) -> tu
     return tuple(one + (len(layers) - 1) * (two - one) for one, two in zip(counts[0], counts[-1]))
 
 
-def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, int, int, int]:
-    """Return the `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`]."""
+def count_step(
+    model: torch.nn.Module, resolution: int, num_tokens: int, cached: bool = False
+) -> tuple[int, int, int, int]:
+    """
+    Return the `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`], without running the
+    core if its predictions are `cached`.
+    """
     config = model.config
     sample = torch.empty(1, config.in_channels, resolution, resolution, device="meta")
     timestep = torch.empty(1, device="meta")
     text = None
     if config.cross_attention_dim is not None:
         text = torch.empty(1, num_tokens, config.cross_attention_dim, device="meta")
+    core_output = {}
+    if cached:
+        size, cells = model.sample_sizes[0], model.sample_sizes[0] // config.patch_size
+        image, features = (
+            torch.empty(1, *shape, device="meta", dtype=model.dtype)
+            for shape in ((config.out_channels, size, size), (config.hidden_size, cells, cells))
+        )
+        core_output = {"core_output": (image.float(), features)}
     model.enable_gradient_checkpointing()
     with FlopCounterMode(display=False) as counter:
-        loss, activations, checkpointed_activations = count_activations(model, sample, timestep, text)
+        loss, activations, checkpointed_activations = count_activations(model, sample, timestep, text, **core_output)
         forward_flops = counter.get_total_flops()
         loss.backward()
     model.disable_gradient_checkpointing()
@@ -161,7 +182,9 @@ def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tupl
     return forward_flops, counter.get_total_flops(), activations, checkpointed_activations
 
 
-def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, int, int]:
+def count_activations(
+    model: torch.nn.Module, *inputs: torch.Tensor | None, **core_output: Any
+) -> tuple[torch.Tensor, int, int]:
     """
     Run a forward pass on the meta device, and return a scalar to run backward from and how many bytes are stored for that,
     without and with gradient checkpointing. The latter includes what the largest block will store when it is computed again.
@@ -194,7 +217,7 @@ def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> t
         if getattr(module, "gradient_checkpointing", False):
             module._gradient_checkpointing_func = checkpoint
     with saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = model(*inputs).pred_original_sample.sum()
+        loss = model(*inputs, **core_output).pred_original_sample.sum()
     return loss, count_bytes(saved), count_bytes(kept) + largest_block
 
 
@@ -251,6 +274,7 @@ def plan_phases(
                     model_args.max_sequence_length,
                     compute_dtype(accelerator),
                     args.optimizer,
+                    args.cache_core_predictions if phase.kind == "detail" else 0,
                 )
             )
     if data_args.aspect_ratio_buckets is not None:
@@ -259,6 +283,9 @@ def plan_phases(
     text = format_plan(plans, describe_parts(unet), num_shards, args.gradient_checkpointing)
     if args.plan:
         text += "\n" + format_memory(plans, num_processes if num_processes > 1 else 8)
+    for plan in plans if args.plan else ():
+        if plan.prediction_bytes:
+            text += "\n" + format_caching(plan, args.cache_core_predictions)
     if unet.config.get("core_config") is not None and not any(phase.kind == "joint" for phase in phases):
         text += "\nThe core stays as it is; `joint_steps` trains it too, which needs its gradients' memory."
     return plans, text
@@ -348,3 +375,18 @@ def format_memory(phases: list[PhasePlan], num_processes: int) -> str:
         ]
         lines.append(f"{phase.name:<18}{phase.process_batch_size:>9}" + "".join(columns))
     return "\n".join(lines)
+
+
+def format_caching(plan: PhasePlan, num_draws: int, num_images: int | None = None) -> str:
+    """Return a line on what caching the core's predictions takes and saves in a phase, with `num_images` if that is known."""
+    if num_images is None:
+        return (
+            f"{plan.name}: the core's predictions take {plan.prediction_bytes / 1e6:.2f} GB on disk per 1000 training images. The core "
+            f"runs {num_draws} times per image, instead of {plan.images} times in all."
+        )
+    calls = num_draws * num_images
+    saved = f"which saves {plan.images - calls}" if calls < plan.images else "which saves none: fewer draws would"
+    return (
+        f"{plan.name}: the core's predictions for {num_images} images take {plan.prediction_bytes * num_images / 1e9:.2f} GB on "
+        f"disk. The core runs {calls} times, instead of {plan.images} times in all, {saved}."
+    )
