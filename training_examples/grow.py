@@ -33,11 +33,22 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.pipelines.foreign import describe_foreign
 from diffusers_greedy_grow.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from diffusers_greedy_grow.training.core_predictions import (
+    CachedObjective,
+    CorePredictions,
+    cache_core_predictions,
+    check_caching,
+    check_space,
+    find_predictions_folder,
+)
 from diffusers_greedy_grow.training.curves import draw_losses
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import TrainingData, load_training_data, make_loader
 from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import write_shapes_once
+from diffusers_greedy_grow.training.data.streaming import StreamedImages
 from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.evaluation import format_scores, held_out_losses, score_shapes
 from diffusers_greedy_grow.training.files import save_pipeline
@@ -54,7 +65,7 @@ from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.optimizer import split_for_muon
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.phases import Phase, list_phases
-from diffusers_greedy_grow.training.plan import PhasePlan, plan_phases
+from diffusers_greedy_grow.training.plan import PhasePlan, format_caching, plan_phases
 from diffusers_greedy_grow.training.publishing import Publisher, write_phase_card
 from diffusers_greedy_grow.training.run import Run
 from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start, hold_output_dir
@@ -93,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. The plan: what each phase will cost
     if model_args.core is not None:
-        adopt_core(model_args)
+        adopt_core(model_args, args)
+    check_caching(args, data_args, model_args, accelerator)
     phases = list_phases(model_args, args)
     plans, text = plan_phases(phases, data_args, model_args, args, accelerator)
     logger.info(text)
@@ -140,7 +152,9 @@ def train(
     first = 0
     if checkpoint is not None:
         first = find_resumed_phase(checkpoint, phases, run.decisive_config, args.resume_with_changes)
-    pipeline = start_pipeline(run, model_args, data, first, checkpoint)
+    if args.cache_core_predictions:
+        announce_caching(plans[first:], args, data)
+    pipeline = start_pipeline(run, model_args, data, first, checkpoint, args.seed)
     warn_of_truncated_captions(pipeline, data.validation.captions[:1000])
     set_attention_backend(pipeline.unet, args.attention_backend)  # fails if it is not installed
     accelerator.wait_for_everyone()
@@ -203,17 +217,37 @@ def load_data(
     return data, broken
 
 
+def announce_caching(plans: list[PhasePlan], args: TrainingArguments, data: TrainingData) -> None:
+    """
+    Log what caching the core's predictions takes and saves in the phases that are left.
+
+    Raises:
+        `OSError`: if the disk has too little space for them.
+    """
+    assert isinstance(data.high_res, CaptionedImages)
+    count = len(data.high_res)
+    for plan in plans:
+        if plan.prediction_bytes:
+            logger.info(format_caching(plan, args.cache_core_predictions, count))
+    check_space(find_predictions_folder(args), count * sum(plan.prediction_bytes for plan in plans))
+
+
 def start_pipeline(
-    run: Run, model_args: ModelArguments, data: TrainingData, first: int, checkpoint: Path | None
+    run: Run, model_args: ModelArguments, data: TrainingData, first: int, checkpoint: Path | None, seed: int
 ) -> GreedyGrowPipeline:
     """
-    Return the pipeline that phase number `first` of the run starts from.
+    Return the pipeline that phase number `first` of the run starts from. One of diffusers is already grown to that phase's
+    resolution.
 
     Raises:
         `ValueError`: if the phase before it left no pipeline.
     """
     if first == 0:
         if model_args.core is not None:
+            if describe_foreign(model_args.core, model_args.core_revision) is not None:
+                return grow_pipeline(
+                    model_args.core, run.phases[0], model_args, data.measured, seed, model_args.core_revision
+                )
             return load_pipeline(model_args.core, model_args.core_revision, dropout=model_args.core_dropout)
         return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
@@ -260,10 +294,9 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
 
     # 2. The loss and the data
     encode = CaptionEncoder(pipeline, accelerator.device, trains_text, session.embeddings)
-    shift = pipeline.scheduler.config.shift
-    objective = FlowObjective(phase, accelerator, encode, unet, shift, args.seed, data_args.caption_dropout)
+    objective, images = make_objective(session, phase, pipeline, encode)
     loader = make_loader(
-        session.data.at(phase.stage, phase.resolution),
+        images,
         accelerator,
         phase.batch_size,
         steps_done=loop.step,
@@ -315,6 +348,30 @@ def train_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline, ch
         component.requires_grad_(False).eval()
     phase.record(pipeline.unet, phase.steps, run.images_per_step(phase), args.seed, **kept)
     accelerator.free_memory()
+
+
+def make_objective(
+    session: Session, phase: Phase, pipeline: GreedyGrowPipeline, encode: CaptionEncoder
+) -> tuple[FlowObjective, CaptionedImages | StreamedImages | CorePredictions]:
+    """Return the loss of a phase, and the images that it trains on, with the core's predictions if these are cached."""
+    args, accelerator = session.args, session.run.accelerator
+    images = session.data.at(phase.stage, phase.resolution)
+    shift, dropout = pipeline.scheduler.config.shift, session.data_args.caption_dropout
+    arguments = phase, accelerator, encode, pipeline.unet, shift, args.seed, dropout
+    if not args.cache_core_predictions or phase.kind != "detail":
+        return FlowObjective(*arguments), images
+    assert isinstance(images, CaptionedImages)
+    objective = CachedObjective(*arguments, num_draws=args.cache_core_predictions)
+    predictions = cache_core_predictions(
+        pipeline,
+        images,
+        objective,
+        find_predictions_folder(args),
+        session.run.fingerprint,
+        session.data_args.dataloader_num_workers,
+        session.interrupt,
+    )
+    return objective, predictions
 
 
 def finish_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline) -> dict[str, float]:

@@ -519,6 +519,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         text_cache: TextCache | None = None,
         crop: torch.Tensor | None = None,
         inner_image: torch.Tensor | None = None,
+        core_output: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> GreedyGrowOutput | tuple[torch.Tensor]:
         r"""
         Args:
@@ -551,13 +552,16 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
             inner_image (`torch.Tensor` of shape `(B, out_channels, h, w)`, *optional*):
                 A clean image at the resolution of the core or of an inner stage. It takes the place of the one that is
                 predicted there, and the stages around it add their detail.
+            core_output (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                What [`~GrowableUNet2DConditionModel.predict_core`] has returned for the same state, text and crop, or a rounded
+                copy: the core is not run again.
 
         Returns:
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
 
         Raises:
-            `ValueError`: if text, sides or `num_stages` do not fit, or if the core is asked for an image of its own although
-            the model was grown with `init="random"`.
+            `ValueError`: if text, sides, `num_stages` or `core_output` do not fit, or if the core is asked for an image of its own
+            although the model was grown with `init="random"`.
         """
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
         sigma = timestep / 1000
@@ -578,17 +582,19 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         nothing_trains_inside = self.core_frozen and self.stages[-1].preserves and not self._hf_peft_config_loaded
         inner_grad_enabled = grad_enabled and not nothing_trains_inside
 
-        # 1. Inwards: the state at each resolution, from the outermost to the core's
-        states = [(sample, sigma)]
-        for stage in reversed(self.stages):
-            states.append(descend(*states[-1], stage.factor))
-        (core_sample, core_sigma), *stage_states = reversed(states)
+        # 1. Inwards: the state at each resolution
+        (core_sample, core_sigma), *stage_states = self.descend_to_core(sample, sigma)
 
         # 2. The core; before it, what the stages read of the text, the same for all
         stage_text = text.cast(dtype)
         text_sum = stage_text.sum_tokens() if num_stages else None  # the core alone does not read it
         run_core = partial(self.run_core, core_sample, core_sigma, text, negative_text, guide, crop=crop)
-        if self.stages[0].preserves:
+        image: torch.Tensor | None
+        features: torch.Tensor | None
+        if core_output is not None:
+            self.check_core_output(core_output, core_sample, guide)
+            image, features = core_output[0].to(sample.dtype), core_output[1].to(dtype)
+        elif self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
                 image, features = run_core()
             if inner_image is not None and inner_image.shape == core_sample.shape:
@@ -614,6 +620,40 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         if not return_dict:
             return (velocity,)
         return GreedyGrowOutput(sample=velocity, pred_original_sample=image, features=features)
+
+    def descend_to_core(self, sample: torch.Tensor, sigma: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the state at each resolution, from the core's to the outermost, each with its noise level; see [`descend`]."""
+        states = [(sample, sigma)]
+        for stage in reversed(self.stages):
+            states.append(descend(*states[-1], stage.factor))
+        return states[::-1]
+
+    def predict_core(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        crop: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Run the core alone. The arguments are those of [`~GrowableUNet2DConditionModel.forward`], which takes the result as
+        `core_output`.
+
+        Returns:
+            The clean image `(B, C, h, w)` at the core's resolution, and the core's features.
+
+        Raises:
+            `ValueError`: if text or sides do not fit, or the model was grown with `init="random"`.
+        """
+        text = TextInputs(encoder_hidden_states, encoder_attention_mask)
+        self.check_inputs(sample, text, 0, None, None)
+        state, sigma = self.descend_to_core(sample, timestep / 1000)[0]
+        image, features = self.run_core(
+            state, sigma, text, None, None, crop=complete_crop(self.config.crop_conditioning, crop, timestep)
+        )
+        assert image is not None
+        return image, features
 
     def run_core(
         self,
@@ -657,6 +697,21 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         if guide is not None:
             image, features = guide(*image.chunk(2)), features[:batch_size]
         return None if image is None else core.limit_values(image), features
+
+    def check_core_output(
+        self, core_output: tuple[torch.Tensor, torch.Tensor], state: torch.Tensor, guide: Callable | None
+    ) -> None:
+        """Raise a `ValueError` unless `core_output` can be used instead of running the core on `state`."""
+        if guide is not None or not self.stages[0].preserves:
+            raise ValueError(
+                "`core_output` is a prediction for one text, of a core that draws images: pass no `guide`, and no model grown "
+                "with `init='random'`."
+            )
+        if core_output[0].shape != state.shape:
+            raise ValueError(
+                f"`core_output` has an image of the shape {tuple(core_output[0].shape)}, but the core's state for this `sample` has "
+                f"{tuple(state.shape)}."
+            )
 
     def check_inputs(
         self,

@@ -3,12 +3,15 @@
 
 """Pipelines of diffusers that can be grown: what of each a grown pipeline continues to use."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -123,8 +126,64 @@ def find_foreign(core: Any, kwargs: dict[str, Any], model_kwargs: dict[str, Any]
         return READERS[name](core)
     if isinstance(core, DiffusionPipeline) and not isinstance(core, HubMixin):
         raise ValueError(f"`core` is a {name}. {GROWABLE}")
-    if not isinstance(core, (str, Path)):
+    found = find_index(core, kwargs) if isinstance(core, (str, Path)) else None
+    if found is None:
         return None
+    index, commit, component = found
+    name = index["_class_name"]
+    left_out = LEFT_OUT.get(name, {})
+    refuse_pickles(kwargs.get("use_safetensors"))
+    pinned = {} if commit is None else {"revision": commit}
+    arguments = {**model_kwargs, **pinned, "subfolder": component, "use_safetensors": True}
+    model = load_complete(getattr(diffusers, index[component][1]), core, commit, **arguments)
+    settings = {"requires_safety_checker": False} if left_out else {}
+    pipeline = getattr(diffusers, name).from_pretrained(
+        core, **{**kwargs, **pinned, **left_out, **settings, component: model, "use_safetensors": True}
+    )
+    return READERS[name](pipeline)
+
+
+def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPipeline | None:
+    """
+    Read the configuration files of a pipeline of diffusers, without its weights: its model is on the meta device, and it has
+    neither text encoder nor tokenizer.
+
+    Args:
+        core (`str` or `Path`): The folder or Hub repository.
+        revision (`str`, *optional*): Its branch, tag or commit.
+
+    Returns:
+        [`ForeignPipeline`], or None if `core` is something else than a pipeline of diffusers: one of ours, or no pipeline.
+
+    Raises:
+        `ValueError`: if it is a pipeline that cannot be grown.
+        `OSError`: if a configuration is missing.
+    """
+    found = find_index(core, {"revision": revision})
+    if found is None:
+        return None
+    index, commit, model = found
+    name, parts = index["_class_name"], {}
+    for component in (model, "scheduler"):
+        component_class: Any = getattr(diffusers, str(index[component][1]), None)
+        if not hasattr(component_class, "load_config"):
+            raise ValueError(f"`core={str(core)!r}` has `{component}={index[component]}`, not a class of diffusers.")
+        config = component_class.load_config(core, subfolder=component, revision=commit or revision)
+        # A scheduler is read for its values, which the meta device has not.
+        with torch.device("cpu" if component == "scheduler" else "meta"):
+            parts[component] = component_class.from_config(config)
+    arguments = inspect.signature(getattr(diffusers, name).__init__).parameters
+    config = {key: argument.default for key, argument in arguments.items()} | index
+    described = SimpleNamespace(**parts, text_encoder=None, tokenizer=None, config=SimpleNamespace(**config))
+    return READERS[name](described)
+
+
+def find_index(core: str | Path, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None, str] | None:
+    """
+    Return the content of `model_index.json` of a pipeline of diffusers that can be grown, its commit on the Hub, and the name of
+    its model; or None if `core` is one of ours or no pipeline. Raise a `ValueError` if it is a pipeline that cannot be grown. `kwargs`
+    are those of [`find_foreign`].
+    """
     fetching = {name: kwargs[name] for name in FETCHING if name in kwargs}
     try:
         index, commit = DiffusionPipeline.load_config(core, return_commit_hash=True, **fetching)
@@ -135,29 +194,19 @@ def find_foreign(core: Any, kwargs: dict[str, Any], model_kwargs: dict[str, Any]
         if name.startswith("GreedyGrow"):
             return None
         raise ValueError(f"`core={str(core)!r}` holds a {name}. {GROWABLE}")
-    left_out = LEFT_OUT.get(name, {})
     components = {
         component: value
         for component, value in index.items()
-        if isinstance(value, (list, tuple)) and component not in left_out and value[0] is not None
+        if isinstance(value, (list, tuple)) and component not in LEFT_OUT.get(name, {}) and value[0] is not None
     }
     others = {key: value[0] for key, value in components.items() if value[0] not in ("diffusers", "transformers")}
     if others:
         raise ValueError(
             f"`core={str(core)!r}` has components of other packages than diffusers and transformers: {others}."
         )
-    refuse_pickles(kwargs.get("use_safetensors"))
-    models = {component: value[1] for component, value in components.items() if value[1] in CORE_CLASSES}
+    models = [component for component, value in components.items() if value[1] in CORE_CLASSES]
     if len(models) != 1:
         raise ValueError(
             f"`core={str(core)!r}` must have one model of {', '.join(CORE_CLASSES)}, but has {sorted(components.items())}."
         )
-    ((component, model_class),) = models.items()
-    pinned = {} if commit is None else {"revision": commit}
-    arguments = {**model_kwargs, **pinned, "subfolder": component, "use_safetensors": True}
-    model = load_complete(getattr(diffusers, model_class), core, commit, **arguments)
-    settings = {"requires_safety_checker": False} if left_out else {}
-    pipeline = getattr(diffusers, name).from_pretrained(
-        core, **{**kwargs, **pinned, **left_out, **settings, component: model, "use_safetensors": True}
-    )
-    return READERS[name](pipeline)
+    return index, commit, models[0]

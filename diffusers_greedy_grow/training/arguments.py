@@ -15,6 +15,8 @@ WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 OPTIMIZERS = ("muon", "adamw")
 # The precisions to compute in.
 PRECISIONS = ("no", "bf16", "fp16")
+# The steps of a joint phase around a core of our own.
+DEFAULT_JOINT_STEPS = 300
 # Arguments for which infinity means "off".
 UNLIMITED = {"max_grad_norm", "spike_factor"}
 
@@ -157,8 +159,8 @@ class ModelArguments:
     core: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of a trained pipeline to grow, which skips the core phase. Its own architecture and text "
-            "encoder are used: leave out the arguments that describe them."
+            "help": "Folder or Hub id of a trained pipeline to grow, ours or one of diffusers such as PRXPixelPipeline, which skips "
+            "the core phase. Its own architecture and text encoder are used: leave out the arguments that describe them."
         },
     )
     core_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a core on the Hub."})
@@ -337,8 +339,24 @@ class TrainingArguments(LoopArguments):
     detail_steps: list[int] = field(
         default_factory=lambda: [600], metadata={"help": "Number of steps of each stage's detail phase."}
     )
-    joint_steps: list[int] = field(
-        default_factory=lambda: [300], metadata={"help": "Number of steps of each stage's joint phase."}
+    joint_steps: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": f"Number of steps of each stage's joint phase. By default, it is {DEFAULT_JOINT_STEPS}, or 0 around a model of "
+            "diffusers."
+        },
+    )
+    cache_core_predictions: int = field(
+        default=0,
+        metadata={
+            "help": "Number of draws of noise, noise level and caption per training image for which the frozen core is run once, before "
+            "the steps of a detail phase, and its predictions are cached on disk; 0 runs the core in each step. For large cores and "
+            "small data."
+        },
+    )
+    core_predictions_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for cache_core_predictions. By default, it is core_predictions in output_dir."},
     )
     train_batch_size: list[int] = field(
         default_factory=lambda: [32, 16], metadata={"help": "Images per process and batch, at each resolution."}
@@ -467,6 +485,7 @@ PATHS = {
     "train_data_dir",
     "high_res_data_dir",
     "text_embeddings_dir",
+    "core_predictions_dir",
     "core",
     "text_encoder",
     "pretrained_model_name_or_path",
@@ -482,6 +501,7 @@ FREE_TO_CHANGE = OF_ONE_LAUNCH | {
     "dataloader_num_workers",
     "max_broken_share",
     "text_embeddings_dir",
+    "core_predictions_dir",
     "validation_prompts",
     "num_validation_images",
     "num_scored_images",

@@ -7,7 +7,9 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -21,8 +23,10 @@ from transformers import (
 
 from .. import GreedyGrowPipeline, ShallowUNet2DModel
 from ..flow import detail_variance
+from ..models.cores import adopt_core as make_foreign_core
 from ..models.growable_unet_2d_condition import find_core, load_core
-from .arguments import ModelArguments
+from ..pipelines.foreign import ForeignPipeline, describe_foreign
+from .arguments import DEFAULT_JOINT_STEPS, ModelArguments, TrainingArguments
 from .data.captioned import CaptionedImages
 from .data.images import normalize
 from .parsing import parse_channels
@@ -145,16 +149,35 @@ def load_pipeline(folder: str | Path, revision: str | None = None, **config) -> 
     return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
 
 
-def adopt_core(model_args: ModelArguments) -> None:
+def describe_core(model_args: ModelArguments) -> tuple[dict[str, Any], ForeignPipeline | None]:
     """
-    Set the arguments that describe a core and its text encoder to those of the pipeline that `core` names.
+    Return the configuration of the model that `core` names, and its pipeline, without weights, if that is one of diffusers. For
+    these, the configuration is the part of a grown model's that describes the core.
 
     Raises:
-        `ValueError`: if other values were given, that pipeline has no text encoder, or it was not trained with `random_crop`.
+        `ValueError`: if the model cannot be grown.
+        `OSError`: if there is no model.
+    """
+    assert model_args.core is not None
+    foreign = describe_foreign(model_args.core, model_args.core_revision)
+    if foreign is None:
+        return find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)[1], None
+    with torch.device("meta"):
+        return make_foreign_core(foreign.model, foreign.process, foreign.sample_size).growth_config, foreign
+
+
+def adopt_core(model_args: ModelArguments, args: TrainingArguments) -> None:
+    """
+    Set the arguments that describe a core and its text encoder to those of the pipeline that `core` names, and the steps of joint
+    phases, unless they are given, to 0 around a model of diffusers.
+
+    Raises:
+        `ValueError`: if other values were given, that pipeline has no text encoder, it was not trained with `random_crop`, or
+            nothing is left to train.
     """
     core, revision = model_args.core, model_args.core_revision
     assert core is not None
-    config = find_core(core, subfolder="unet", revision=revision)[1]
+    config, foreign = describe_core(model_args)
     if config["cross_attention_dim"] is None:
         raise ValueError(
             f"`core={core!r}` has no text encoder, but `grow.py` trains on captions: name a core that has one."
@@ -168,17 +191,32 @@ def adopt_core(model_args: ModelArguments) -> None:
     names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio")
     own = {name: config[name] for name in names}
     own["text_hidden_size"] = config["cross_attention_dim"]
-    own["max_sequence_length"] = GreedyGrowPipeline.load_config(core, revision=revision)["max_sequence_length"]
+    if foreign is not None:
+        own["max_sequence_length"] = foreign.max_sequence_length
+    else:
+        own["max_sequence_length"] = GreedyGrowPipeline.load_config(core, revision=revision)["max_sequence_length"]
+    if is_foreign := config.get("core_config") is not None:
+        own["core_dropout"] = 0.0  # its own, if it has any, is not changed
     if model_args.text_encoder == "small":
         own["text_num_layers"] = text_config.num_hidden_layers
     defaults = {field.name: field.default for field in fields(model_args)}
     for name, value in own.items():
         given = getattr(model_args, name)
         if given not in (defaults[name], value):
+            if is_foreign and value in (None, 0.0):
+                raise ValueError(
+                    f"`{name}={given}` does not apply to `core={core!r}`, a model of diffusers: leave it out."
+                )
             raise ValueError(f"`{name}={given}` is not that of `core={core!r}`, which is {value}: leave it out.")
         setattr(model_args, name, value)
     if model_args.text_encoder != "small":
         check_text_encoder(model_args, text_config)
+    if args.joint_steps is None:
+        args.joint_steps = [0 if is_foreign else DEFAULT_JOINT_STEPS] * (len(model_args.resolutions) - 1)
+        if not sum(args.detail_steps + args.joint_steps):
+            raise ValueError(
+                f"There is nothing to train around `core={core!r}`: name `detail_steps` or `joint_steps`."
+            )
 
 
 def check_text_encoder(model_args: ModelArguments, own) -> None:
@@ -201,7 +239,7 @@ def get_core_resolution(model_args: ModelArguments) -> int:
     """Return the resolution of the innermost core: of the new one, or of the pipeline that `core` names."""
     if model_args.core is None:
         return model_args.resolutions[0]
-    config = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)[1]
+    config, _ = describe_core(model_args)
     return (*config.get("inner_sample_sizes", ()), config["sample_size"])[0]
 
 
@@ -219,26 +257,32 @@ def stage_arguments(phase: Phase, model_args: ModelArguments) -> dict:
 
 
 def grow_pipeline(
-    pipeline: GreedyGrowPipeline, phase: Phase, model_args: ModelArguments, images: CaptionedImages, seed: int
+    core: GreedyGrowPipeline | str,
+    phase: Phase,
+    model_args: ModelArguments,
+    images: CaptionedImages,
+    seed: int,
+    revision: str | None = None,
 ) -> GreedyGrowPipeline:
     """
-    Grow `pipeline` to the resolution of `phase`. A resumed run grows the same stage, since the weights depend on the seed alone.
+    Grow a pipeline to the resolution of `phase`. A resumed run grows the same stage, since the weights depend on the seed alone.
 
     Args:
-        pipeline ([`GreedyGrowPipeline`]): The trained pipeline.
+        core ([`GreedyGrowPipeline`] or `str`): The trained pipeline, or the folder or repository of one of diffusers.
         phase (`Phase`): The first phase of the new stage.
-        model_args (`ModelArguments`): For the stage's channels and layers.
+        model_args (`ModelArguments`): For the stage's channels and layers, and the resolution of a pipeline of diffusers.
         images (`CaptionedImages`): The images whose high-frequency detail is measured, for `core_first="auto"`.
         seed (`int`): The run's seed.
+        revision (`str`, *optional*): The branch, tag or commit of a repository.
     """
     set_seed(seed + phase.stage)
-    factor = phase.resolution // pipeline.unet.config.sample_size
+    inner_sizes = [model_args.resolutions[0]] if isinstance(core, str) else core.unet.sample_sizes
     variance = None
     # The pipeline holds one variance per stage, or none.
-    if len(pipeline.unet.sample_sizes) == 1 or pipeline.config.detail_variances is not None:
-        variance = measure_detail(images, phase.resolution, factor)
+    if isinstance(core, str) or len(inner_sizes) == 1 or core.config.detail_variances is not None:
+        variance = measure_detail(images, phase.resolution, phase.resolution // inner_sizes[-1])
     stage = stage_arguments(phase, model_args)
-    return GreedyGrowPipeline.from_core(pipeline, phase.resolution, detail_variance=variance, **stage)
+    return GreedyGrowPipeline.from_core(core, phase.resolution, detail_variance=variance, revision=revision, **stage)
 
 
 def measure_detail(images: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float:

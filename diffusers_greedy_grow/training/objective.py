@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -96,7 +97,7 @@ def flow_loss(
     sigma: torch.Tensor,
     band_factor: int,
     weighting: str = "velocity",
-    **conditions: torch.Tensor,
+    **conditions: Any,
 ) -> FlowLoss:
     r"""
     Return the mean squared error of the predicted flow velocity, weighted by noise level. The velocity's error is the clean
@@ -116,7 +117,7 @@ def flow_loss(
             `"sigmoid"` of minus the log-SNR (Hoogeboom et al., simpler diffusion, 2024), or `"sigma_sqrt"` and `"cosmap"`
             (Esser et al., SD3, 2024, section 3.1).
         conditions: `encoder_hidden_states` and `encoder_attention_mask`, or `input_ids` for a [`TrainedModel`] with text encoder;
-            and `crop`, if the model is told which part of an image it sees.
+            `crop`, if the model is told which part of an image it sees; and `core_output`, if the core has been run before.
     """
     output = model(add_noise(x0, noise, sigma), 1000 * sigma, **conditions)
     scale = sigma.clamp(min=SIGMA_MIN_OF_LOSS)
@@ -172,29 +173,40 @@ class FlowObjective:
     def __call__(self, model: torch.nn.Module, batch: dict, step: int, micro_step: int) -> FlowLoss:
         """Return the loss of `model` on this process's `batch`, which is number `micro_step` of the batches since the start."""
         accelerator, phase = self.accelerator, self.phase
-        batches_per_step = accelerator.num_processes * accelerator.gradient_accumulation_steps
         accumulated = micro_step % accelerator.gradient_accumulation_steps
         place = accumulated * accelerator.num_processes + accelerator.process_index
         # The model's dropout draws from torch's own generators: their state must not depend on what else was drawn.
         torch.manual_seed(sample_seeds((self.seed, phase.index, step, 1 + place), 0, 1)[0])
         x0 = normalize(batch["pixel_values"].to(accelerator.device, non_blocking=True))
-        noise, sigma, dropped = draw_noise(
+        noise, sigma, dropped = self.draw(batch, x0.shape, step, place)
+        with accelerator.autocast():
+            conditions = self.condition(batch, dropped)
+            return flow_loss(model, x0, noise, sigma, self.band_factor, phase.loss_weighting, **conditions)
+
+    def draw(
+        self, batch: dict, shape: torch.Size, step: int, place: int
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        """Return what [`draw_noise`] does, for the batch number `place` of a `step`."""
+        accelerator, phase = self.accelerator, self.phase
+        batches_per_step = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        return draw_noise(
             (self.seed, phase.index, step),
             place * phase.batch_size,
             batches_per_step * phase.batch_size,
-            x0.shape,
+            shape,
             self.shift,
             phase.logit_mean,
             phase.logit_std,
             accelerator.device,
             self.caption_dropout,
         )
+
+    def condition(self, batch: dict, dropped: list[bool]) -> dict[str, Any]:
+        """Return the arguments of the model for a batch besides its state; `dropped` says whose captions are left empty."""
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
         # Which part of its image each is, for a model that is told.
-        crops = {"crop": batch["crop"].to(accelerator.device)} if "crop" in batch else {}
-        with accelerator.autocast():
-            conditions = {**self.encode(captions), **crops}
-            return flow_loss(model, x0, noise, sigma, self.band_factor, phase.loss_weighting, **conditions)
+        crops = {"crop": batch["crop"].to(self.accelerator.device)} if "crop" in batch else {}
+        return {**self.encode(captions), **crops}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from diffusers.optimization import get_scheduler
 
+from ..models.cores import ForeignCore
 from .arguments import LoopArguments
 from .setup import has_native_bfloat16
 from .sharding import gather, scatter_as
@@ -61,12 +62,15 @@ def find_matrices(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     Return by name the parameters that Muon trains: the weights of linear layers and of convolutions, such as those of attention,
     MLPs and residual blocks, but not of layers that modulate others or read or write pixels, and none with a side shorter than
-    `SMALLEST_MATRIX`. A convolution's matrix has a row per output channel.
+    `SMALLEST_MATRIX`. A convolution's matrix has a row per output channel. A core of diffusers stays with AdamW: its layers have
+    other names.
     """
+    foreign = {layer for core in module.modules() if isinstance(core, ForeignCore) for layer in core.modules()}
     return {
         f"{name}.weight": layer.weight
         for name, layer in module.named_modules()
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        and layer not in foreign
         and min(matrix_shape(layer.weight.shape)) >= SMALLEST_MATRIX
         and not (MODULATION | PIXELS).intersection(name.split("."))
     }

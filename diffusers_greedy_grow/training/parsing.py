@@ -24,6 +24,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from .arguments import (
+    DEFAULT_JOINT_STEPS,
     OPTIMIZERS,
     PATHS,
     PRECISIONS,
@@ -46,6 +47,8 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     parser, (data, model, training) = parse_dataclasses(classes, argv, description)
     check_resolutions(parser, model)
     fill_lists(parser, model, training)
+    if training.joint_steps is None and model.core is None:  # else it depends on the core, which is read later
+        training.joint_steps = [DEFAULT_JOINT_STEPS] * (len(model.resolutions) - 1)
     check_texts_and_numbers(parser, data, model, training)
     check_common(parser, data, training)
     if training.core_lr_scale is None:
@@ -393,10 +396,10 @@ def fill_lists(parser: HfArgumentParser, model: ModelArguments, training: Traini
         (training, "loss_weighting", num_resolutions),
     ):
         given, default = getattr(owner, name), getattr(type(owner)(), name)
-        if len(given) > count and given != default:
+        if given is not None and len(given) > count and given != default:
             parser.error(f"--{name} {given}: with --resolutions {model.resolutions} it takes at most {count}.")
         given = given or default  # a run without stages writes an empty list to its configuration
-        setattr(owner, name, (given + given[-1:] * count)[:count])
+        setattr(owner, name, given and (given + given[-1:] * count)[:count])
 
 
 def check_grow_ranges(
@@ -425,6 +428,7 @@ def check_grow_ranges(
         (training, "detail_steps", 0, math.inf),
         (training, "joint_steps", 0, math.inf),
         (training, "core_lr_scale", 0, math.inf),
+        (training, "cache_core_predictions", 0, math.inf),
         (training, "sample_steps", 1, math.inf),
         (training, "hub_steps", 1, math.inf),
     )
@@ -477,8 +481,13 @@ def check_phases(parser: HfArgumentParser, model: ModelArguments, training: Trai
         parser.error(
             f"--core_steps {training.core_steps}: to train from scratch, name two --resolutions and --detail_steps 0."
         )
-    if not sum(training.detail_steps + training.joint_steps) and (model.core is not None or not training.core_steps):
+    trains_stages = training.joint_steps is None or sum(training.detail_steps + training.joint_steps) > 0
+    if not trains_stages and (model.core is not None or not training.core_steps):
         parser.error("There is nothing to train: name the steps of a phase and, with --core, a larger resolution.")
+    if training.core_predictions_dir is not None:
+        if not training.cache_core_predictions:
+            parser.error(f"--core_predictions_dir {training.core_predictions_dir}: needs --cache_core_predictions.")
+        check_folder(parser, "core_predictions_dir", training.core_predictions_dir)
     if training.hub_steps is not None and not training.push_to_hub:
         parser.error("--hub_steps needs --push_to_hub.")
     if training.optimizer not in OPTIMIZERS:

@@ -76,7 +76,8 @@ class Phase:
 
 
 def list_phases(model_args: ModelArguments, args: TrainingArguments) -> list[Phase]:
-    """List the phases of a run in order. A phase of no steps is left out."""
+    """List the phases of a run in order. A phase of no steps is left out. `joint_steps` must be known, see [`adopt_core`]."""
+    assert args.joint_steps is not None
     phases = []
 
     def add(index: int, name: str, kind: str, stage: int, steps: int) -> None:

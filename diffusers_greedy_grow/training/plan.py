@@ -6,6 +6,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from ..models.growable_unet_2d_condition import find_core
 from .arguments import DataArguments, ModelArguments, TrainingArguments
-from .growing import build_core, get_text_hidden_size, stage_arguments
+from .core_predictions import count_prediction_bytes
+from .growing import build_core, describe_core, get_text_hidden_size, stage_arguments
 from .optimizer import count_orthogonalization, find_matrices
 from .parsing import parse_buckets
 from .phases import Phase
@@ -41,6 +42,7 @@ class PhasePlan:
         largest_unit (`int`): Bytes of the largest group of parameters that FSDP gathers at once.
         moments (`int`): Numbers that the optimizer keeps: two per trained parameter, one where Muon trains it.
         optimizer_flops (`int`): Operations per step of Muon on one process. Those of AdamW are few, and not counted.
+        prediction_bytes (`int`): Bytes per training image on disk, if the core's predictions are cached.
     """
 
     name: str
@@ -57,6 +59,7 @@ class PhasePlan:
     largest_unit: int
     moments: int
     optimizer_flops: int
+    prediction_bytes: int = 0
 
     @property
     def images(self) -> int:
@@ -88,6 +91,7 @@ def plan_phase(
     num_tokens: int,
     dtype: torch.dtype = torch.float32,
     optimizer: str = "adamw",
+    num_draws: int = 0,
 ) -> PhasePlan:
     """
     Count one training step, without allocating weights or activations.
@@ -100,6 +104,7 @@ def plan_phase(
         num_tokens (`int`): Text tokens per image.
         dtype (`torch.dtype`, defaults to float32): The dtype in which layers compute.
         optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"muon"`.
+        num_draws (`int`, defaults to 0): The number of draws per image for which the core's predictions are cached, if they are.
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -107,19 +112,12 @@ def plan_phase(
     matrices = find_matrices(model).values() if optimizer == "muon" else ()
     shapes = [matrix.shape for matrix in matrices if matrix.requires_grad]
 
-    # The core's layers are alike: each further layer adds what the second one adds.
-    core = model if isinstance(model, ShallowUNet2DModel) else model.core
-    layers, was = core.transformer_blocks, model.dtype
+    was = model.dtype
     torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules that are kept in float32
-    counts = []
-    for num_layers in range(1, min(len(layers), 2) + 1):
-        core.transformer_blocks = layers[:num_layers]
-        counts.append(count_step(model, resolution, num_tokens))
-    core.transformer_blocks = layers
+    forward_flops, train_flops, activations, checkpointed_activations = count_layers(model, resolution, num_tokens)
+    if num_draws:
+        _, train_flops, activations, checkpointed_activations = count_step(model, resolution, num_tokens, cached=True)
     torch.nn.Module.to(model, was)
-    forward_flops, train_flops, activations, checkpointed_activations = (
-        one + (len(layers) - 1) * (two - one) for one, two in zip(counts[0], counts[-1])
-    )
     return PhasePlan(
         name=name,
         resolution=resolution,
@@ -135,20 +133,48 @@ def plan_phase(
         largest_unit=largest_unit,
         moments=2 * trained - sum(shape.numel() for shape in shapes),
         optimizer_flops=sum(map(count_orthogonalization, shapes)),
+        prediction_bytes=count_prediction_bytes(model, num_draws) if num_draws else 0,
     )
 
 
-def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, int, int, int]:
-    """Return the `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`]."""
+def count_layers(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, ...]:
+    """Return what [`count_step`] does, in less time: the layers of our core are alike, and only two of them are run."""
+    core = model if isinstance(model, ShallowUNet2DModel) else model.core
+    if not isinstance(core, ShallowUNet2DModel):
+        return count_step(model, resolution, num_tokens)
+    layers, counts = core.transformer_blocks, []
+    for num_layers in range(1, min(len(layers), 2) + 1):
+        core.transformer_blocks = layers[:num_layers]
+        counts.append(count_step(model, resolution, num_tokens))
+    core.transformer_blocks = layers
+    # Each further layer adds what the second one adds.
+    return tuple(one + (len(layers) - 1) * (two - one) for one, two in zip(counts[0], counts[-1]))
+
+
+def count_step(
+    model: torch.nn.Module, resolution: int, num_tokens: int, cached: bool = False
+) -> tuple[int, int, int, int]:
+    """
+    Return the `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`], without running the
+    core if its predictions are `cached`.
+    """
     config = model.config
     sample = torch.empty(1, config.in_channels, resolution, resolution, device="meta")
     timestep = torch.empty(1, device="meta")
     text = None
     if config.cross_attention_dim is not None:
         text = torch.empty(1, num_tokens, config.cross_attention_dim, device="meta")
+    core_output = {}
+    if cached:
+        size, cells = model.sample_sizes[0], model.sample_sizes[0] // config.patch_size
+        image, features = (
+            torch.empty(1, *shape, device="meta", dtype=model.dtype)
+            for shape in ((config.out_channels, size, size), (config.hidden_size, cells, cells))
+        )
+        core_output = {"core_output": (image.float(), features)}
     model.enable_gradient_checkpointing()
     with FlopCounterMode(display=False) as counter:
-        loss, activations, checkpointed_activations = count_activations(model, sample, timestep, text)
+        loss, activations, checkpointed_activations = count_activations(model, sample, timestep, text, **core_output)
         forward_flops = counter.get_total_flops()
         loss.backward()
     model.disable_gradient_checkpointing()
@@ -156,7 +182,9 @@ def count_step(model: torch.nn.Module, resolution: int, num_tokens: int) -> tupl
     return forward_flops, counter.get_total_flops(), activations, checkpointed_activations
 
 
-def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, int, int]:
+def count_activations(
+    model: torch.nn.Module, *inputs: torch.Tensor | None, **core_output: Any
+) -> tuple[torch.Tensor, int, int]:
     """
     Run a forward pass on the meta device, and return a scalar to run backward from and how many bytes are stored for that,
     without and with gradient checkpointing. The latter includes what the largest block will store when it is computed again.
@@ -189,7 +217,7 @@ def count_activations(model: torch.nn.Module, *inputs: torch.Tensor | None) -> t
         if getattr(module, "gradient_checkpointing", False):
             module._gradient_checkpointing_func = checkpoint
     with saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = model(*inputs).pred_original_sample.sum()
+        loss = model(*inputs, **core_output).pred_original_sample.sum()
     return loss, count_bytes(saved), count_bytes(kept) + largest_block
 
 
@@ -228,11 +256,12 @@ def plan_phases(
     batches_per_step = num_processes * args.gradient_accumulation_steps
     plans = []
     with torch.device("meta"):
-        unet = build_unet_without_weights(model_args)
+        unet, growth = build_unet_without_weights(model_args)
         for phase in phases:
-            if phase.resolution != unet.config.sample_size:
+            if growth or phase.resolution != unet.config.sample_size:
                 stage = stage_arguments(phase, model_args)
-                unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage)
+                unet = GrowableUNet2DConditionModel.from_core(unet, phase.resolution, **stage, **growth)
+                growth = {}
             phase.freeze(unet)
             plans.append(
                 plan_phase(
@@ -245,6 +274,7 @@ def plan_phases(
                     model_args.max_sequence_length,
                     compute_dtype(accelerator),
                     args.optimizer,
+                    args.cache_core_predictions if phase.kind == "detail" else 0,
                 )
             )
     if data_args.aspect_ratio_buckets is not None:
@@ -253,33 +283,42 @@ def plan_phases(
     text = format_plan(plans, describe_parts(unet), num_shards, args.gradient_checkpointing)
     if args.plan:
         text += "\n" + format_memory(plans, num_processes if num_processes > 1 else 8)
+    for plan in plans if args.plan else ():
+        if plan.prediction_bytes:
+            text += "\n" + format_caching(plan, args.cache_core_predictions)
+    if unet.config.get("core_config") is not None and not any(phase.kind == "joint" for phase in phases):
+        text += "\nThe core stays as it is; `joint_steps` trains it too, which needs its gradients' memory."
     return plans, text
 
 
-def build_unet_without_weights(model_args: ModelArguments) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
+def build_unet_without_weights(model_args: ModelArguments) -> tuple[torch.nn.Module, dict[str, Any]]:
     """
-    Build the model that a run starts from, on the meta device.
+    Build the model that a run starts from, on the meta device. Also return what growing a model of diffusers needs to know about
+    it, as arguments of [`~GrowableUNet2DConditionModel.from_core`].
 
     Raises:
         `ValueError`: if the resolutions do not begin with the core's.
     """
     if model_args.core is None:
-        return build_core(model_args, get_text_hidden_size(model_args))
-    model_class, config, _, _ = find_core(model_args.core, subfolder="unet", revision=model_args.core_revision)
-    unet = model_class.from_config(config)
-    if unet.config.sample_size != model_args.resolutions[0]:
+        return build_core(model_args, get_text_hidden_size(model_args)), {}
+    config, foreign = describe_core(model_args)
+    if config["sample_size"] != model_args.resolutions[0]:
         raise ValueError(
             f"`resolutions={model_args.resolutions}` must begin with the resolution of `core={model_args.core!r}`, which is "
-            f"{unet.config.sample_size}."
+            f"{config['sample_size']}."
         )
-    return unet
+    if foreign is not None:
+        return foreign.model, {"process": foreign.process, "core_sample_size": config["sample_size"]}
+    is_grown = "inner_sample_sizes" in config
+    return (GrowableUNet2DConditionModel if is_grown else ShallowUNet2DModel).from_config(config), {}
 
 
 def check_buckets(
     buckets: str, resolutions: list[int], unet: ShallowUNet2DModel | GrowableUNet2DConditionModel
 ) -> None:
     """Raise a `ValueError` if the aspect-ratio buckets hold a side that the models cannot take."""
-    cell = unet.config.patch_size * resolutions[-1] // unet.sample_sizes[0]
+    core = unet if isinstance(unet, ShallowUNet2DModel) else unet.core
+    cell = core.side_multiple * resolutions[-1] // unet.sample_sizes[0]
     cell = math.lcm(cell, 2 * resolutions[-1] // resolutions[0])  # the core's losses are by bands of factor 2
     for side in itertools.chain(*parse_buckets(buckets)):
         if side % cell:
@@ -336,3 +375,18 @@ def format_memory(phases: list[PhasePlan], num_processes: int) -> str:
         ]
         lines.append(f"{phase.name:<18}{phase.process_batch_size:>9}" + "".join(columns))
     return "\n".join(lines)
+
+
+def format_caching(plan: PhasePlan, num_draws: int, num_images: int | None = None) -> str:
+    """Return a line on what caching the core's predictions takes and saves in a phase, with `num_images` if that is known."""
+    if num_images is None:
+        return (
+            f"{plan.name}: the core's predictions take {plan.prediction_bytes / 1e6:.2f} GB on disk per 1000 training images. The core "
+            f"runs {num_draws} times per image, instead of {plan.images} times in all."
+        )
+    calls = num_draws * num_images
+    saved = f"which saves {plan.images - calls}" if calls < plan.images else "which saves none: fewer draws would"
+    return (
+        f"{plan.name}: the core's predictions for {num_images} images take {plan.prediction_bytes * num_images / 1e9:.2f} GB on "
+        f"disk. The core runs {calls} times, instead of {plan.images} times in all, {saved}."
+    )

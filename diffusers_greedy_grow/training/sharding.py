@@ -13,13 +13,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..models.cores import CORE_CLASSES
 from .arguments import TrainingArguments
 from .trained_model import TrainedModel
 
 
 # The classes whose parameters FSDP gathers at once. The inner model and each stage are among them, so that no unit mixes frozen
 # parameters with parameters that train.
-UNITS = ("ShallowUNet2DModel", "GrowthStage", "GreedyGrowTransformerBlock", "ResnetBlock2D")
+UNITS = (
+    "ShallowUNet2DModel",
+    *(core_class.__name__ for core_class in CORE_CLASSES.values()),
+    "GrowthStage",
+    "GreedyGrowTransformerBlock",
+    "PRXBlock",
+    "ResnetBlock2D",
+)
 
 
 def list_units(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:

@@ -60,7 +60,10 @@ def test_each_phase_has_its_own_values():
 
 
 def test_a_given_core_has_no_phase_of_its_own():
-    assert [phase.name for phase in list_parsed("--core", "somewhere")] == ["grown-64-detail", "grown-64"]
+    assert [phase.name for phase in list_parsed("--core", "somewhere", "--joint_steps", "9")] == [
+        "grown-64-detail",
+        "grown-64",
+    ]
 
 
 def test_a_detail_phase_stays_the_same_phase_when_a_joint_one_is_added():

@@ -4,7 +4,7 @@
 import torch
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel, ShallowUNet2DModel
-from diffusers_greedy_grow.training.plan import describe_parts, format_plan, plan_phase
+from diffusers_greedy_grow.training.plan import describe_parts, format_caching, format_plan, plan_phase
 
 
 def test_plan_counts_without_weights():
@@ -24,6 +24,15 @@ def test_plan_counts_without_weights():
 
     grown.freeze_core()
     detail = plan_phase("grown-64-detail", grown, 64, steps=10, batch_size=8, batches_per_step=1, num_tokens=12)
+    cached = plan_phase("grown-64-detail", grown, 64, 10, 8, 1, 12, num_draws=3)
+    assert (
+        detail.train_flops - cached.train_flops == plan.forward_flops and cached.forward_flops == detail.forward_flops
+    )
+    # Two bytes per number: the core's image, and its features on a grid of 4 x 4
+    assert detail.prediction_bytes == 0 and cached.prediction_bytes == 3 * (8 + 2 * (3 * 16**2 + 64 * 4**2))
+    text = format_caching(cached, num_draws=3, num_images=10)
+    assert "for 10 images take 0.00 GB" in text and "30 times, instead of 80 times in all, which saves 50." in text
+    assert "which saves none: fewer draws would" in format_caching(cached, num_draws=3, num_images=1000)
     grown.unfreeze_core()
     joint = plan_phase("grown-64", grown, 64, steps=10, batch_size=8, batches_per_step=2, num_tokens=12)
     assert detail.trained_parameters < joint.trained_parameters == grown.num_parameters()

@@ -12,7 +12,7 @@ import pytest
 from accelerate import PartialState
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from diffusers_greedy_grow.training.arguments import ModelArguments
+from diffusers_greedy_grow.training.arguments import ModelArguments, TrainingArguments
 from diffusers_greedy_grow.training.growing import adopt_core, build_core_pipeline, get_text_hidden_size
 from diffusers_greedy_grow.training.parsing import parse_arguments
 
@@ -76,13 +76,13 @@ def test_a_run_does_not_replace_the_core_it_grows(finished, data, here, tmp_path
 def test_a_core_without_text_is_refused(tmp_path):
     make_core(cross_attention_dim=None).save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="`core=.*` has no text encoder, but `grow.py` trains on captions"):
-        adopt_core(ModelArguments(core=str(tmp_path)))
+        adopt_core(ModelArguments(core=str(tmp_path)), TrainingArguments())
 
 
 def test_a_core_that_was_trained_without_crops_is_not_grown_with_them(tmp_path):
     make_core().save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="`random_crop=0.5`: `core=.*` was not trained with random crops"):
-        adopt_core(ModelArguments(core=str(tmp_path), random_crop=0.5))
+        adopt_core(ModelArguments(core=str(tmp_path), random_crop=0.5), TrainingArguments())
 
 
 def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
@@ -90,15 +90,15 @@ def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
     core, config = finished[0] / "core", finished[0] / "config.yaml"
     made_it = parse_arguments(["--config", str(config), "--core", str(core)], "")[1]
     expected = asdict(made_it)
-    adopt_core(made_it)
+    adopt_core(made_it, TrainingArguments())
     assert asdict(made_it) == {**expected, "text_hidden_size": 32}
     not_said = ModelArguments(core=str(core), max_sequence_length=64)
-    adopt_core(not_said)
+    adopt_core(not_said, TrainingArguments())
     assert (not_said.hidden_size, not_said.num_layers, not_said.text_hidden_size) == (16, 1, 32)
 
     shutil.copytree(core / "text_encoder", tmp_path / "encoder")
-    adopt_core(ModelArguments(core=str(core), text_encoder=str(tmp_path / "encoder")))
-    adopt_core(ModelArguments(core=str(core), text_encoder="cannot/be_read"))
+    adopt_core(ModelArguments(core=str(core), text_encoder=str(tmp_path / "encoder")), TrainingArguments())
+    adopt_core(ModelArguments(core=str(core), text_encoder="cannot/be_read"), TrainingArguments())
     BertConfig(hidden_size=32, vocab_size=7).save_pretrained(tmp_path / "bert")
     for given, message in (
         ({"hidden_size": 24}, "`hidden_size=24` is not that of `core=.*core'`, which is 16: leave it out"),
@@ -107,7 +107,7 @@ def test_the_arguments_of_a_core_are_taken_from_it(finished, tmp_path):
         ({"text_encoder": str(tmp_path / "bert")}, r"`text_encoder=.*bert'` is not that of .*: its vocab_size is 7"),
     ):
         with pytest.raises(ValueError, match=message):
-            adopt_core(ModelArguments(core=str(core), **given))
+            adopt_core(ModelArguments(core=str(core), **given), TrainingArguments())
 
 
 def test_a_text_encoder_that_cannot_read_as_many_tokens(finished, tmp_path):
@@ -129,7 +129,9 @@ def test_a_text_encoder_that_is_not_there(name, finished):
         build_core_pipeline(ModelArguments(text_encoder=name), captions=[])
     with pytest.raises(OSError, match=f"`text_encoder='{name}'` cannot be read: .* name its `text_hidden_size`"):
         get_text_hidden_size(ModelArguments(text_encoder=name))
-    adopt_core(ModelArguments(core=str(finished[0] / "core"), text_encoder=name))  # it is not compared, nor used
+    adopt_core(
+        ModelArguments(core=str(finished[0] / "core"), text_encoder=name), TrainingArguments()
+    )  # it is not compared, nor used
 
 
 def test_a_core_of_another_resolution(finished, data, here, tmp_path):

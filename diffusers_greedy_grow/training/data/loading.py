@@ -6,6 +6,7 @@
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate import Accelerator
@@ -23,6 +24,10 @@ from .sharing import find_key
 from .sources import Selection, check_data_dir, load_captioned_data
 from .streaming import StreamedImages, StreamLoader, load_captioned_stream
 from .visits import Augmentation
+
+
+if TYPE_CHECKING:
+    from ..core_predictions import CorePredictions
 
 
 logger = get_logger(__name__)
@@ -207,7 +212,7 @@ def take_fingerprint(*sets: CaptionedImages | StreamedImages) -> str:
 
 
 def make_loader(
-    images: CaptionedImages | StreamedImages,
+    images: "CaptionedImages | StreamedImages | CorePredictions",
     accelerator: Accelerator,
     batch_size: int,
     steps_done: int,
@@ -221,7 +226,7 @@ def make_loader(
     Return this process's batches for the steps of a phase that are left, in an order that depends on the seed alone.
 
     Args:
-        images (`CaptionedImages` or `StreamedImages`): The data, at the resolution of the phase.
+        images (`CaptionedImages`, `StreamedImages` or `CorePredictions`): The data, at the resolution of the phase.
         accelerator (`Accelerator`): The run's processes.
         batch_size (`int`): The number of images per batch and process.
         steps_done (`int`), num_steps (`int`): How many steps are done, and how many the phase has in all.

@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -196,10 +197,15 @@ def name_encoder(pipeline: GreedyGrowPipeline, *precision: str) -> str:
     config = pipeline.text_encoder.config.to_diff_dict()
     known = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    for name, weight in pipeline.text_encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    add_weights(digest, pipeline.text_encoder)
     return digest.hexdigest()[:16]
+
+
+def add_weights(digest: Any, module: torch.nn.Module) -> None:
+    """Update a `digest` of hashlib with the names and weights of a module."""
+    for name, weight in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
