@@ -247,7 +247,8 @@ def test_a_referred_core_in_eight_bits(tmp_path):
     )
     inputs = torch.randn(1, 3, 32, 32), 500, torch.randn(1, 6, TEXT_DIM)
     assert torch.equal(referred(*inputs).sample, copied(*inputs).sample)
-    assert type(referred.core.blocks[0].img_qkv_proj.weight).__module__.startswith("torchao")
+    eight = [name for name, p in referred.core.named_parameters() if type(p).__module__.startswith("torchao")]
+    assert len(eight) > 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,6 +301,21 @@ def test_a_core_from_nowhere_is_not_referred_to(hub, core_folder, tmp_path):
     with pytest.raises(ValueError, match="came from the folder .*, which others do not have"):
         grow(core_folder).save_pretrained(tmp_path / "pushed", core="reference", push_to_hub=True)
     assert len(hub.requests) == before and not (tmp_path / "pushed").exists()
+
+
+def test_the_core_is_not_overwritten(core_folder, tmp_path):
+    """Saving the stages in the core's place would leave neither of the two."""
+    folder = shutil.copytree(core_folder, tmp_path / "core")
+    before = (folder / "unet" / WEIGHTS).read_bytes()
+    grown = grow(folder)
+    for save in (grown.save_pretrained, lambda _, core: grown.unet.save_pretrained(folder / "unet", core=core)):
+        with pytest.raises(ValueError, match="holds the core, which the saved stages would replace"):
+            save(folder, core="reference")
+    assert (folder / "unet" / WEIGHTS).read_bytes() == before
+    cast = grow(folder).unet
+    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match="weights in eight bits or on the disk"):
+        cast.save_pretrained(tmp_path / "cast", core="reference")
 
 
 def test_a_core_that_has_left_its_place(hub, core_folder, tmp_path):

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 
 from .publish import Push
-from .references import FETCH_ARGUMENTS, FETCHING
+from .references import FETCH_ARGUMENTS, FETCHING, REFERENCE, lies_in
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -116,7 +116,7 @@ class HubMixin:
                 "adapters by `save_lora_weights`, then remove them by `unload_lora_weights()` (for a pipeline), or by "
                 "`save_lora_adapter` and `unload_lora()` (for a model). Fused adapters stay part of the weights."
             )
-        saved = self if core == "copy" else self.refer(core, push_to_hub)
+        saved = self if core == "copy" else self.refer(core, push_to_hub, Path(save_directory))
         arguments = {"safe_serialization": True, "variant": variant, "max_shard_size": max_shard_size, **kwargs}
         arguments = {name: value for name, value in arguments.items() if value is not None} | given.arguments
         super(HubMixin, saved).save_pretrained(**arguments)  # type: ignore[misc]
@@ -129,14 +129,19 @@ class HubMixin:
             repo_id = push.pop("repo_id", None) or Path(save_directory).resolve().name
             self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, core=core, **push)
 
-    def refer(self, core: str, is_published: bool) -> Any:
-        """Return a view of the model, or of the pipeline, in which the core is a reference, to save it."""
+    def refer(self, core: str, is_published: bool, folder: Path | None = None) -> Any:
+        """Return a view of the model, or of the pipeline, in which the core is a reference, to save it to a folder."""
         model = unwrap_module(getattr(self, "unet", self))  # from `torch.compile(unet)`
         if core != "reference" or not hasattr(model, "refer_to_core"):
             other = 'or "reference"' if hasattr(model, "refer_to_core") else f"for a {type(model).__name__}"
             raise ValueError(f'`core={core!r}` must be "copy" {other}.')
         view = model.refer_to_core(is_published)
-        if model is unwrap_module(self):
+        is_pipeline = model is not unwrap_module(self)
+        if folder is not None and lies_in(view.config[REFERENCE], folder / "unet" if is_pipeline else folder):
+            raise ValueError(
+                f"`save_directory={str(folder)!r}` holds the core, which the saved stages would replace: save to another folder."
+            )
+        if not is_pipeline:
             return view
         pipeline: Any = copy.copy(self)
         pipeline.unet = view

@@ -218,6 +218,12 @@ def check_reference(reference: Any) -> None:
         )
 
 
+def lies_in(reference: dict[str, Any], folder: Path) -> bool:
+    """Return whether a folder holds the files that a reference names."""
+    is_local = reference["revision"] is None
+    return is_local and any(Path(reference["core"], file).parent == folder.resolve() for file in reference["files"])
+
+
 def fetch(repo_id: str, revision: str | None, file: str) -> Path:
     """Return the path of a file of a repository in the cache, where it is downloaded to if it is not there."""
     try:

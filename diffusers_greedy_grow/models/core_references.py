@@ -29,12 +29,18 @@ class CoreReferenceMixin(ModelMixin):
             is_published (`bool`): Whether others are to load it, so that the core must be on the Hub.
 
         Raises:
-            `ValueError`: if the core has changed since it was loaded, if it is unknown where it came from, or if it is quantized.
+            `ValueError`: if the core has changed since it was loaded, if it is unknown where it came from, if it is quantized, or if its
+                weights are in eight bits or on the disk.
             `OSError`: if the core's folder or repository cannot be read.
         """
         if getattr(self, "hf_quantizer", None) is not None:
             raise ValueError(
                 '`core="reference"` needs a core as it was, but the model is quantized: use `core="copy"`.'
+            )
+        if any(parameter.dtype.itemsize == 1 or parameter.is_meta for parameter in self.core.parameters()):
+            raise ValueError(
+                '`core="reference"` needs a core as it was, but it has weights in eight bits or on the disk, by layerwise casting or '
+                "offloading: load the model without these, and save that."
             )
         source, revision = find_core_source(self)
         is_folder = self.core_folder is not None

@@ -720,7 +720,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         num_stages: int,
         negative_text: TextInputs | None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
-        inner_image: torch.Tensor | None,
+        inner_image: torch.Tensor | None = None,
     ) -> None:
         """Raise a `ValueError` that names the argument of [`~GrowableUNet2DConditionModel.forward`] that does not fit."""
         batch_size, _, height, width = sample.shape

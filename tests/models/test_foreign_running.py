@@ -24,7 +24,7 @@ def make(family: str, **changes) -> tuple[GrowableUNet2DConditionModel, dict]:
     return randomize(grow(core, process), seed=1), {"sample": x, "timestep": 1000 * sigma, **make_texts(family)[0]}
 
 
-@pytest.fixture(params=["unet", "unet with text, velocity", "if", "prx"])
+@pytest.fixture(params=["unet", "if", "prx"])
 def model_and_inputs(request):
     return make(request.param)
 
