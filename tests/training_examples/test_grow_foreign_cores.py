@@ -182,7 +182,7 @@ def test_what_is_refused(cores, train, tmp_path):
         train(tmp_path / "output", core=tmp_path / "ddpm")
     index = tmp_path / "ddpm" / "model_index.json"
     for changes, message in (
-        ({"unet": ["diffusers", "version"]}, "not a class of diffusers"),
+        ({"unet": ["diffusers", "version"]}, "must have one model of"),
         ({"_class_name": "StableDiffusionPipeline"}, "holds a StableDiffusionPipeline. Pipelines that can be grown are"),
     ):  # fmt: skip
         index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
