@@ -57,9 +57,10 @@ def published(hub, tmp_path, monkeypatch):
 
 
 def test_readme_code(published):
-    quickstart, grow, fast = (code_of(README, title) for title in ("Quickstart", "Grow and publish", "Sample fast"))
-    assert len(quickstart) == len(grow) == len(fast) == 1
-    run(quickstart + grow + fast)
+    titles = ("Quickstart", "Grow and publish", "Start from an image", "Sample fast")
+    quickstart, grow, tasks, fast = (code_of(README, title) for title in titles)
+    assert len(quickstart) == len(grow) == len(tasks) == len(fast) == 1
+    run(quickstart + grow + tasks + fast)
     assert (published / "circle.png").exists() and (published / "soft.png").exists()
     assert DiffusionPipeline.from_pretrained("owner/shapes-256").unet.sample_sizes == (16, 32, 256)
     assert "license: apache-2.0" in Path(HfApi().hf_hub_download("owner/shapes-256", "README.md")).read_text(
