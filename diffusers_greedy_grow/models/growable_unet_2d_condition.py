@@ -459,6 +459,11 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         """The number that must divide both sides of a state: as many cells of the outermost grid as the core needs."""
         return self.core.side_multiple * self.config.sample_size // self.config.inner_sample_sizes[0]
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether the text's padding also decides the core's prediction, whatever the mask says."""
+        return self.core.reads_padding
+
     # ------------------------------------------------------------------------------------------------------------------
     # Phases
 
