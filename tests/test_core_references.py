@@ -187,6 +187,10 @@ def test_a_core_in_another_dtype_than_its_files(core_folder, tmp_path, dtype):
     )
     assert same(referred.unet, copied.unet)
     assert referred.unet.core.conv_in.weight.dtype == (dtype or torch.float32)
+    # It can be saved as a reference again: rounded values in float32 are still the core's.
+    referred.save_pretrained(tmp_path / "again", core="reference")
+    again = GreedyGrowPipeline.from_pretrained(tmp_path / "again", dtype=dtype or torch.float32)
+    assert same(again.unet, referred.unet)
 
 
 def test_weights_with_old_names(core_folder, tmp_path):

@@ -5,7 +5,7 @@
 References to the weights of a core, in a folder or in a repository of the Hub at a commit, instead of a copy of them.
 
 A reference is an entry of a saved configuration: `core`, the folder or repository; `revision`, the commit, or None for a folder;
-`files`, the core's weights in there; `dtype` and `other_dtypes`, those of the core, by the name of the tensor if they differ; and
+`files`, the core's weights in there; `dtype` and `other_dtypes`, those that give the core's values, by the name of the tensor if they differ; and
 `digest`, the SHA-256 of all of its tensors.
 """
 
@@ -87,11 +87,13 @@ def make_reference(
     for files in groups:
         paths = [Path(source, file) if is_folder else fetch(source, revision, file) for file in files]
         tensors = read_tensors(paths, source, repair)
-        if not all(name in tensors and is_cast_of(value, tensors[name]) for name, value in state.items()):
+        found = {name: find_cast(value, tensors[name]) for name, value in state.items() if name in tensors}
+        if found.keys() != state.keys() or None in found.values():
             continue
+        state = {name: value.to(found[name]) for name, value in state.items()}
         if not is_folder:
             revision = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]", str(paths[0]))[1]  # type: ignore[index]
-        dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in state.items()}
+        dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
         dtype = max({*dtypes.values()}, key=[*dtypes.values()].count)
         return {
             "core": source,
@@ -141,9 +143,16 @@ def group_weights(files: Path | list[str], source: str) -> list[list[str]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def is_cast_of(value: torch.Tensor, original: torch.Tensor) -> bool:
-    """Return whether a tensor is another one, or what casting makes of it."""
-    return value.shape == original.shape and torch.equal(value.cpu(), original.to(value.dtype))
+def find_cast(value: torch.Tensor, original: torch.Tensor) -> torch.dtype | None:
+    """
+    Return the dtype that the tensor `original` must be cast to before it has the values of another one: that one's own, or a half
+    one that it was saved or loaded in before. Return None if it has other values.
+    """
+    if value.shape == original.shape:
+        for dtype in (value.dtype, torch.bfloat16, torch.float16):
+            if torch.equal(value.cpu(), original.to(dtype).to(value.dtype)):
+                return dtype
+    return None
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

@@ -459,6 +459,11 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         """The number that must divide both sides of a state: as many cells of the outermost grid as the core needs."""
         return self.core.side_multiple * self.config.sample_size // self.config.inner_sample_sizes[0]
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether the text's padding also decides the core's prediction, whatever the mask says."""
+        return self.core.reads_padding
+
     # ------------------------------------------------------------------------------------------------------------------
     # Phases
 
@@ -597,11 +602,11 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         elif self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
                 image, features = run_core()
-            if inner_image is not None and inner_image.shape == core_sample.shape:
-                image = inner_image
         else:
             # `init="random"`: the core has no entry, it starts from the first stage's encoder features. That stage runs it.
             image, features = None, None
+        if image is not None and inner_image is not None and inner_image.shape == image.shape:
+            image = inner_image
 
         # 3. Outwards: the stages that take part add detail, from the innermost to the outermost
         for stage, state in zip(self.stages[:num_stages], stage_states):
@@ -707,10 +712,13 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
                 "`core_output` is a prediction for one text, of a core that draws images: pass no `guide`, and no model grown "
                 "with `init='random'`."
             )
-        if core_output[0].shape != state.shape:
+        batch_size, _, height, width = state.shape
+        cell = self.config.patch_size
+        shapes = [tuple(state.shape), (batch_size, self.config.hidden_size, height // cell, width // cell)]
+        if (found := [tuple(tensor.shape) for tensor in core_output]) != shapes:
             raise ValueError(
-                f"`core_output` has an image of the shape {tuple(core_output[0].shape)}, but the core's state for this `sample` has "
-                f"{tuple(state.shape)}."
+                f"`core_output` has the shapes {found}, but the core's image and features for this `sample` have {shapes}: pass what "
+                "`predict_core` returns for it."
             )
 
     def check_inputs(

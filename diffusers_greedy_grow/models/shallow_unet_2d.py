@@ -82,6 +82,7 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
         `ValueError`: if a size is not a whole number or does not fit the others, or `dropout` is out of its range.
     """
 
+    reads_padding = False  # see `Core`
     _supports_gradient_checkpointing = True
     _no_split_modules = ["GreedyGrowTransformerBlock", "ResnetBlock2D"]
     _repeated_blocks = ["GreedyGrowTransformerBlock"]

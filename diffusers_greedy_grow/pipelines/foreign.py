@@ -135,6 +135,9 @@ def find_foreign(core: Any, kwargs: dict[str, Any], model_kwargs: dict[str, Any]
     refuse_pickles(kwargs.get("use_safetensors"))
     pinned = {} if commit is None else {"revision": commit}
     arguments = {**model_kwargs, **pinned, "subfolder": component, "use_safetensors": True}
+    for key in ("dtype", "torch_dtype"):  # `model_kwargs` has that of a `unet`
+        if isinstance(dtypes := kwargs.get(key), dict):
+            arguments[key] = dtypes.get(component, dtypes.get("default", torch.float32))
     model = load_complete(getattr(diffusers, index[component][1]), core, commit, **arguments)
     settings = {"requires_safety_checker": False} if left_out else {}
     pipeline = getattr(diffusers, name).from_pretrained(
@@ -171,7 +174,12 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
         config = component_class.load_config(core, subfolder=component, revision=commit or revision)
         # A scheduler is read for its values, which the meta device has not.
         with torch.device("cpu" if component == "scheduler" else "meta"):
-            parts[component] = component_class.from_config(config)
+            try:
+                parts[component] = component_class.from_config(config)
+            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"`core={str(core)!r}` has a `{component}` whose configuration is not one of a {component_class.__name__}: {error}"
+                ) from error
     arguments = inspect.signature(getattr(diffusers, name).__init__).parameters
     config = {key: argument.default for key, argument in arguments.items()} | index
     described = SimpleNamespace(**parts, text_encoder=None, tokenizer=None, config=SimpleNamespace(**config))
@@ -197,8 +205,14 @@ def find_index(core: str | Path, kwargs: dict[str, Any]) -> tuple[dict[str, Any]
     components = {
         component: value
         for component, value in index.items()
-        if isinstance(value, (list, tuple)) and component not in LEFT_OUT.get(name, {}) and value[0] is not None
+        if isinstance(value, (list, tuple)) and component not in LEFT_OUT.get(name, {}) and [*value] != [None, None]
     }
+    malformed = {key: value for key, value in components.items() if [type(part) for part in value] != [str, str]}
+    if malformed or "scheduler" not in components:
+        raise ValueError(
+            f"`core={str(core)!r}` has a `model_index.json` that must name a library and a class for each component, with a "
+            f"`scheduler` among them, but is {index}: download or save it again."
+        )
     others = {key: value[0] for key, value in components.items() if value[0] not in ("diffusers", "transformers")}
     if others:
         raise ValueError(

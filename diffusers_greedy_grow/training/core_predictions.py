@@ -228,6 +228,14 @@ class CorePredictions(torch.utils.data.Dataset):
         row["core_features"] = features.view(FEATURES_DTYPE).reshape(features_shape)
         return row
 
+    def check_size(self) -> None:
+        """Raise an `OSError` if the finished file has lost a part."""
+        if (size := self.path.stat().st_size) != self.layout.total_bytes:
+            raise OSError(
+                f"{self.path} has {size} bytes instead of {self.layout.total_bytes}: it is damaged. Remove {self.folder}, and the "
+                "predictions are computed again."
+            )
+
     # ------------------------------------------------------------------------------------------------------------------
     # Writing
 
@@ -397,7 +405,7 @@ def cache_core_predictions(
         interrupt (`Interrupt`): Catches the signals that stop the run.
 
     Raises:
-        `OSError`: if the disk has too little space.
+        `OSError`: if the disk has too little space, or the predictions there are damaged.
     """
     accelerator, phase, unet = objective.accelerator, objective.phase, pipeline.unet
     draws = objective.draws
@@ -405,6 +413,7 @@ def cache_core_predictions(
     layout = Layout.of(unet, images, draws.count)
     predictions = CorePredictions(folder, key, images, draws, layout)
     if predictions.path.exists():
+        predictions.check_size()
         logger.info(f"{phase.name}: the core's predictions are in {predictions.folder}.")
         return predictions
     with contextlib.ExitStack() as held:

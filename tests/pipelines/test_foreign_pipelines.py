@@ -25,6 +25,8 @@ from transformers import ByT5Tokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import high_band, pool, shift_sigma, upsample
+from diffusers_greedy_grow.models.cores.processes import build_process, describe_process
+from diffusers_greedy_grow.pipelines.foreign import describe_foreign
 from diffusers_greedy_grow.training.text.captions import encode_captions
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
@@ -261,6 +263,14 @@ def test_a_core_without_all_of_its_weights(tmp_path):
     grow(tmp_path)
 
 
+def test_a_dtype_for_the_model_alone(tmp_path):
+    """Whatever the pipeline calls its model."""
+    for core, name in ((make_if(), "unet"), (make_prx_pixel(), "transformer")):
+        core.save_pretrained(tmp_path / name)
+        grown = grow(tmp_path / name, dtype={name: torch.bfloat16, "default": torch.float32})
+        assert grown.unet.dtype == torch.bfloat16 and grown.text_encoder.dtype == torch.float32
+
+
 def test_pipelines_that_cannot_be_grown(tmp_path):
     with pytest.raises(ValueError, match="`out_channels=9`.*with variances"):
         grow(make_if(out_channels=9))
@@ -285,9 +295,24 @@ def test_pipelines_that_cannot_be_grown(tmp_path):
         ({"_class_name": "DiTPipeline"}, "holds a DiTPipeline. Pipelines that can be grown are .*IFPipeline"),
         ({"unet": ["diffusers", "AutoencoderKL"]}, "must have one model of UNet2DModel, UNet2DConditionModel"),
         ({"scheduler": ["os", "system"]}, "components of other packages.*{'scheduler': 'os'}"),
+        ({"scheduler": None}, "must name a library and a class for each component, with a `scheduler` among them"),
+        ({"scheduler": [None, None]}, "must name a library and a class for each component"),
+        ({"scheduler": []}, "must name a library and a class for each component"),
+        ({"unet": ["diffusers"]}, "must name a library and a class for each component"),
     ):
         index.write_text(json.dumps({**config, **changes}))
-        with pytest.raises(ValueError, match=message):
-            grow(tmp_path / "core")
+        for read in (grow, describe_foreign):
+            with pytest.raises(ValueError, match=message):
+                read(tmp_path / "core")
+    index.write_text(json.dumps(config))
+    scheduler = tmp_path / "core" / "scheduler" / "scheduler_config.json"
+    for changes in ({"trained_betas": ["a"]}, {"beta_schedule": "x"}):
+        settings = json.loads(scheduler.read_text())
+        scheduler.write_text(json.dumps({**settings, **changes}))
+        with pytest.raises(ValueError, match="a `scheduler` whose configuration is not one of a DDPMScheduler"):
+            describe_foreign(tmp_path / "core")
+        scheduler.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match="`core_process=.* is not the configuration of a DDPMScheduler"):
+            build_process({**describe_process(core.scheduler), **changes})
     with pytest.raises(ValueError, match="`prompt_format='x'` must be None or one of"):
         GreedyGrowPipeline(**{**grow(make_if()).components, "prompt_format": "x"})

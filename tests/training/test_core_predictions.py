@@ -4,6 +4,7 @@
 """A frozen core's predictions, cached on disk: with real small models and images."""
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,14 @@ def test_what_decides_the_predictions_is_noticed(pipeline, interrupt, tmp_path):
         predictions[0, (7, 1, 0)]
 
 
+def test_predictions_that_are_cut_off(pipeline, interrupt, tmp_path):
+    _, predictions = cache(pipeline, make_images(), tmp_path, interrupt)
+    size = predictions.layout.total_bytes
+    os.truncate(predictions.path, size // 2)
+    with pytest.raises(OSError, match=f"has {size // 2} bytes instead of {size}: it is damaged. Remove .*, and"):
+        cache(pipeline, make_images(), tmp_path, interrupt)
+
+
 def test_a_core_that_predicts_no_numbers(pipeline, interrupt, tmp_path):
     next(pipeline.unet.core.parameters()).data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="predictions are not finite for the images"):
@@ -250,9 +259,21 @@ def test_a_core_output_that_does_not_fit(pipeline):
     state, time = torch.randn(1, 3, 32, 32), torch.tensor([500.0])
     image, features = unet.predict_core(state, time, **text)
     with pytest.raises(
-        ValueError, match=r"`core_output` has an image of the shape \(1, 3, 8, 8\), but .* \(1, 3, 16, 16\)"
+        ValueError,
+        match=r"`core_output` has the shapes \[\(1, 3, 8, 8\), .* have \[\(1, 3, 16, 16\), \(1, 32, 4, 4\)\]",
     ):
         unet(state, time, **text, core_output=(image[..., :8, :8], features))
+    for output in ((image, features[:, :8]), (image, features[:0]), (image,), image):
+        with pytest.raises(
+            ValueError, match="`core_output` has the shapes .* pass what `predict_core` returns for it"
+        ):
+            unet(state, time, **text, core_output=output)
+    # An image that takes the place of the core's does so here, too.
+    given = torch.randn(1, 3, 16, 16)
+    expected = unet(state, time, **text, inner_image=given).sample
+    torch.testing.assert_close(
+        unet(state, time, **text, inner_image=given, core_output=(image, features)).sample, expected
+    )
     guided = {"negative_encoder_hidden_states": text["encoder_hidden_states"], "guide": lambda a, b: a}
     with pytest.raises(ValueError, match="`core_output` is a prediction for one text"):
         unet(state, time, **text, **guided, core_output=(image, features))

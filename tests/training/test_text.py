@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset
 
+from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.arguments import DataArguments
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import TrainingData, load_training_data
@@ -29,6 +30,7 @@ from diffusers_greedy_grow.training.text.embeddings import TextEmbeddings, embed
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
 from ..data_utils import make_image, write_parquet, write_rows
+from ..pipelines.test_foreign_pipelines import make_if
 from ..testing_utils import CAPTIONS, make_pipeline
 
 
@@ -279,3 +281,25 @@ def test_captions_of_data_in_order_are_embedded_once(tmp_path):
     again = embed_captions(make_pipeline(), accelerator, data, data_args, seed=0)
     assert len(again.hashes) == 19 and list(folder.glob("*/*/index.json")) == parts
     assert len(list(folder.glob("*/seen-*.json"))) == 1
+
+
+@torch.no_grad()
+def test_padding_is_kept_for_a_core_that_reads_it(tmp_path):
+    """DeepFloyd IF attends to all tokens. Its core must see the same text in training as in sampling, whatever else is in the batch."""
+    write_parquet(tmp_path / "images.parquet", 4)
+    pipeline = GreedyGrowPipeline.from_core(make_if(), 32, (8,))
+    data_args = DataArguments(
+        train_data_dir=str(tmp_path / "images.parquet"), image_column="photo", text_embeddings_dir=str(tmp_path / "texts")
+    )  # fmt: skip
+    data = load_training_data(data_args, [16, 32], data_args.train_data_dir, BrokenRows(), seed=0)
+    embeddings = embed_captions(pipeline, Accelerator(cpu=True), data, data_args, seed=0)
+    state, time = torch.randn(1, 3, 32, 32), torch.tensor([600.0])
+    for captions in (["image number 1"], ["", "image number 2"]):
+        cached = embeddings(captions, torch.device("cpu"))
+        live = encode_captions(pipeline, pipeline.text_encoder, captions, torch.device("cpu"))
+        assert cached["encoder_hidden_states"].shape[1] == 77 and not live["encoder_attention_mask"].all()
+        for name, value in live.items():
+            torch.testing.assert_close(cached[name], value)
+        size = len(captions), -1, -1, -1
+        actual, expected = (pipeline.unet.predict_core(state.expand(size), time, **text)[0] for text in (cached, live))
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

@@ -32,6 +32,10 @@ class Core(Protocol):
     def side_multiple(self) -> int:
         """The number that must divide both sides of a state."""
 
+    @property
+    def reads_padding(self) -> bool:
+        """Whether the text's padding also decides the prediction, whatever the mask says."""
+
     def __call__(
         self,
         sample: torch.Tensor,
@@ -67,6 +71,7 @@ class ForeignCore(ModelMixin, ConfigMixin, ABC):
     model_class: type[ModelMixin]
     process_class: type[RectifiedFlow | VariancePreserving]
     side_multiple: int
+    reads_padding: bool = False
     component: str  # what a pipeline of diffusers calls the model, and with it the tensors of adapters
     _repeated_blocks: list[str]  # the classes that `compile_repeated_blocks` compiles
     process_hint: str  # what `process` must be, for an error

@@ -69,4 +69,10 @@ def build_process(config: dict[str, Any] | None) -> RectifiedFlow | VariancePres
         return RectifiedFlow(**arguments)
     check_sizes(num_train_timesteps=arguments["num_train_timesteps"])
     with torch.device("cpu"):  # models are also built on the meta device, where a scheduler has no values
-        return VariancePreserving.from_scheduler(DDPMScheduler(**arguments))
+        try:
+            scheduler = DDPMScheduler(**arguments)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`core_process={config!r}` is not the configuration of a DDPMScheduler: {error}"
+            ) from error
+        return VariancePreserving.from_scheduler(scheduler)

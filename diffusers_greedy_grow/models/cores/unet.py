@@ -116,12 +116,14 @@ class UNet2DConditionCore(UNetCore, UNet2DConditionModel):
         ):
             remedy = f"supported are {', '.join(map(repr, supported))}, models that see text and noise level only"
             self.check(config[name] in supported, name, remedy)
+        self.attends_to_padding = any("Simple" in kind for kind in config.down_block_types)
+        self.reads_padding = self.attends_to_padding or config.addition_embed_type == "text"
         width = config.encoder_hid_dim or config.cross_attention_dim
         self.check(isinstance(width, int), "cross_attention_dim", "all blocks must see the same text")
         return {**super().read_shape(), "cross_attention_dim": width}
 
     def predict(self, y, time, text, mask, kwargs):
-        if any("Simple" in kind for kind in self.config.down_block_types):
+        if self.attends_to_padding:
             mask = None
         (output,) = UNet2DConditionModel.forward(
             self, y, time, text, encoder_attention_mask=mask, cross_attention_kwargs=kwargs, return_dict=False

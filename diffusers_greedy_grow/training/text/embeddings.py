@@ -38,20 +38,23 @@ class TextEmbeddings:
     The embeddings of captions by one text encoder, in a folder.
 
     The folder holds *parts*, each of which is written once and never changed: the sorted hashes of its captions; where the
-    tokens of each begin, and how many there are; and the embeddings of all tokens, without padding, memory-mapped. For each
+    tokens of each begin, and how many there are; and the embeddings of all tokens, memory-mapped, without padding unless the model
+    reads it, and then with the mask that tells padding from text. For each
     source whose captions are all there, it also holds a small file that says so, so that the source need not be read again.
 
     Args:
         folder (`Path`): The folder, for one encoder: see [`name_encoder`].
+        keeps_padding (`bool`, defaults to `False`): Whether parts that are added hold padding, too.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, keeps_padding: bool = False):
+        self.folder, self.keeps_padding = folder, keeps_padding
         self.reload()
 
     def reload(self) -> None:
         """Take in parts that have been written since."""
-        self.data: list[tuple[np.ndarray, torch.dtype]] = []  # one entry per part
+        # One entry per part; the mask is None for one without padding
+        self.data: list[tuple[np.ndarray, torch.dtype, np.ndarray | None]] = []
         # Per caption, sorted by hash: the hash, the part, where its tokens begin in the part, and how many there are.
         columns = [[np.empty(0, dtype)] for dtype in (np.uint64, np.int32, np.int64, np.int64)]
         for index in sorted(self.folder.glob("[0-9a-f]*/index.json")):
@@ -61,23 +64,25 @@ class TextEmbeddings:
             for column, values in zip(columns, (hashes, numbers, starts, counts)):
                 column.append(values)
             data = np.memmap(part / "embeddings.bin", mode="r", dtype=np.uint8).reshape(-1, about["bytes"])
-            self.data.append((data, getattr(torch, about["dtype"])))
+            mask = np.load(part / "mask.npy") if (part / "mask.npy").exists() else None
+            self.data.append((data, getattr(torch, about["dtype"]), mask))
         order = np.argsort(np.concatenate(columns[0]), kind="stable")
         self.hashes, self.parts, self.starts, self.counts = (np.concatenate(column)[order] for column in columns)
 
-    def find(self, caption: str) -> torch.Tensor | None:
-        """Return the embedding `(L, D)` of a caption, or `None` if it is not there."""
+    def find(self, caption: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the embedding `(L, D)` of a caption and its mask `(L,)`, or `None` if it is not there."""
         key = np.uint64(hash_caption(caption))
         i = int(np.searchsorted(self.hashes, key))
         if i == len(self.hashes) or self.hashes[i] != key:
             return None
-        data, dtype = self.data[self.parts[i]]
-        tokens = np.array(data[self.starts[i] : self.starts[i] + self.counts[i]])
-        return torch.from_numpy(tokens).view(dtype)
+        data, dtype, mask = self.data[self.parts[i]]
+        tokens = slice(self.starts[i], self.starts[i] + self.counts[i])
+        found = torch.from_numpy(np.array(data[tokens])).view(dtype)
+        return found, torch.ones(len(found), dtype=torch.bool) if mask is None else torch.from_numpy(mask[tokens])
 
     def __call__(self, captions: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         """
-        Return `encoder_hidden_states` and `encoder_attention_mask` of `captions`, padded with zeros.
+        Return `encoder_hidden_states` and `encoder_attention_mask` of `captions`, padded with zeros to the longest.
 
         Raises:
             `KeyError`: if a caption is not there.
@@ -91,9 +96,7 @@ class TextEmbeddings:
                     f"remove {self.folder / 'seen-*.json'}: the next start then embeds the new captions."
                 )
             found.append(embedding)
-        lengths = torch.tensor([len(one) for one in found])
-        hidden_states = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
-        mask = torch.arange(hidden_states.shape[1]) < lengths.unsqueeze(1)
+        hidden_states, mask = (torch.nn.utils.rnn.pad_sequence([*parts], batch_first=True) for parts in zip(*found))
         return {
             "encoder_hidden_states": hidden_states.to(device, non_blocking=True),
             "encoder_attention_mask": mask.to(device, non_blocking=True),
@@ -117,7 +120,7 @@ class TextEmbeddings:
         temporary = self.folder / f".{part.name}.tmp"
         temporary.mkdir(parents=True)
         try:
-            count = write_part(temporary, self.find_missing(captions), encode, batch_size)
+            count = write_part(temporary, self.find_missing(captions), encode, batch_size, self.keeps_padding)
         except BaseException:  # Ctrl-C included
             shutil.rmtree(temporary)
             raise
@@ -154,11 +157,16 @@ class TextEmbeddings:
 
 
 def write_part(
-    folder: Path, captions: Iterator[str], encode: Callable[[list[str]], dict[str, torch.Tensor]], batch_size: int
+    folder: Path,
+    captions: Iterator[str],
+    encode: Callable[[list[str]], dict[str, torch.Tensor]],
+    batch_size: int,
+    keeps_padding: bool,
 ) -> int:
     """Write the files of a part, and return the number of captions. Without captions, the part is not complete."""
     hashes: list[int] = []
     counts: list[int] = []
+    masks: list[np.ndarray] = []
     about: dict = {}
     with open(folder / "embeddings.bin", "wb") as file:
         while batch := list(itertools.islice(captions, batch_size)):
@@ -169,14 +177,18 @@ def write_part(
                 "bytes": hidden_states.shape[-1] * hidden_states.itemsize,
             }
             hashes.extend(map(hash_caption, batch))
-            counts.extend(mask.sum(dim=1).tolist())
-            file.write(hidden_states[mask].contiguous().view(torch.uint8).numpy().tobytes())
+            kept = torch.ones_like(mask) if keeps_padding else mask
+            counts.extend(kept.sum(dim=1).tolist())
+            masks.append(mask[kept].numpy())
+            file.write(hidden_states[kept].contiguous().view(torch.uint8).numpy().tobytes())
     if hashes:
         order = np.argsort(np.array(hashes, dtype=np.uint64))
         starts = np.cumsum([0, *counts[:-1]])
         np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64)[order])
         np.save(folder / "starts.npy", starts[order])
         np.save(folder / "counts.npy", np.array(counts)[order])
+        if keeps_padding:
+            np.save(folder / "mask.npy", np.concatenate(masks))
         (folder / "index.json").write_text(json.dumps(about), encoding="utf-8")
     return len(hashes)
 
@@ -229,9 +241,9 @@ def embed_captions(
         seed (`int`): The seed of the run, by which captioned shapes were drawn.
     """
     assert data_args.text_embeddings_dir is not None
-    embeddings = TextEmbeddings(
-        Path(data_args.text_embeddings_dir) / name_encoder(pipeline, accelerator.mixed_precision)
-    )
+    keeps_padding = pipeline.unet.reads_padding
+    name = name_encoder(pipeline, accelerator.mixed_precision, *(["padding"] if keeps_padding else []))
+    embeddings = TextEmbeddings(Path(data_args.text_embeddings_dir) / name, keeps_padding)
     source = describe_source(data, data_args, seed)
     # Skipped by all processes or by none: another run may be writing the marker at this moment.
     if all(gather_object([embeddings.marker(source).exists()])):
