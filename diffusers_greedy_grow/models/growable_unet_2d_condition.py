@@ -597,11 +597,11 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         elif self.stages[0].preserves:
             with torch.set_grad_enabled(inner_grad_enabled):
                 image, features = run_core()
-            if inner_image is not None and inner_image.shape == core_sample.shape:
-                image = inner_image
         else:
             # `init="random"`: the core has no entry, it starts from the first stage's encoder features. That stage runs it.
             image, features = None, None
+        if inner_image is not None and inner_image.shape == core_sample.shape:
+            image = inner_image
 
         # 3. Outwards: the stages that take part add detail, from the innermost to the outermost
         for stage, state in zip(self.stages[:num_stages], stage_states):
