@@ -65,8 +65,8 @@ class Sampling:
 
 # `predict(latents, sigma, guided, texts, sampling, num_stages)` returns clean images `(B, C, H, W)`
 Predict = Callable[..., torch.Tensor]
-# `keep(latents, sigma)` returns states `(B, C, H, W)` of the same noise level
-Keep = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# `keep(latents, index)` returns states `(B, C, H, W)` of the same noise level
+Keep = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class DenoisingMixin:
@@ -195,7 +195,7 @@ class DenoisingMixin:
     ) -> torch.Tensor:
         """
         Return the state to begin with, in float32: noise, or `latents` in its place; with a clean `image`, that image with noise
-        of the first timestep's level.
+        of the first timestep's level, see [`add_noise_to_image`].
 
         Args:
             sampling ([`Sampling`]): How to draw.
@@ -203,7 +203,27 @@ class DenoisingMixin:
             image (`torch.Tensor` of shape `(B, C, height, width)`, *optional*): The image in [-1, 1].
         """
         noise = self.draw_noise(sampling) if latents is None else latents.to(sampling.device, torch.float32)
-        return noise if image is None else add_noise(image, noise, sampling.first_sigma)
+        if image is None:
+            return noise
+        return self.add_noise_to_image(image, noise, sampling.first_sigma, sampling.num_stages[sampling.first])
+
+    def add_noise_to_image(
+        self, image: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, num_stages: int
+    ) -> torch.Tensor:
+        """
+        Return the state of an image at a noise level, without the detail that left-out stages will add when they join, see
+        [`join_stages`].
+
+        Args:
+            image (`torch.Tensor` of shape `(B, C, H, W)`): The image in [-1, 1].
+            noise (`torch.Tensor` of shape `(B, C, H, W)`): The noise.
+            sigma (`torch.Tensor`): The noise level.
+            num_stages (`int`): How many growth stages take part.
+        """
+        sizes = self.unet.sample_sizes
+        if num_stages < len(sizes) - 1:
+            image = image - high_band(image, sizes[-1] // sizes[num_stages])
+        return add_noise(image, noise, sigma)
 
     def join_stages(
         self,
@@ -259,6 +279,32 @@ class DenoisingMixin:
         Returns:
             The images `(B, C, H, W)`.
         """
+        return self.combine(
+            self.predict_each(latents, sigma, guided, texts, sampling, num_stages, **inner), guided, sampling
+        )
+
+    def combine(self, pred_original_sample: torch.Tensor, guided: bool, sampling: Sampling) -> torch.Tensor:
+        """Return clean images `(B, C, H, W)` from those of [`predict_each`]."""
+        twice = guided and not sampling.at_core
+        return self.guide(*pred_original_sample.chunk(2)) if twice else pred_original_sample
+
+    def predict_each(
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        guided: bool,
+        texts: dict[bool, dict[str, Any]],
+        sampling: Sampling,
+        num_stages: int,
+        **inner: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Predict clean images before guidance at the full resolution. The arguments are those of [`predict`].
+
+        Returns:
+            The images `(B, C, H, W)`, or with such guidance `(2 B, C, H, W)`: those for the prompts, then those for the negative
+            prompts.
+        """
         twice = guided and not sampling.at_core
         kwargs = {**texts[guided], **{name: torch.cat([one, one]) if twice else one for name, one in inner.items()}}
         if len(self.unet.sample_sizes) > 1:
@@ -275,7 +321,7 @@ class DenoisingMixin:
         ).pred_original_sample
         if compiled:
             kwargs["text_cache"].copy_out()
-        return self.guide(*pred_original_sample.chunk(2)) if twice else pred_original_sample
+        return pred_original_sample
 
     def is_guided(self, sampling: Sampling, index: int) -> bool:
         """Return whether guidance acts at a timestep, and prepare the guider for it, if there is one."""
@@ -283,8 +329,11 @@ class DenoisingMixin:
         if guider is None:
             order = self.scheduler.order
             return self.do_classifier_free_guidance and index - index % order < sampling.guidance_stop * len(timesteps)
-        guider.set_state(step=index, num_inference_steps=len(timesteps), timestep=timesteps[index])
-        guider.prepare_inputs({})  # guiders with a memory start it here
+        state = {"num_inference_steps": len(timesteps), "timestep": timesteps[index]}
+        # Guiders with a memory start it at step 0, which `strength` may leave out.
+        guider.set_state(step=0 if index == sampling.first else index, **state)
+        guider.prepare_inputs({})
+        guider.set_state(step=index, **state)
         return self.do_classifier_free_guidance and guider.num_conditions == 2
 
     def denoise(
@@ -302,9 +351,9 @@ class DenoisingMixin:
             sampling ([`Sampling`]): How to draw.
             latents (`torch.Tensor` of shape `(B, C, H, W)`): The states, in float32.
             predict (`Callable`, *optional*): Predicts the clean images, with the arguments of [`predict`], which is the default.
-            keep (`Callable`, *optional*): `keep(latents, sigma)` changes the states after each step.
-            visits (sequence of `int`, *optional*): The indices of the timesteps in the order in which they are visited, by default all from
-                the first one on. Where one is not behind the one before it, the states get the noise that is missing there.
+            keep (`Callable`, *optional*): `keep(latents, index)` changes the states after the step at the timestep of an index.
+            visits (sequence of `int`, *optional*): The indices of the timesteps in the order in which they are visited, by default
+                all from the first one on. Where one is not behind the one before it, the states get the noise that is missing.
 
         Returns:
             The images `(B, C, H, W)` in [-1, 1], not clamped.
@@ -334,7 +383,7 @@ class DenoisingMixin:
                 velocity = velocity_from_clean(latents, pred_original_sample, sigma)
                 latents = scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
                 if keep is not None:
-                    latents = keep(latents, scheduler.sigmas[i + 1].to(latents.device))
+                    latents = keep(latents, i)
 
                 if sampling.callback is not None:
                     names = sampling.callback_names
@@ -363,9 +412,12 @@ class DenoisingMixin:
         return scale * latents + missing * self.draw_noise(sampling)
 
     def finish(
-        self, latents: torch.Tensor, output_type: str, return_dict: bool
+        self, latents: torch.Tensor, output_type: str, return_dict: bool, processor: Any = None, **overlay: Any
     ) -> ImagePipelineOutput | tuple[Any, ...]:
-        """Return images `(B, C, H, W)` in [-1, 1] as a pipeline's output."""
-        image = self.image_processor.postprocess(latents, output_type=output_type)
+        """
+        Return images `(B, C, H, W)` in [-1, 1] as a pipeline's output. `overlay` are arguments of another `processor` than the
+        pipeline's own.
+        """
+        image = (processor or self.image_processor).postprocess(latents, output_type=output_type, **overlay)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)

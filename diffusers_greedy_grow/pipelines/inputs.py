@@ -7,12 +7,10 @@ import inspect
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import logging
-from PIL import Image
 
 from ..models.shallow_unet_2d import check_mask
 from .denoising import TEXT_NAMES, DenoisingMixin, Sampling
@@ -131,8 +129,8 @@ class InputsMixin(DenoisingMixin):
                 )
             if latents is None and timesteps[0] < 1000 * FIRST_SIGMA_MIN:
                 raise ValueError(
-                    f"`timesteps={list(timesteps)}` must begin at {1000 * FIRST_SIGMA_MIN:.0f} or above, since the image begins as pure "
-                    "noise. To begin below, pass `latents` of that noise level."
+                    f"`timesteps={list(timesteps)}` must begin at {1000 * FIRST_SIGMA_MIN:.0f} or above, since the image begins as "
+                    "pure noise. To begin below, pass `latents` of that noise level."
                 )
         if not isinstance(guidance_scale, NUMBER) or not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale={guidance_scale}` must be a number; 1 means no guidance.")
@@ -307,24 +305,7 @@ class InputsMixin(DenoisingMixin):
         # Before any model runs: only here does it show whether the scheduler fits.
         scheduled, num_inference_steps, schedule = self.prepare_timesteps(num_inference_steps, timesteps, device)
         first = self.find_first(strength, num_inference_steps)
-        num_stages = count_stages(scheduled.tolist(), self.scheduler.order, handover_sigmas)
-        if num_stages[-1] < len(handover_sigmas):
-            raise ValueError(
-                f"`core_first={core_first!r}` lets a stage join at the noise level {handover_sigmas[-1]:.3g}, but the last of these "
-                f"steps is at {scheduled[-1] / 1000:.3g}: the image would lack that stage's detail. Take more steps, a higher "
-                "level, or None."
-            )
-
-        text: dict[str, torch.Tensor | None] = dict.fromkeys(TEXT_NAMES)
-        if self.unet.config.cross_attention_dim is not None:
-            guided = self.do_classifier_free_guidance
-            encoded = self.encode_prompt(
-                device=device,
-                do_classifier_free_guidance=guided,
-                num_images_per_prompt=num_images_per_prompt,
-                **prompts,
-            )
-            text = dict(zip(TEXT_NAMES, encoded))
+        num_stages = self.prepare_stages(scheduled, handover_sigmas, core_first)
         return Sampling(
             batch_size=batch_size * num_images_per_prompt,
             height=height,
@@ -335,7 +316,7 @@ class InputsMixin(DenoisingMixin):
             schedule=schedule,
             first=first,
             num_stages=num_stages,
-            text=text,
+            text=self.prepare_text(num_images_per_prompt, device, **prompts),
             at_core=guidance_resolution == "core" and bool(handover_sigmas),
             guidance_stop=guidance_stop,
             guider=guider,
@@ -343,6 +324,38 @@ class InputsMixin(DenoisingMixin):
             callback=callback_on_step_end,
             callback_names=callback_on_step_end_tensor_inputs,
         )
+
+    def prepare_stages(
+        self, timesteps: torch.Tensor, handover_sigmas: list[float], core_first: float | str | None
+    ) -> list[int]:
+        """
+        Return how many growth stages take part at each timestep.
+
+        Raises:
+            `ValueError`: if not all of them take part in the last step.
+        """
+        num_stages = count_stages(timesteps.tolist(), self.scheduler.order, handover_sigmas)
+        if num_stages[-1] < len(handover_sigmas):
+            raise ValueError(
+                f"`core_first={core_first!r}` lets a stage join at the noise level {handover_sigmas[-1]:.3g}, but the last of "
+                f"these steps is at {timesteps[-1] / 1000:.3g}: the image would lack that stage's detail. Take more steps, a higher "
+                "level, or None."
+            )
+        return num_stages
+
+    def prepare_text(
+        self, num_images_per_prompt: int, device: torch.device, **prompts: Any
+    ) -> dict[str, torch.Tensor | None]:
+        """Return the encoded prompts by [`TEXT_NAMES`], or None under each name for an unconditional model."""
+        if self.unet.config.cross_attention_dim is None:
+            return dict.fromkeys(TEXT_NAMES)
+        encoded = self.encode_prompt(
+            device=device,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_images_per_prompt=num_images_per_prompt,
+            **prompts,
+        )
+        return dict(zip(TEXT_NAMES, encoded))
 
     def find_first(self, strength: float, num_inference_steps: int) -> int:
         """
@@ -362,82 +375,3 @@ class InputsMixin(DenoisingMixin):
         first = (num_inference_steps - steps) * self.scheduler.order
         begin(self.scheduler, first)
         return first
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Given images
-
-
-def repeat_images(images: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Return given images or masks `(N, C, H, W)`, one for all prompts or one per prompt, as one per image that is drawn."""
-    return images.to(sampling.device, torch.float32).repeat_interleave(sampling.batch_size // len(images), dim=0)
-
-
-def count_prompts(prompt: Any, prompt_embeds: torch.Tensor | None) -> int:
-    """Return the number of prompts, before they are checked."""
-    if isinstance(prompt_embeds, torch.Tensor):
-        return len(prompt_embeds)
-    return len(prompt) if isinstance(prompt, list) else 1
-
-
-def list_images(name: str, images: Any, batch_size: int) -> list[Any]:
-    """
-    Return given images as a list.
-
-    Args:
-        name (`str`): The argument, for errors.
-        images: One image or several: `PIL.Image.Image`s in RGB, arrays `(H, W, C)` or `(B, H, W, C)` in [0, 1], or tensors
-            `(C, H, W)` or `(B, C, H, W)` in [0, 1].
-        batch_size (`int`): The number of prompts.
-
-    Raises:
-        `ValueError`: if they are no images, of several sizes, with another number of channels than 3, outside [0, 1], or neither one
-            nor one per prompt.
-    """
-    if isinstance(images, (torch.Tensor, np.ndarray)) and images.ndim == 4:
-        images = list(images)
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not images:
-        raise ValueError(f"`{name}` is an empty list: pass an image.")
-    for image in images:
-        check_image(name, image)
-    if len({image_size(image) for image in images}) > 1:
-        sizes = sorted({image_size(image) for image in images})
-        raise ValueError(f"`{name}` has images of several sizes (height, width), {sizes}: pass images of one size.")
-    if len(images) not in (1, batch_size):
-        raise ValueError(f"`{name}` has {len(images)} images for {batch_size} prompts: pass one, or one per prompt.")
-    return images
-
-
-def check_image(name: str, image: Any) -> None:
-    """Raise a `ValueError` unless this is one image, see [`list_images`]."""
-    if isinstance(image, Image.Image):
-        if image.mode != "RGB":
-            raise ValueError(
-                f'`{name}` is in mode {image.mode!r}, but the model draws RGB: pass `image.convert("RGB")`, for an image with '
-                "transparency after pasting it on a background."
-            )
-        return
-    if not isinstance(image, (torch.Tensor, np.ndarray)) or image.ndim != 3:
-        raise ValueError(
-            f"`{name}` must be a PIL.Image.Image, an array (H, W, C) or a tensor (C, H, W), or a list of them, but has a "
-            f"{type(image).__name__}."
-        )
-    channels = image.shape[0] if isinstance(image, torch.Tensor) else image.shape[-1]
-    if channels != 3:
-        raise ValueError(f"`{name}` has {channels} channels in the shape {tuple(image.shape)}, but must have 3: RGB.")
-    check_range(name, image)
-
-
-def check_range(name: str, image: torch.Tensor | np.ndarray) -> None:
-    """Raise a `ValueError` unless all values are in [0, 1]."""
-    low, high = float(image.min()), float(image.max())
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"`{name}` has values from {low:.3g} to {high:.3g}, but must be in [0, 1].")
-
-
-def image_size(image: Any) -> tuple[int, int]:
-    """Return the height and width of an image or a mask."""
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else tuple(image.shape[:2])  # type: ignore

@@ -12,7 +12,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from .inputs import count_prompts, list_images, repeat_images
+from .images import count_prompts, list_images, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
 
 
@@ -72,8 +72,8 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 What to draw. Leave out for `prompt_embeds`, and for an unconditional model.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
-                The image to begin with: one for all prompts, or one per prompt. PIL images in RGB, arrays `(H, W, C)` or tensors `(C, H, W)` in
-                [0, 1]. They are resized to `height` and `width`.
+                The image to begin with: one for all prompts, or one per prompt. PIL images in RGB, arrays `(H, W, C)` or tensors
+                `(C, H, W)` in [0, 1]. They are resized to `height` and `width`.
             strength (`float`, defaults to 0.8):
                 The share of the steps that run, in (0, 1]: the image gets noise of the level at which they begin, which
                 depends on the scheduler's shift. With 1 nothing of the image is left.
@@ -120,6 +120,7 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
             guidance_resolution=guidance_resolution,
             core_first=core_first,
         )
-        clean = self.image_processor.preprocess(images, sampling.height, sampling.width)
+        size = sampling.height, sampling.width
+        clean = self.image_processor.preprocess(resize_tensors(images, *size), *size)
         state = self.prepare_latents(sampling, latents, repeat_images(clean, sampling))
         return self.finish(self.denoise(sampling, state), output_type, return_dict)

@@ -6,7 +6,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import InpaintProcessor, PipelineImageInput
@@ -14,8 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from PIL import Image
 
-from ..flow import add_noise
-from .inputs import check_range, count_prompts, image_size, list_images, repeat_images
+from .images import count_prompts, list_images, list_masks, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
 from .schedules import INTEGER
 
@@ -89,8 +87,8 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             strength (`float`, defaults to 1.0):
                 The share of the steps that run, in (0, 1]. Below 1, what is drawn begins as the given image with noise.
             padding_mask_crop (`int`, *optional*):
-                Draws only the part of the image around the mask, with a margin of so many pixels, at the whole resolution, and puts it
-                back into the image. For one image and one mask of PIL, and `output_type="pil"`.
+                Draws only the part of the image around the mask, with a margin of so many pixels, at the whole resolution, and
+                puts it back into the image. For one image and one mask of PIL, and `output_type="pil"`.
             jump_length (`int`, *optional*):
                 Resamples as RePaint does: after so many steps, the state gets the noise again that they have removed, and they run
                 again. What is drawn then fits better to what is kept. Not with `core_first`.
@@ -115,7 +113,7 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
         """
         images = list_images("image", image, count_prompts(prompt, prompt_embeds))
-        masks = list_masks(mask_image, images)
+        masks = list_masks("mask_image", mask_image, images)
         if padding_mask_crop is not None:
             check_crop(padding_mask_crop, images, masks, output_type)
         if jump_length is not None:
@@ -145,60 +143,28 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             core_first=core_first,
         )
         processor = InpaintProcessor(vae_scale_factor=1, mask_do_binarize=False)
-        single = (images[0], masks[0]) if padding_mask_crop is not None else (images, masks)
-        clean, mask, overlay = processor.preprocess(*single, sampling.height, sampling.width, padding_mask_crop)
+        size = sampling.height, sampling.width
+        given: tuple[Any, Any] = resize_tensors(images, *size), resize_tensors(masks, *size)
+        if padding_mask_crop is not None:
+            given = images[0], masks[0]
+        clean, mask, overlay = processor.preprocess(*given, *size, padding_mask_crop)
         clean, mask = repeat_images(clean, sampling), repeat_images(mask, sampling)
         noise = self.prepare_latents(sampling, latents)
 
-        def keep(state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return torch.lerp(add_noise(clean, noise, sigma), state, mask)
+        def keep(state: torch.Tensor, index: int) -> torch.Tensor:
+            if padding_mask_crop is not None and index == len(sampling.timesteps) - 1:
+                return state  # the overlay mixes the image with the given one, at the given one's resolution
+            sigma = self.scheduler.sigmas[index + 1].to(state.device)
+            kept = self.add_noise_to_image(clean, noise, sigma, sampling.num_stages[index])
+            return torch.lerp(kept, state, mask)
 
         visits = None
         if jump_length is not None:
             visits = list_visits(
                 sampling.first, len(sampling.timesteps), jump_length * self.scheduler.order, jump_n_sample
             )
-        state = add_noise(clean, noise, sampling.first_sigma)
-        state = self.denoise(sampling, state, keep=keep, visits=visits)
-        if output_type == "latent":
-            return self.finish(state, output_type, return_dict)
-        drawn = processor.postprocess(state, output_type, **overlay)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=drawn) if return_dict else (drawn,)
-
-
-def list_masks(masks: Any, images: list[Any]) -> list[Any]:
-    """
-    Return given masks as a list, PIL images in gray.
-
-    Raises:
-        `ValueError`: if they are no masks, outside [0, 1], of another size than the images, or neither one nor one per image.
-    """
-    if isinstance(masks, (torch.Tensor, np.ndarray)) and masks.ndim == 4:
-        masks = list(masks)
-    masks = list(masks) if isinstance(masks, (list, tuple)) else [masks]
-    if len(masks) not in (1, len(images)):
-        raise ValueError(f"`mask_image` has {len(masks)} masks for {len(images)} images: pass one, or one per image.")
-    height, width = image_size(images[0])
-    listed: list[Any] = []
-    for mask in masks:
-        if isinstance(mask, Image.Image):
-            mask = mask.convert("L")
-        elif isinstance(mask, (torch.Tensor, np.ndarray)) and mask.squeeze().ndim == 2:
-            check_range("mask_image", mask)
-            mask = torch.as_tensor(mask.squeeze(), dtype=torch.float32)[None]
-        else:
-            raise ValueError(
-                "`mask_image` must be a PIL.Image.Image, an array (H, W) or a tensor (H, W) or (1, H, W), or a list of them, but has a "
-                f"{type(mask).__name__}" + (f" of the shape {tuple(mask.shape)}." if hasattr(mask, "shape") else ".")
-            )
-        if image_size(mask) != (height, width):
-            size = image_size(mask)
-            raise ValueError(
-                f"`mask_image` is {size[1]} x {size[0]} pixels and `image` {width} x {height}: resize the mask to the image."
-            )
-        listed.append(mask)
-    return listed
+        state = self.denoise(sampling, self.prepare_latents(sampling, noise, clean), keep=keep, visits=visits)
+        return self.finish(state, output_type, return_dict, processor, **overlay)
 
 
 def check_crop(padding: Any, images: list[Any], masks: list[Any], output_type: str) -> None:

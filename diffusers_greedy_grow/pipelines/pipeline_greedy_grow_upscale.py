@@ -13,9 +13,9 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
-from ..flow import enlarge, pool
+from ..flow import enlarge, pool, upsample
 from .denoising import Sampling
-from .inputs import count_prompts, image_size, list_images, repeat_images
+from .images import count_prompts, image_size, list_images, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
 from .schedules import INTEGER
 
@@ -35,8 +35,8 @@ EXAMPLE_DOC_STRING = """
 class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
     r"""
     Pipeline that draws the detail of a given small image, in pixel space. A growth stage adds detail to the image that the model
-    inside it predicts: here the given image takes that one's place. Its components and settings are those of [`GreedyGrowPipeline`],
-    around a grown model.
+    inside it predicts: here the given image takes that one's place. Its components and settings are those of
+    [`GreedyGrowPipeline`], around a grown model.
     """
 
     @torch.no_grad()
@@ -72,20 +72,22 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
                 The image to enlarge: one for all prompts, or one per prompt. PIL images in RGB, arrays `(H, W, C)` or tensors
-                `(C, H, W)` in [0, 1]. It is resized to the smallest resolution inside the model at which both sides fit, and the stages
-                around that one draw their detail.
+                `(C, H, W)` in [0, 1]. It is resized so that its longer side is the smallest resolution inside the model that is not
+                below it, and the stages around that one draw their detail.
             prompt (`str` or `list[str]`, *optional*):
                 What the image shows; by default the empty prompt.
             strength (`float`, defaults to 1.0):
-                The share of the steps that run, in (0, 1]. With 1 the detail begins as noise. Below 1 it begins as the enlarged image with
-                noise, which leaves less to chance.
+                The share of the steps that run, in (0, 1]. With 1 the detail begins as noise. Below 1 it begins as the enlarged
+                image with noise, which leaves less to chance.
             exact (`bool`, defaults to `False`):
-                Whether the result, pooled, is the resized image up to rounding: the low band is set at each step. Otherwise it is
-                close to it.
+                Whether the result, pooled, is the resized image: the low band is set at each step, and values outside [0, 1] are
+                spread over the pixels that are pooled with them. Each pooled pixel is within 1e-5 of its value in [0, 1], and
+                within half of one of 256 gray levels in PIL images. Otherwise it is close to it.
             tile_overlap (`int`, *optional*):
-                For an image that is larger than the outermost resolution inside the model: the model sees tiles of the resolution
-                that it was trained at, which overlap by so many pixels of the given image and are blended at each step. So the memory that the
-                model needs does not depend on the image's size.
+                For an image that is larger than the outermost resolution inside the model, whose sides are then only rounded to
+                whole cells of the core's grid: the model sees tiles of at most the resolution that it was trained at, which
+                overlap by so many pixels of the given image and are blended at each step. So the memory that the model needs does
+                not depend on the image's size. It has no effect on smaller images.
             guidance_scale (`float`, defaults to 1.0):
                 The scale of classifier-free guidance, see [`GreedyGrowPipeline.__call__`].
             negative_prompt, num_inference_steps, num_images_per_prompt, generator, latents, prompt_embeds,
@@ -127,11 +129,13 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
             guidance_stop=guidance_stop,
             guider=guider,
         )
-        small = repeat_images(self.image_processor.preprocess(images, height, width), sampling)
+        small = self.image_processor.preprocess(resize_tensors(images, height, width), height, width)
+        small = repeat_images(small, sampling)
         start = None if strength == 1 else enlarge(small, scale)
         state = self.prepare_latents(sampling, latents, start)
         predict = partial(self.predict_detail, small=small, exact=exact, tile_overlap=tile_overlap)
-        return self.finish(self.denoise(sampling, state, predict), output_type, return_dict)
+        state = self.denoise(sampling, state, predict)
+        return self.finish(limit_exactly(state, small, scale) if exact else state, output_type, return_dict)
 
     def find_level(self, size: tuple[int, int], tile_overlap: int | None) -> tuple[tuple[int, int], int]:
         """
@@ -148,21 +152,16 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         largest = max(size)
         if tile_overlap is None and largest > inner[-1]:
             raise ValueError(
-                f"`image` is {size[1]} x {size[0]} pixels, larger than the {inner[-1]} pixels inside the model: resize it to them, or "
-                f"pass `tile_overlap={inner[-1] // 4}` to draw it in tiles."
+                f"`image` is {size[1]} x {size[0]} pixels, larger than the {inner[-1]} pixels inside the model: resize it to them, "
+                f"or pass `tile_overlap={inner[-1] // 4}` to draw it in tiles."
             )
         level = next((one for one in inner if one >= largest), inner[-1])
         scale = self.unet.config.sample_size // level
-        cell = max(self.unet.side_multiple // scale, 1)
-        if tile_overlap is not None:
-            if not isinstance(tile_overlap, INTEGER) or not 0 <= tile_overlap < level:
-                raise ValueError(f"`tile_overlap={tile_overlap!r}` must be an integer from 0 to below {level}.")
-            ratio = 1.0
-        else:
-            ratio = level / largest
+        cell = self.unet.side_multiple // scale
+        if tile_overlap is not None and (not isinstance(tile_overlap, INTEGER) or not 0 <= tile_overlap < level):
+            raise ValueError(f"`tile_overlap={tile_overlap!r}` must be an integer from 0 to below {level}.")
+        ratio = max(level / largest, 1.0)  # in tiles, a larger image keeps its size
         sides = [max(round(side * ratio / cell), 1) * cell for side in size]
-        if tile_overlap is not None:
-            sides = [max(side, level) for side in sides]
         return (sides[0], sides[1]), scale
 
     def predict_detail(
@@ -191,23 +190,26 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         """
         scale = latents.shape[-1] // small.shape[-1]
         arguments = sigma, guided, texts, sampling, num_stages
-        if tile_overlap is None:
+        level, size = self.unet.config.sample_size // scale, image_size(small)
+        if max(size) <= level:
             clean = self.predict(latents, *arguments, inner_image=small)
         else:
-            level = self.unet.config.sample_size // scale
-            clean, total = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
-            for rows, columns, weight in list_tiles(image_size(small), level, tile_overlap, scale):
+            assert tile_overlap is not None
+            # Blend before guidance: a guider may have a memory, or measure the whole image.
+            each = torch.zeros_like(latents.repeat(2 if guided else 1, 1, 1, 1))
+            total = torch.zeros_like(latents[:1, :1])
+            for rows, columns, weight in list_tiles(size, level, tile_overlap, scale):
                 outer = (
                     ...,
                     slice(rows.start * scale, rows.stop * scale),
                     slice(columns.start * scale, columns.stop * scale),
                 )
                 weight = weight.to(latents.device)
-                clean[outer] += weight * self.predict(
+                each[outer] += weight * self.predict_each(
                     latents[outer], *arguments, inner_image=small[..., rows, columns]
                 )
                 total[outer] += weight
-            clean = clean / total
+            clean = self.combine(each / total, guided, sampling)
         return clean + enlarge(small - pool(clean, scale), scale) if exact else clean
 
 
@@ -215,26 +217,48 @@ def list_tiles(
     size: tuple[int, int], side: int, overlap: int, scale: int
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """
-    Yield the tiles of an image: their rows and columns, and the weights `(side * scale, side * scale)` to blend them with, which fall
-    to the edges that other tiles overlap.
+    Yield the tiles of an image: their rows and columns, and the weights `(height * scale, width * scale)` to blend them with, which
+    fall to the edges that other tiles overlap, but not to 0.
+
+    Args:
+        size (`tuple[int, int]`): The height and width of the image.
+        side (`int`): The height and width of a tile, less where the image has less.
+        overlap (`int`): By how many pixels neighbors overlap; the last ones may do so by more.
+        scale (`int`): How many times larger the result is.
     """
-    starts = []
-    for length in size:
-        last = length - side
-        starts.append(sorted({*range(0, last + 1, side - overlap), last}))
-    for top in starts[0]:
-        for left in starts[1]:
-            vertical = ramp(top > 0, top < size[0] - side, side, overlap, scale)
-            horizontal = ramp(left > 0, left < size[1] - side, side, overlap, scale)
-            yield slice(top, top + side), slice(left, left + side), vertical[:, None] * horizontal
+    vertical, horizontal = (list(list_spans(length, side, overlap, scale)) for length in size)
+    for rows, row_weights in vertical:
+        for columns, column_weights in horizontal:
+            yield rows, columns, row_weights[:, None] * column_weights
 
 
-def ramp(falls_before: bool, falls_behind: bool, side: int, overlap: int, scale: int) -> torch.Tensor:
-    """Return the weights `(side * scale,)` along one side of a tile."""
-    weights = torch.ones(side * scale)
+def list_spans(length: int, side: int, overlap: int, scale: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the tiles along one side of an image, see [`list_tiles`], with the weights `(side * scale,)`."""
+    side = min(side, length)
+    last = length - side
     edge = (torch.arange(overlap * scale) + 0.5) / max(overlap * scale, 1)
-    if overlap and falls_before:
-        weights[: len(edge)] *= edge
-    if overlap and falls_behind:
-        weights[-len(edge) :] *= edge.flip(0)
-    return weights
+    for start in sorted({*range(0, last, max(side - overlap, 1)), last}):
+        weights = torch.ones(side * scale)
+        if start > 0:
+            weights[: len(edge)] *= edge
+        if start < last:
+            weights[len(weights) - len(edge) :] *= edge.flip(0)
+        yield slice(start, start + side), weights
+
+
+def limit_exactly(images: torch.Tensor, small: torch.Tensor, scale: int) -> torch.Tensor:
+    """
+    Return the nearest images in [-1, 1] that pool to small ones: to the pixels that are pooled together, the same number is added
+    before they are clamped.
+
+    Args:
+        images (`torch.Tensor` of shape `(B, C, H, W)`): The images.
+        small (`torch.Tensor` of shape `(B, C, H / scale, W / scale)`): The small images, in [-1, 1].
+        scale (`int`): How many times larger the images are.
+    """
+    low, high = (torch.zeros_like(small) + bound for bound in (-1 - images.amax(), 1 - images.amin()))
+    for _ in range(30):  # halve the interval that the numbers are in
+        middle = (low + high) / 2
+        is_above = pool((images + upsample(middle, scale)).clamp(-1, 1), scale) > small
+        low, high = torch.where(is_above, low, middle), torch.where(is_above, middle, high)
+    return (images + upsample((low + high) / 2, scale)).clamp(-1, 1)
