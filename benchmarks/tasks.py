@@ -64,6 +64,7 @@ def resize(images: torch.Tensor, size: int, filter: Image.Resampling) -> torch.T
 
 def run(pipeline: GreedyGrowPipeline, batches: list[tuple[Any, ...]], bfloat16: bool, **kwargs: Any) -> torch.Tensor:
     """Run a pipeline on batches of positional arguments, and return all images `(B, 3, R, R)` in [0, 1]."""
+    pipeline.set_progress_bar_config(disable=True)
     images = []
     for number, batch in enumerate(batches):
         noise = make_noise(len(batch[0]), pipeline.unet.config.sample_size, seed=number)
@@ -92,21 +93,21 @@ def measure_upscaling(
         "Lanczos": lambda: resize(small, size, Image.Resampling.LANCZOS),
         "grown model": lambda: run(pipeline, batches, bfloat16),
         "grown model, exact": lambda: run(pipeline, batches, bfloat16, exact=True),
-        "grown model, without captions": lambda: run(pipeline, split(small), bfloat16, prompt=[""] * 8),
+        "grown model, without captions": lambda: run(pipeline, split(small, [""] * len(small)), bfloat16),
     }
     rows: list[Row] = []
     drawn = {"small": small}
     for name, enlarge in ways.items():
         drawn[name] = images = enlarge()
         error = (pool(images, scale) - small).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-        levels = sliced_wasserstein(images, real)
+        levels, scores = sliced_wasserstein(images, real), score(images, captions, real)
         rows.append(
             {
                 "enlarged by": name,
                 "PSNR, dB": f"{(-10 * error.log10()).mean():.1f}",
                 "SWD " + " / ".join(map(str, levels)): " / ".join(f"{value:.0f}" for value in levels.values()),
-                "shapes": f"{score(images, captions, real)['shape']:.2f}",
-                "textures": f"{score(images, captions, real)['texture']:.2f}",
+                "shapes": f"{scores['shape']:.2f}",
+                "textures": f"{scores['texture']:.2f}",
             }
         )
     return rows, drawn
@@ -149,7 +150,6 @@ def draw_examples(
 
 def measure(args: argparse.Namespace) -> None:
     pipeline = GreedyGrowPipeline.from_pretrained(args.pipeline)
-    pipeline.set_progress_bar_config(disable=True)
     bfloat16 = has_native_bfloat16()
     if bfloat16:
         pipeline.unet.set_attention_backend("_native_math")
