@@ -147,14 +147,6 @@ def test_lora(made):
     torch.testing.assert_close(draw(made, cross_attention_kwargs={"scale": 0.0}), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_compiled_model():
-    """Upscaling alone passes the model an argument of its own."""
-    made = GreedyGrowUpscalePipeline.from_pipe(make_pipeline(make_grown(), shift=2.0))
-    expected = draw(made)
-    made.unet.compile_repeated_blocks(backend="eager")
-    torch.testing.assert_close(draw(made), expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("kind", ["three levels", "unconditional", "foreign"])
 @pytest.mark.parametrize("pipeline_class", TASKS)
 def test_other_models(kind, pipeline_class):
