@@ -12,8 +12,13 @@ from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
 )
+from diffusers.guiders import AdaptiveProjectedGuidance
 from PIL import Image
 
 from diffusers_greedy_grow import (
@@ -23,11 +28,11 @@ from diffusers_greedy_grow import (
     GreedyGrowUpscalePipeline,
     GrowableUNet2DConditionModel,
 )
-from diffusers_greedy_grow.flow import add_noise, enlarge, pool
+from diffusers_greedy_grow.flow import add_noise, enlarge, high_band, pool
 from diffusers_greedy_grow.pipelines.pipeline_greedy_grow_inpaint import list_visits
-from diffusers_greedy_grow.pipelines.pipeline_greedy_grow_upscale import list_tiles
+from diffusers_greedy_grow.pipelines.pipeline_greedy_grow_upscale import limit_exactly, list_tiles
 
-from ..testing_utils import make_core, make_grown, make_pipeline, randomize
+from ..testing_utils import make_core, make_grown, make_inputs, make_pipeline, randomize
 
 
 PROMPT = "a large red circle"
@@ -51,6 +56,13 @@ def make_mask(side: int = 32, width: int | None = None) -> Image.Image:
 def to_tensor(*images: Image.Image) -> torch.Tensor:
     """Return images `(B, C, H, W)` in [-1, 1]."""
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
+
+
+ARGUMENTS = {
+    GreedyGrowImg2ImgPipeline: (PROMPT, make_image()),
+    GreedyGrowInpaintPipeline: (PROMPT, make_image(), make_mask()),
+    GreedyGrowUpscalePipeline: (make_image(16), PROMPT),
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +152,29 @@ def test_stages_join_in_image_to_image(as_task):
     )
 
 
+@pytest.mark.parametrize("pipeline_class", TASKS[:2])
+def test_detail_of_the_image_does_not_add_to_that_of_stages_that_join(pipeline_class, as_task):
+    """Until a stage joins, the state has no detail that the stage draws, only its noise."""
+    pipeline, noise, states = as_task(pipeline_class), torch.randn(1, 3, 32, 32), []
+    forward = pipeline.unet.forward
+
+    def look(sample, timestep, **kwargs):
+        states.append((sample, float(timestep[0]) / 1000, kwargs["num_stages"]))
+        return forward(sample, timestep, **kwargs)
+
+    pipeline.unet.forward = look
+    try:
+        masks = (Image.new("L", (32, 32), 200),) if pipeline_class is GreedyGrowInpaintPipeline else ()
+        kwargs = {"latents": noise, "strength": 0.8, "core_first": 0.6, "guidance_scale": 1.0}
+        run(pipeline, PROMPT, make_image(), *masks, num_inference_steps=10, **kwargs)
+    finally:
+        del pipeline.unet.forward
+    joins = [num_stages for _, _, num_stages in states].index(1)
+    assert 1 < joins < len(states)
+    for state, sigma, _ in states[: joins + 1]:
+        torch.testing.assert_close(high_band(state, 2), sigma * high_band(noise, 2), atol=1e-4, rtol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Inpainting
 
@@ -185,6 +220,20 @@ def test_the_part_around_the_mask_is_drawn_at_the_whole_resolution(as_task):
     assert drawn.size == image.size
     changed = (np.array(drawn) != np.array(image)).any(-1)
     assert changed[30:46, 40:56].mean() > 0.5 and not changed[np.array(mask) == 0].any()
+
+
+def test_a_crop_that_is_the_whole_image_changes_nothing(as_task):
+    """The gray of a mask counts once. Pixels in which what is drawn leaves [0, 255] are clipped earlier, so they are left out."""
+    pipeline, image = as_task(GreedyGrowInpaintPipeline), make_image()
+    for mask in (Image.new("L", (32, 32), 128), make_mask()):
+        whole, cropped = (
+            np.array(run(pipeline, PROMPT, image, mask, output_type="pil", padding_mask_crop=crop)[0]).astype(float)
+            for crop in (None, 32)
+        )
+        share = np.array(mask)[..., None] / 255
+        drawn = (whole - (1 - share) * np.array(image)) / np.maximum(share, 0.01)
+        in_range = (drawn > 5) & (drawn < 250) & (share > 0)
+        assert in_range.mean() > 0.05 and np.abs(whole - cropped)[in_range].max() <= 3
 
 
 def test_resampling_visits_blocks_of_steps_again():
@@ -237,6 +286,40 @@ def test_the_exact_result_pools_to_the_image(options, as_task):
     assert detail.std() > 1e-2
 
 
+@pytest.mark.parametrize("gray", [0, 250, None])
+def test_the_exact_result_pools_to_the_image_in_8_bits(gray, as_task):
+    """Also where it would leave the range of pixels."""
+    image = make_image(16) if gray is None else Image.new("RGB", (16, 16), (gray,) * 3)
+    pipeline = as_task(GreedyGrowUpscalePipeline)
+    result = run(pipeline, image, exact=True, output_type="pil")[0]
+    pooled = np.array(result).astype(float).reshape(16, 2, 16, 2, 3).mean((1, 3))
+    assert np.abs(pooled - np.array(image)).max() <= 0.51
+    values = run(pipeline, image, exact=True, output_type="pt")
+    torch.testing.assert_close(pool(values, 2), (to_tensor(image) + 1) / 2, atol=1e-5, rtol=0)
+
+
+def test_the_nearest_image_in_range_is_found():
+    generator = torch.Generator().manual_seed(0)
+    images = 1.5 * torch.randn(2, 3, 8, 12, generator=generator)
+    small = 2 * torch.rand(2, 3, 2, 3, generator=generator) - 1
+    nearest = limit_exactly(images, small, 4)
+    assert nearest.min() >= -1 and nearest.max() <= 1
+    torch.testing.assert_close(pool(nearest, 4), small, atol=1e-6, rtol=0)
+    for _ in range(20):  # no other image with these properties is nearer
+        other = limit_exactly(nearest + 0.1 * torch.randn(images.shape, generator=generator), small, 4)
+        assert (other - images).square().sum() > (nearest - images).square().sum()
+    torch.testing.assert_close(limit_exactly(nearest, small, 4), nearest, atol=1e-6, rtol=0)
+
+
+def test_an_inner_image_takes_the_place_of_a_cached_prediction(grown):
+    inputs = make_inputs(height=32, width=32)
+    small = 2 * torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+    with torch.no_grad():
+        core_output = grown.unet.predict_core(**inputs)
+        cached = grown.unet(**inputs, core_output=core_output, inner_image=small).sample
+        torch.testing.assert_close(cached, grown.unet(**inputs, inner_image=small).sample, atol=1e-5, rtol=1e-5)
+
+
 def test_a_smaller_image_passes_through_more_stages():
     inner = make_grown()
     unet = randomize(GrowableUNet2DConditionModel.from_core(inner, 64, (8,)), seed=3)
@@ -266,6 +349,44 @@ def test_tiles_cover_the_image_and_are_all_that_the_model_sees(as_task):
         assert rows.stop - rows.start == columns.stop - columns.start == 16
         total[rows.start * 2 : rows.stop * 2, columns.start * 2 : columns.stop * 2] += weight
     assert total.min() > 0.2
+
+
+def test_tiles_keep_the_shape_of_the_image(as_task):
+    pipeline = as_task(GreedyGrowUpscalePipeline)
+    kwargs = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    flat = make_image(8, width=16)
+    torch.testing.assert_close(run(pipeline, flat, tile_overlap=4, **kwargs), run(pipeline, flat, **kwargs))
+    sizes = set()
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, args: sizes.add(tuple(args[0].shape[2:])))
+    for size, tile in (((8, 40), (16, 32)), ((20, 12), (32, 24)), ((4, 17), (8, 32))):
+        result = run(pipeline, make_image(size[0], width=size[1]), tile_overlap=9, **kwargs)
+        assert result.shape[2:] == (2 * size[0], 2 * round(size[1] / 4) * 4) and sizes == {tile}
+        sizes.clear()
+    hook.remove()
+
+
+@pytest.mark.parametrize("side,overlap", [(16, 0), (16, 1), (16, 9), (16, 15), (8, 7), (4, 1)])
+def test_every_pixel_is_in_a_tile(side, overlap):
+    for size in ((16, 40), (33, 17), (5, 36), (16, 16)):
+        total = torch.zeros(2 * size[0], 2 * size[1])
+        for rows, columns, weight in list_tiles(size, side, overlap, 2):
+            assert weight.min() > 0 and weight.shape == (2 * min(side, size[0]), 2 * min(side, size[1]))
+            total[rows.start * 2 : rows.stop * 2, columns.start * 2 : columns.stop * 2] += weight
+        assert total.min() > 0.2, size
+
+
+def test_a_guider_does_not_carry_its_memory_from_tile_to_tile(as_task):
+    pipeline, tile = as_task(GreedyGrowUpscalePipeline), torch.rand(3, 16, 16)
+    noise = torch.randn(1, 3, 32, 32)
+    result = run(
+        pipeline,
+        tile.repeat(1, 1, 2),
+        PROMPT,
+        latents=noise.repeat(1, 1, 1, 2),
+        tile_overlap=0,
+        guider=AdaptiveProjectedGuidance(4.0, adaptive_projected_guidance_momentum=-0.5),
+    )
+    torch.testing.assert_close(result[..., :32], result[..., 32:], atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,11 +420,7 @@ def test_pipelines_become_each_other_without_copies(grown, tmp_path):
 @pytest.mark.parametrize("pipeline_class", TASKS)
 def test_in_bfloat16_and_with_its_own_noise(pipeline_class, grown):
     pipeline = pipeline_class.from_pipe(grown)
-    arguments = {
-        GreedyGrowImg2ImgPipeline: (PROMPT, make_image()),
-        GreedyGrowInpaintPipeline: (PROMPT, make_image(), make_mask()),
-        GreedyGrowUpscalePipeline: (make_image(16), PROMPT),
-    }[pipeline_class]
+    arguments = ARGUMENTS[pipeline_class]
     expected = run(pipeline, *arguments)
     assert torch.equal(run(pipeline, *arguments), expected) and not torch.equal(
         run(pipeline, *arguments, seed=1), expected
@@ -311,6 +428,48 @@ def test_in_bfloat16_and_with_its_own_noise(pipeline_class, grown):
     with torch.autocast("cpu", torch.bfloat16):
         image = run(pipeline, *arguments)
     assert image.dtype == torch.float32 and (image - expected).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("pipeline_class", TASKS)
+def test_a_guider_with_a_memory_starts_it_where_the_steps_begin(pipeline_class, as_task):
+    pipeline, arguments = as_task(pipeline_class), ARGUMENTS[pipeline_class]
+    kwargs = {"strength": 0.5, "num_inference_steps": 8}
+    guider = AdaptiveProjectedGuidance(4.0, adaptive_projected_guidance_momentum=-0.5)
+    first = run(pipeline, *arguments, guider=guider, **kwargs)
+    forgetful = AdaptiveProjectedGuidance(4.0, adaptive_projected_guidance_momentum=None)
+    assert not torch.allclose(first, run(pipeline, *arguments, guider=forgetful, **kwargs), atol=1e-3)
+    run(pipeline, *arguments, guider=guider, seed=1)  # leaves a memory behind
+    assert torch.equal(run(pipeline, *arguments, guider=guider, **kwargs), first)
+
+
+SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 2.0}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=2.0, stochastic_sampling=True),
+        FlowMatchHeunDiscreteScheduler(shift=2.0),
+        FlowMatchLCMScheduler(shift=2.0),
+        DPMSolverMultistepScheduler(**SOLVER, solver_order=3),
+        DPMSolverMultistepScheduler(**SOLVER, algorithm_type="sde-dpmsolver++"),
+        DPMSolverSinglestepScheduler(**SOLVER, lower_order_final=True),
+        UniPCMultistepScheduler(**SOLVER),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_what_is_kept_with_other_schedulers(scheduler, as_task):
+    inpaint, upscale = as_task(GreedyGrowInpaintPipeline), as_task(GreedyGrowUpscalePipeline)
+    inpaint.scheduler = upscale.scheduler = scheduler
+    kwargs = {"num_inference_steps": 6, "strength": 0.7, "guidance_scale": 1.0}
+    image, mask = make_image(), make_mask()
+    for jump_length in (None, 2):
+        drawn = run(inpaint, PROMPT, image, mask, jump_length=jump_length, output_type="pil", **kwargs)[0]
+        kept = np.array(mask) == 0
+        assert np.array_equal(np.array(drawn)[kept], np.array(image)[kept])
+    small = make_image(16)
+    result = run(upscale, small, PROMPT, exact=True, **kwargs)
+    torch.testing.assert_close(pool(result, 2), to_tensor(small), atol=2e-5, rtol=0)
 
 
 RGBA, LARGE = Image.new("RGBA", (32, 32)), make_image(64)
