@@ -182,7 +182,7 @@ def test_what_is_refused(cores, train, tmp_path):
         train(tmp_path / "output", core=tmp_path / "ddpm")
     shutil.copytree(cores / "if", tmp_path / "if", ignore=shutil.ignore_patterns("text_encoder"))
     with pytest.raises(
-        ValueError, match="`core=.*if' has no text encoder that can be read, but `grow.py` trains on captions"
+        ValueError, match="`core=.*if'` has no text encoder that can be read, but `grow.py` trains on captions"
     ):
         train(tmp_path / "output", core=tmp_path / "if")
     index = tmp_path / "ddpm" / "model_index.json"
