@@ -187,7 +187,8 @@ def test_what_is_refused(cores, train, tmp_path):
         train(tmp_path / "output", core=tmp_path / "if")
     index = tmp_path / "ddpm" / "model_index.json"
     for changes, message in (
-        ({"unet": ["diffusers", "version"]}, "not a class of diffusers"),
+        ({"unet": ["diffusers", "version"]}, "must have one model of UNet2DModel, UNet2DConditionModel"),
+        ({"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "version"]}, "not a class of diffusers"),
         ({"_class_name": "StableDiffusionPipeline"}, "holds a StableDiffusionPipeline. Pipelines that can be grown are"),
     ):  # fmt: skip
         index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
