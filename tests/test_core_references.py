@@ -18,7 +18,7 @@ from diffusers import (
     TorchAoConfig,
     UNet2DModel,
 )
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -157,6 +157,17 @@ def test_a_core_without_a_known_commit(hub, tmp_path):
     reference = json.loads((tmp_path / "grown" / "config.json").read_text())["_core_reference"]
     assert reference["revision"] == commit and reference["core"] == "owner/plain"
     assert same(GrowableUNet2DConditionModel.from_pretrained(tmp_path / "grown"), grown)
+
+
+def test_a_core_of_which_the_cache_holds_something_else(hub, core_folder, tmp_path):
+    folder = shutil.copytree(core_folder, tmp_path / "core")
+    (folder / "text_encoder").mkdir()
+    save_file({"weight": torch.zeros(1)}, folder / "text_encoder" / "model.safetensors")
+    upload(folder, "owner/partly")
+    hf_hub_download("owner/partly", "text_encoder/model.safetensors")
+    grown = grow("owner/partly", cache_dir=tmp_path / "cache")
+    grown.save_pretrained(tmp_path / "grown", core="reference")
+    assert same(GreedyGrowPipeline.from_pretrained(tmp_path / "grown").unet, grown.unet)
 
 
 def test_shards_and_variants(tmp_path):

@@ -83,7 +83,7 @@ def make_reference(
         `OSError`: if the folder or repository cannot be read.
     """
     state = core.state_dict()
-    groups = group_weights(Path(source) if is_folder else list_cached_or_remote(source, revision), source)
+    groups = group_weights(Path(source) if is_folder else list_cached_or_remote(source, revision))
     for files in groups:
         paths = [Path(source, file) if is_folder else fetch(source, revision, file) for file in files]
         tensors = read_tensors(paths, source, repair)
@@ -117,7 +117,7 @@ def list_cached_or_remote(repo_id: str, revision: str | None) -> list[str]:
         files = [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
     except (OSError, ValueError):  # not in the cache at all
         files = []
-    if not any(file.endswith(".safetensors") for file in files):
+    if not group_weights(files):  # the cache may hold the text encoder alone
         try:
             files = HfApi().list_repo_files(repo_id, revision=revision)
         except (OSError, HTTPError) as error:
@@ -127,7 +127,7 @@ def list_cached_or_remote(repo_id: str, revision: str | None) -> list[str]:
     return files
 
 
-def group_weights(files: Path | list[str], source: str) -> list[list[str]]:
+def group_weights(files: Path | list[str]) -> list[list[str]]:
     """Group the weights of a folder, or in a list of file names, by subfolder and variant: each group is a model."""
     if isinstance(files, Path):
         files = [

@@ -187,7 +187,13 @@ def adopt_core(model_args: ModelArguments, args: TrainingArguments) -> None:
             f"`random_crop={model_args.random_crop}`: `core={core!r}` was not trained with random crops, so it cannot be told of them. "
             "Leave it out, or train a core with it."
         )
-    text_config = AutoConfig.from_pretrained(core, subfolder="text_encoder", revision=revision).get_text_config()
+    try:
+        text_config = AutoConfig.from_pretrained(core, subfolder="text_encoder", revision=revision).get_text_config()
+    except (OSError, ValueError) as error:  # a pipeline can be saved without it
+        raise ValueError(
+            f"`core={core!r}` has no text encoder that can be read, but `grow.py` trains on captions: name a core that has one. "
+            f"The reason was: {error}"
+        ) from error
     names = ("patch_size", "hidden_size", "num_layers", "num_attention_heads", "mlp_ratio")
     own = {name: config[name] for name in names}
     own["text_hidden_size"] = config["cross_attention_dim"]

@@ -180,9 +180,15 @@ def test_what_is_refused(cores, train, tmp_path):
     DDPMPipeline(make_foreign("unet")[0], DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     with pytest.raises(ValueError, match="`core=.*ddpm'` has no text encoder, but `grow.py` trains on captions"):
         train(tmp_path / "output", core=tmp_path / "ddpm")
+    shutil.copytree(cores / "if", tmp_path / "if", ignore=shutil.ignore_patterns("text_encoder"))
+    with pytest.raises(
+        ValueError, match="`core=.*if'` has no text encoder that can be read, but `grow.py` trains on captions"
+    ):
+        train(tmp_path / "output", core=tmp_path / "if")
     index = tmp_path / "ddpm" / "model_index.json"
     for changes, message in (
-        ({"unet": ["diffusers", "version"]}, "must have one model of"),
+        ({"unet": ["diffusers", "version"]}, "must have one model of UNet2DModel, UNet2DConditionModel"),
+        ({"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "version"]}, "not a class of diffusers"),
         ({"_class_name": "StableDiffusionPipeline"}, "holds a StableDiffusionPipeline. Pipelines that can be grown are"),
     ):  # fmt: skip
         index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
