@@ -208,6 +208,7 @@ def test_paths_are_expanded(name, tmp_path, monkeypatch, capsys):
     needed = {
         "high_res_data_dir": high_res,
         "high_res_dataset_name": high_res,
+        "core_predictions_dir": ["--cache_core_predictions", "2", "--joint_steps", "0"],
         "text_embeddings_dir": ["--text_encoder", "x"],
     }
     for given, path in (
