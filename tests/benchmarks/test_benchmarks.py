@@ -20,6 +20,7 @@ from benchmarks import (
     arms,
     cascade,
     few_high_res,
+    foreign_cores,
     grow_vs_scratch,
     loader,
     plain,
@@ -268,6 +269,9 @@ def list_jobs(setting: Setting) -> list[queue_of_runs.Job]:
             jobs += few_high_res.make_jobs(setting, seed, share, data, 20000, 1.0)
         for num_layers in scale_core.LAYERS:
             jobs += scale_core.make_jobs(setting, num_layers, seed, data, 1.0)
+        for core in foreign_cores.NAMES:
+            own = Path(f"shapes-{arms.SETTINGS[foreign_cores.FACTOR].resolution}px-20000")
+            jobs += foreign_cores.make_jobs(arms.SETTINGS[foreign_cores.FACTOR], core, seed, own, data)
     return jobs
 
 
