@@ -85,9 +85,14 @@ def predict(
     return enlarged + detail.float()
 
 
+def is_ours(core: str) -> bool:
+    """Return whether a folder holds one of our pipelines, not one of diffusers."""
+    return DiffusionPipeline.load_config(core)["_class_name"] == "GreedyGrowPipeline"
+
+
 def load_core_pipeline(core: str, resolution: int) -> GreedyGrowPipeline:
-    """Load the pipeline of a core, or grow that of another package's core, whose text encoder is then used as it does."""
-    if DiffusionPipeline.load_config(core)["_class_name"] == "GreedyGrowPipeline":
+    """Load the pipeline of a core, or grow one of diffusers, for its text encoder."""
+    if is_ours(core):
         return GreedyGrowPipeline.from_pretrained(core)
     return GreedyGrowPipeline.from_core(core, resolution)
 
@@ -101,7 +106,7 @@ def encode(pipeline: GreedyGrowPipeline, captions: list[str]) -> dict[str, torch
 
 def draw_low(pipeline: GreedyGrowPipeline, core: str, captions: list[str], bfloat16: bool) -> torch.Tensor:
     """Draw the core's images `(B, 3, R, R)` in [0, 1], by the `pipeline` or, if the folder `core` has another, by that one."""
-    if DiffusionPipeline.load_config(core)["_class_name"] == "GreedyGrowPipeline":
+    if is_ours(core):
         return draw_images(pipeline, captions, bfloat16)
     original = load_original(core).to(pipeline.device)
     return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(draw_original(original, captions)))

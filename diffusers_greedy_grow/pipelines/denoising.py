@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 
 from ..flow import add_noise, high_band, unshift_sigma, velocity_from_clean
 from ..models.blocks import TextCache
@@ -37,6 +37,7 @@ class Sampling:
         num_stages (`list[int]`): How many growth stages take part at each timestep.
         text (`dict`): The encoded prompts, by [`TEXT_NAMES`].
         at_core (`bool`): Whether guidance acts on the core's prediction alone.
+        is_compiled (`bool`): Whether the model or a part of it is compiled.
         guidance_stop (`float`), guider, cross_attention_kwargs, callback, callback_names: See the pipelines' `__call__`.
     """
 
@@ -51,6 +52,7 @@ class Sampling:
     num_stages: list[int]
     text: dict[str, torch.Tensor | None]
     at_core: bool
+    is_compiled: bool
     guidance_stop: float
     guider: BaseGuidance | None
     cross_attention_kwargs: dict | None
@@ -310,8 +312,7 @@ class DenoisingMixin:
         if len(self.unet.sample_sizes) > 1:
             kwargs["num_stages"] = num_stages
         model_input = torch.cat([latents, latents]) if twice else latents
-        compiled = any(is_compiled_module(one) or one._compiled_call_impl for one in self.unet.modules())
-        if compiled:  # with `mode="reduce-overhead"`, all blocks of a step are one series of CUDA graphs
+        if sampling.is_compiled:  # with `mode="reduce-overhead"`, all blocks of a step are one series of CUDA graphs
             torch.compiler.cudagraph_mark_step_begin()
         pred_original_sample = self.unet(
             model_input,
@@ -319,7 +320,7 @@ class DenoisingMixin:
             cross_attention_kwargs=sampling.cross_attention_kwargs,
             **kwargs,
         ).pred_original_sample
-        if compiled:
+        if sampling.is_compiled:
             kwargs["text_cache"].copy_out()
         return pred_original_sample
 

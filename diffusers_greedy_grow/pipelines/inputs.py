@@ -11,6 +11,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import is_compiled_module
 
 from ..models.shallow_unet_2d import check_mask
 from .denoising import TEXT_NAMES, DenoisingMixin, Sampling
@@ -318,6 +319,7 @@ class InputsMixin(DenoisingMixin):
             num_stages=num_stages,
             text=self.prepare_text(num_images_per_prompt, device, **prompts),
             at_core=guidance_resolution == "core" and bool(handover_sigmas),
+            is_compiled=any(is_compiled_module(one) or one._compiled_call_impl for one in self.unet.modules()),
             guidance_stop=guidance_stop,
             guider=guider,
             cross_attention_kwargs=cross_attention_kwargs,
