@@ -31,10 +31,13 @@ class GreedyGrowOutput(UNet2DConditionOutput):
             The clean image that the network predicts; `sample` is computed from it.
         features (`torch.Tensor` of shape `(B, D, h, w)`):
             The last features before the exit, which a growth stage around this model starts from.
+        inner_images (`tuple[torch.Tensor, ...]`, *optional*):
+            Of a grown model: the clean images `(B, C, h, w)` that the levels inside predict, the innermost first.
     """
 
     pred_original_sample: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    inner_images: tuple[torch.Tensor, ...] | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

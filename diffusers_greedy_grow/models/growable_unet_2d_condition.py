@@ -518,6 +518,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         cross_attention_kwargs: dict | None = None,
         return_dict: bool = True,
         num_stages: int | None = None,
+        level: int | None = None,
         negative_encoder_hidden_states: torch.Tensor | None = None,
         negative_encoder_attention_mask: torch.Tensor | None = None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
@@ -529,8 +530,8 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         r"""
         Args:
             sample (`torch.Tensor` of shape `(B, in_channels, H, W)`):
-                The state `x = (1 - sigma) x0 + sigma e` at the outermost resolution. `H` and `W` must be multiples
-                of `sample_size / inner grid`, the side of what one cell of the core's grid covers.
+                The state `x = (1 - sigma) x0 + sigma e` at the resolution of `level`. `H` and `W` must be multiples of what
+                one cell of the core's grid covers there: `side_multiple` at the outermost level.
             timestep (`torch.Tensor` of shape `(B,)` or `()`, or a number):
                 `1000 * sigma`, in (0, 1000].
             encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
@@ -545,6 +546,9 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
                 The number of growth stages that take part, from the innermost; all by default. The others add no detail:
                 with 0, the prediction is the core's own, `U x0_in`. At high noise levels, which hide the detail anyway,
                 this costs a fraction and loses nothing.
+            level (`int`, *optional*):
+                The index in `sample_sizes` of the resolution to work at: 0 for the core's, where the model is the core; the
+                outermost by default. The stages around this level do not run, and there are at most `level` `num_stages`.
             negative_encoder_hidden_states (`torch.Tensor` of shape `(B, L, cross_attention_dim)`, *optional*):
                 Text to steer away from, at the core's resolution: the core predicts an image for each of the two texts,
                 and the stages around it continue from the image that `guide` returns.
@@ -565,13 +569,14 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
             [`GreedyGrowOutput`] or `tuple`; the velocity has the shape and the dtype of `sample`.
 
         Raises:
-            `ValueError`: if text, sides, `num_stages` or `core_output` do not fit, or if the core is asked for an image of its own
-            although the model was grown with `init="random"`.
+            `ValueError`: if text, sides, `num_stages`, `level` or `core_output` do not fit, or if the core is asked for an image of
+            its own although the model was grown with `init="random"`.
         """
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
         sigma = timestep / 1000
         crop = complete_crop(self.config.crop_conditioning, crop, timestep)
-        num_stages = len(self.stages) if num_stages is None else num_stages
+        level = len(self.stages) if level is None else level
+        num_stages = level if num_stages is None else num_stages
         grad_enabled = torch.is_grad_enabled()
         if grad_enabled:
             text_cache = None
@@ -579,7 +584,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         negative_text = None
         if negative_encoder_hidden_states is not None:
             negative_text = TextInputs(negative_encoder_hidden_states, negative_encoder_attention_mask)
-        self.check_inputs(sample, text, num_stages, negative_text, guide, inner_image)
+        self.check_inputs(sample, text, num_stages, level, negative_text, guide, inner_image)
         dtype = self.stages[0].encoder.conv_in.weight.dtype  # the model's; `self.dtype` searches all weights
 
         # With a frozen core inside a stage that preserves, nothing inside needs gradients: they are neither computed nor
@@ -588,7 +593,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         inner_grad_enabled = grad_enabled and not nothing_trains_inside
 
         # 1. Inwards: the state at each resolution
-        (core_sample, core_sigma), *stage_states = self.descend_to_core(sample, sigma)
+        (core_sample, core_sigma), *stage_states = self.descend_to_core(sample, sigma, level)
 
         # 2. The core; before it, what the stages read of the text, the same for all
         stage_text = text.cast(dtype)
@@ -607,6 +612,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
             image, features = None, None
         if image is not None and inner_image is not None and inner_image.shape == image.shape:
             image = inner_image
+        images = [image]
 
         # 3. Outwards: the stages that take part add detail, from the innermost to the outermost
         for stage, state in zip(self.stages[:num_stages], stage_states):
@@ -614,22 +620,28 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
                 image, features = stage(*state, stage_text, text_sum, dtype, image, features, run_core, crop)
             if inner_image is not None and inner_image.shape == image.shape:
                 image = inner_image
+            images.append(image)
         assert image is not None
+        inner_images = tuple(one for one in images[:level] if one is not None)
 
         # Stages that are left out enlarge by `U`, not `S`: the state gets no high band at all until they join.
-        if num_stages < len(self.stages):
+        if num_stages < level:
             image = upsample(image, sample.shape[-2] // image.shape[-2])
 
         image = image.to(sample.device)
         velocity = velocity_from_clean(sample, image, sigma).to(sample.dtype)
         if not return_dict:
             return (velocity,)
-        return GreedyGrowOutput(sample=velocity, pred_original_sample=image, features=features)
+        return GreedyGrowOutput(
+            sample=velocity, pred_original_sample=image, features=features, inner_images=inner_images
+        )
 
-    def descend_to_core(self, sample: torch.Tensor, sigma: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the state at each resolution, from the core's to the outermost, each with its noise level; see [`descend`]."""
+    def descend_to_core(
+        self, sample: torch.Tensor, sigma: torch.Tensor, level: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the state at each resolution, from the core's to that of `level`, each with its noise level; see [`descend`]."""
         states = [(sample, sigma)]
-        for stage in reversed(self.stages):
+        for stage in reversed(self.stages[:level]):
             states.append(descend(*states[-1], stage.factor))
         return states[::-1]
 
@@ -652,8 +664,8 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
             `ValueError`: if text or sides do not fit, or the model was grown with `init="random"`.
         """
         text = TextInputs(encoder_hidden_states, encoder_attention_mask)
-        self.check_inputs(sample, text, 0, None, None)
-        state, sigma = self.descend_to_core(sample, timestep / 1000)[0]
+        self.check_inputs(sample, text, 0, len(self.stages), None, None)
+        state, sigma = self.descend_to_core(sample, timestep / 1000, len(self.stages))[0]
         image, features = self.run_core(
             state, sigma, text, None, None, crop=complete_crop(self.config.crop_conditioning, crop, timestep)
         )
@@ -726,6 +738,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         sample: torch.Tensor,
         text: TextInputs,
         num_stages: int,
+        level: int,
         negative_text: TextInputs | None,
         guide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         inner_image: torch.Tensor | None = None,
@@ -734,12 +747,13 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         batch_size, _, height, width = sample.shape
         dim = self.config.cross_attention_dim
         check_text(dim, batch_size, text.encoder_hidden_states, text.encoder_attention_mask)
-        if height % self.side_multiple or width % self.side_multiple:
-            raise ValueError(
-                f"`sample` is {height} x {width}, but both sides must be multiples of {self.side_multiple}."
-            )
-        if not 0 <= num_stages <= len(self.stages):
-            raise ValueError(f"`num_stages={num_stages}` must be from 0 to {len(self.stages)}.")
+        if not 0 <= level <= len(self.stages):
+            raise ValueError(f"`level={level}` must be from 0 to {len(self.stages)}, for one of {self.sample_sizes}.")
+        cell = self.side_multiple * self.sample_sizes[level] // self.config.sample_size
+        if height % cell or width % cell:
+            raise ValueError(f"`sample` is {height} x {width}, but both sides must be multiples of {cell}.")
+        if not 0 <= num_stages <= level:
+            raise ValueError(f"`num_stages={num_stages}` must be from 0 to {level}.")
         if (guide is None) != (negative_text is None):
             raise ValueError("`guide` and `negative_encoder_hidden_states` need each other: pass both or neither.")
         if not self.stages[0].preserves and (num_stages == 0 or guide is not None):
@@ -751,7 +765,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         if inner_image is not None:
             # The levels that predict an image, and have a stage around them that takes part
             sizes = self.sample_sizes[0 if self.stages[0].preserves else 1 : num_stages]
-            scales = [self.config.sample_size // size for size in sizes]
+            scales = [self.sample_sizes[level] // size for size in sizes]
             shapes = [(batch_size, sample.shape[1], height // scale, width // scale) for scale in scales]
             if tuple(inner_image.shape) not in shapes:
                 raise ValueError(

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..flow import add_noise, high_band, unshift_sigma, velocity_from_clean
 from ..models.blocks import TextCache
+from .pipeline_output import GreedyGrowPipelineOutput
 from .schedules import check_schedule, shift_name, start_scheduler, step_arguments
 
 
@@ -30,7 +30,9 @@ class Sampling:
 
     Args:
         batch_size (`int`), height (`int`), width (`int`): Of the images.
+        level (`int`): The index in the model's `sample_sizes` of the resolution that draws them.
         device (`torch.device`), generator: Where they are drawn, and the source of all noise.
+        scheduler ([`SchedulerMixin`]): The pipeline's, or at an inner level one with that level's shift.
         timesteps (`torch.Tensor`): All timesteps of the schedule; an order of 2 has two per step.
         schedule (`dict`): The arguments that set the scheduler's timesteps again.
         first (`int`): The index of the timestep to begin at.
@@ -38,14 +40,18 @@ class Sampling:
         text (`dict`): The encoded prompts, by [`TEXT_NAMES`].
         at_core (`bool`): Whether guidance acts on the core's prediction alone.
         is_compiled (`bool`): Whether the model or a part of it is compiled.
+        output_levels (`bool`): Whether to keep `inner_images`.
         guidance_stop (`float`), guider, cross_attention_kwargs, callback, callback_names: See the pipelines' `__call__`.
+        inner_images (`tuple[torch.Tensor, ...]`): What the levels inside predicted in the latest step, see [`GreedyGrowOutput`].
     """
 
     batch_size: int
     height: int
     width: int
+    level: int
     device: torch.device
     generator: torch.Generator | list[torch.Generator] | None
+    scheduler: Any
     timesteps: torch.Tensor
     schedule: dict[str, Any]
     first: int
@@ -53,11 +59,13 @@ class Sampling:
     text: dict[str, torch.Tensor | None]
     at_core: bool
     is_compiled: bool
+    output_levels: bool
     guidance_stop: float
     guider: BaseGuidance | None
     cross_attention_kwargs: dict | None
     callback: Callable[[Any, int, torch.Tensor, dict], dict] | None
     callback_names: list[str]
+    inner_images: tuple[torch.Tensor, ...] = ()
 
     @property
     def first_sigma(self) -> torch.Tensor:
@@ -162,10 +170,10 @@ class DenoisingMixin:
         return tensors["latents"], new_text, after is None or after != before  # type: ignore
 
     def prepare_timesteps(
-        self, num_inference_steps: int, timesteps: list[float] | None, device: torch.device
+        self, scheduler: Any, num_inference_steps: int, timesteps: list[float] | None, device: torch.device
     ) -> tuple[torch.Tensor, int, dict[str, Any]]:
         """
-        Set the scheduler's timesteps.
+        Set a scheduler's timesteps.
 
         Returns:
             The timesteps, the number of steps, and the arguments that set the same timesteps again.
@@ -175,10 +183,10 @@ class DenoisingMixin:
         """
         schedule: dict[str, Any] = {"num_inference_steps": num_inference_steps}
         if timesteps is not None:
-            shift = self.scheduler.config[shift_name(self.scheduler)]
+            shift = scheduler.config[shift_name(scheduler)]
             schedule = {"sigmas": unshift_sigma(np.array(timesteps) / 1000, shift)}
-        check_schedule(self.scheduler, schedule)
-        made, num_inference_steps = start_scheduler(self.scheduler, schedule, device)
+        check_schedule(scheduler, schedule)
+        made, num_inference_steps = start_scheduler(scheduler, schedule, device)
         # Some schedulers round them.
         if timesteps is not None and not np.allclose(made.tolist(), timesteps, rtol=0, atol=1):
             raise ValueError(
@@ -207,53 +215,56 @@ class DenoisingMixin:
         noise = self.draw_noise(sampling) if latents is None else latents.to(sampling.device, torch.float32)
         if image is None:
             return noise
-        return self.add_noise_to_image(image, noise, sampling.first_sigma, sampling.num_stages[sampling.first])
+        return self.add_noise_to_image(
+            sampling, image, noise, sampling.first_sigma, sampling.num_stages[sampling.first]
+        )
 
     def add_noise_to_image(
-        self, image: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, num_stages: int
+        self, sampling: Sampling, image: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, num_stages: int
     ) -> torch.Tensor:
         """
         Return the state of an image at a noise level, without the detail that left-out stages will add when they join, see
         [`join_stages`].
 
         Args:
+            sampling ([`Sampling`]): How to draw.
             image (`torch.Tensor` of shape `(B, C, H, W)`): The image in [-1, 1].
             noise (`torch.Tensor` of shape `(B, C, H, W)`): The noise.
             sigma (`torch.Tensor`): The noise level.
             num_stages (`int`): How many growth stages take part.
         """
-        sizes = self.unet.sample_sizes
-        if num_stages < len(sizes) - 1:
-            image = image - high_band(image, sizes[-1] // sizes[num_stages])
+        if num_stages < sampling.level:
+            sizes = self.unet.sample_sizes
+            image = image - high_band(image, sizes[sampling.level] // sizes[num_stages])
         return add_noise(image, noise, sigma)
 
     def join_stages(
         self,
+        sampling: Sampling,
         latents: torch.Tensor,
         pred_original_sample: torch.Tensor,
         sigma: torch.Tensor,
         num_stages_before: int,
         step: int,
-        schedule: dict[str, Any],
     ) -> torch.Tensor:
         """
         Let further growth stages join at a step. They add detail that the state lacks, `(1 - sigma) H x0`; multistep
         solvers must forget their history here, or they would return to their own state without it.
 
         Args:
+            sampling ([`Sampling`]): How to draw.
             latents (`torch.Tensor` of shape `(B, C, H, W)`): The state.
             pred_original_sample (`torch.Tensor` of shape `(B, C, H, W)`): The first clean image with these stages.
             sigma (`torch.Tensor`): The noise level of the state.
             num_stages_before (`int`): How many stages took part until now.
             step (`int`): The index of the step's timestep.
-            schedule (`dict`): The arguments that set the scheduler's timesteps.
 
         Returns:
             The state with the detail.
         """
         sizes = self.unet.sample_sizes
-        detail = high_band(pred_original_sample, sizes[-1] // sizes[num_stages_before])
-        start_scheduler(self.scheduler, schedule, latents.device, step)
+        detail = high_band(pred_original_sample, sizes[sampling.level] // sizes[num_stages_before])
+        start_scheduler(sampling.scheduler, sampling.schedule, latents.device, step)
         return latents + (1 - sigma) * detail
 
     def predict(
@@ -310,25 +321,27 @@ class DenoisingMixin:
         twice = guided and not sampling.at_core
         kwargs = {**texts[guided], **{name: torch.cat([one, one]) if twice else one for name, one in inner.items()}}
         if len(self.unet.sample_sizes) > 1:
-            kwargs["num_stages"] = num_stages
+            kwargs |= {"num_stages": num_stages, "level": sampling.level}
         model_input = torch.cat([latents, latents]) if twice else latents
         if sampling.is_compiled:  # with `mode="reduce-overhead"`, all blocks of a step are one series of CUDA graphs
             torch.compiler.cudagraph_mark_step_begin()
-        pred_original_sample = self.unet(
+        output = self.unet(
             model_input,
             1000 * sigma.expand(len(model_input)),
             cross_attention_kwargs=sampling.cross_attention_kwargs,
             **kwargs,
-        ).pred_original_sample
+        )
         if sampling.is_compiled:
             kwargs["text_cache"].copy_out()
-        return pred_original_sample
+        if sampling.output_levels:
+            sampling.inner_images = output.inner_images or ()
+        return output.pred_original_sample
 
     def is_guided(self, sampling: Sampling, index: int) -> bool:
         """Return whether guidance acts at a timestep, and prepare the guider for it, if there is one."""
         timesteps, guider = sampling.timesteps, sampling.guider
         if guider is None:
-            order = self.scheduler.order
+            order = sampling.scheduler.order
             return self.do_classifier_free_guidance and index - index % order < sampling.guidance_stop * len(timesteps)
         state = {"num_inference_steps": len(timesteps), "timestep": timesteps[index]}
         # Guiders with a memory start it at step 0, which `strength` may leave out.
@@ -360,7 +373,7 @@ class DenoisingMixin:
             The images `(B, C, H, W)` in [-1, 1], not clamped.
         """
         predict = predict or self.predict
-        scheduler, timesteps, num_stages = self.scheduler, sampling.timesteps, sampling.num_stages
+        scheduler, timesteps, num_stages = sampling.scheduler, sampling.timesteps, sampling.num_stages
         visits = range(sampling.first, len(timesteps)) if visits is None else visits
         text, texts = sampling.text, self.prepare_texts(sampling.text, sampling.at_core)
         step_kwargs = step_arguments(scheduler, sampling.generator)
@@ -378,9 +391,7 @@ class DenoisingMixin:
                     latents, sigma, self.is_guided(sampling, i), texts, sampling, num_stages[i]
                 )
                 if i > sampling.first and num_stages[i] > num_stages[i - 1]:
-                    latents = self.join_stages(
-                        latents, pred_original_sample, sigma, num_stages[i - 1], i, sampling.schedule
-                    )
+                    latents = self.join_stages(sampling, latents, pred_original_sample, sigma, num_stages[i - 1], i)
                 velocity = velocity_from_clean(latents, pred_original_sample, sigma)
                 latents = scheduler.step(velocity, t, latents, **step_kwargs, return_dict=False)[0]
                 if keep is not None:
@@ -406,19 +417,49 @@ class DenoisingMixin:
             latents (`torch.Tensor` of shape `(B, C, H, W)`): The states.
             index (`int`), earlier (`int`): The index of the noise level that they have, and of that to return to.
         """
-        low, high = (self.scheduler.sigmas[i].to(latents.device) for i in (index, earlier))
+        low, high = (sampling.scheduler.sigmas[i].to(latents.device) for i in (index, earlier))
         scale = (1 - high).clamp(min=0) / (1 - low)
         missing = (high**2 - (scale * low) ** 2).clamp(min=0).sqrt()
-        start_scheduler(self.scheduler, sampling.schedule, latents.device, earlier)
+        start_scheduler(sampling.scheduler, sampling.schedule, latents.device, earlier)
         return scale * latents + missing * self.draw_noise(sampling)
 
     def finish(
-        self, latents: torch.Tensor, output_type: str, return_dict: bool, processor: Any = None, **overlay: Any
-    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        self,
+        sampling: Sampling,
+        latents: torch.Tensor,
+        output_type: str,
+        return_dict: bool,
+        processor: Any = None,
+        **overlay: Any,
+    ) -> GreedyGrowPipelineOutput | tuple[Any, ...]:
         """
         Return images `(B, C, H, W)` in [-1, 1] as a pipeline's output. `overlay` are arguments of another `processor` than the
         pipeline's own.
         """
-        image = (processor or self.image_processor).postprocess(latents, output_type=output_type, **overlay)
+        images = (processor or self.image_processor).postprocess(latents, output_type=output_type, **overlay)
+        level_images = None
+        if sampling.output_levels:
+            level_images = {
+                size: self.image_processor.postprocess(inner, output_type=output_type)
+                for size, inner in self.collect_inner_images(sampling).items()
+            }
+            level_images[self.unet.sample_sizes[sampling.level]] = images
+        output = GreedyGrowPipelineOutput(images=images, level_images=level_images)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+        return output if return_dict else output.to_tuple()
+
+    def collect_inner_images(self, sampling: Sampling) -> dict[int, torch.Tensor]:
+        """
+        Return the clean images `(B, C, h, w)` that the levels inside predicted in the last step, by their resolution. If a
+        guider acted on it, they are those for the prompt: some guiders remember sizes and steps.
+        """
+        sizes = self.unet.sample_sizes[: sampling.level]
+        if self.unet.config.get("init") == "random":
+            sizes = sizes[1:]  # the core draws no image
+        inner_images = {}
+        for size, image in zip(sizes, sampling.inner_images):
+            if len(image) > sampling.batch_size:
+                pred, negative_pred = image.chunk(2)
+                image = pred if self._guider is not None else self.guide(pred, negative_pred)
+            inner_images[size] = image
+        return inner_images

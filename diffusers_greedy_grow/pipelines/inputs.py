@@ -16,7 +16,16 @@ from diffusers.utils.torch_utils import is_compiled_module
 from ..models.shallow_unet_2d import check_mask
 from .denoising import TEXT_NAMES, DenoisingMixin, Sampling
 from .prompts import find_truncated, max_tokens, repeat_per_image, tokenize
-from .schedules import FIRST_SIGMA_MIN, INTEGER, NUMBER, begin, count_stages, get_handover_sigmas, shift_name
+from .schedules import (
+    FIRST_SIGMA_MIN,
+    INTEGER,
+    NUMBER,
+    begin,
+    count_stages,
+    get_handover_sigmas,
+    grow_scheduler,
+    shift_name,
+)
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -97,10 +106,36 @@ class InputsMixin(DenoisingMixin):
         )
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
+    def find_level(self, height: int, width: int) -> int:
+        """
+        Return the index in the model's `sample_sizes` of the resolution that draws images of a height and width: the one whose
+        square has the nearest number of pixels, the larger one of two that are as near.
+
+        Raises:
+            `ValueError`: if the sides are not positive, or not multiples of what one cell of the core's grid covers there.
+        """
+        sizes = self.unet.sample_sizes
+        # What a cell of the core's grid covers, by the size of each level, the outermost first
+        cells = {size: self.unet.side_multiple * size // sizes[-1] for size in reversed(sizes)}
+        if self.unet.config.get("init") == "random":
+            del cells[sizes[0]]  # that core draws no images of its own
+        nearest, fits = sizes[-1], False
+        if all(isinstance(side, INTEGER) and side > 0 for side in (height, width)):
+            # Rounded: the logarithms of 1/4 and 4 may differ in their last digit.
+            nearest = min(cells, key=lambda size: round(abs(math.log(height * width / size**2)), 6))
+            fits = height % cells[nearest] == width % cells[nearest] == 0
+        if not fits:
+            message = (
+                f"`height={height}` and `width={width}` must be positive multiples of {cells[nearest]}, as integers"
+            )
+            if len(cells) > 1:
+                levels = ", ".join(f"{size} x {size} (multiples of {cell})" for size, cell in cells.items())
+                message += f", near {nearest} x {nearest}. The model draws images near {levels}"
+            raise ValueError(f"{message}.")
+        return sizes.index(nearest)
+
     def check_inputs(
         self,
-        height,
-        width,
         num_inference_steps,
         timesteps,
         latents,
@@ -113,11 +148,6 @@ class InputsMixin(DenoisingMixin):
     ) -> None:
         """Raise a `ValueError` that names the argument at fault among those that say how to sample; see `__call__`."""
         shift_name(self.scheduler)  # another one may have been set
-        config, cell = self.unet.config, self.unet.side_multiple
-        if not all(isinstance(side, INTEGER) and side > 0 and side % cell == 0 for side in (height, width)):
-            raise ValueError(
-                f"`height={height}` and `width={width}` must be positive multiples of {cell}, as integers."
-            )
         if timesteps is None and (not isinstance(num_inference_steps, INTEGER) or num_inference_steps < 1):
             raise ValueError(f"`num_inference_steps={num_inference_steps}` must be a positive integer.")
         if timesteps is not None:
@@ -156,7 +186,7 @@ class InputsMixin(DenoisingMixin):
             )
         if guidance_resolution not in ("full", "core"):
             raise ValueError(f'`guidance_resolution={guidance_resolution!r}` is unknown: pass "full" or "core".')
-        if guidance_resolution == "core" and config.get("init") == "random":
+        if guidance_resolution == "core" and self.unet.config.get("init") == "random":
             raise ValueError(
                 '`guidance_resolution="core"` needs a core that draws images of its own; in a model grown with '
                 '`init="random"` it does not. Pass "full".'
@@ -256,6 +286,7 @@ class InputsMixin(DenoisingMixin):
         *,
         height: int | None = None,
         width: int | None = None,
+        level: int | None = None,
         num_inference_steps: int = 28,
         timesteps: list[float] | None = None,
         strength: float = 1.0,
@@ -268,6 +299,7 @@ class InputsMixin(DenoisingMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
+        output_levels: bool = False,
         callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         cross_attention_kwargs: dict | None = None,
@@ -275,7 +307,7 @@ class InputsMixin(DenoisingMixin):
     ) -> Sampling:
         """
         Check the arguments of a call, set the scheduler's timesteps and encode the prompts. The arguments are those of the
-        pipelines' `__call__`; `prompts` are those of [`check_prompts`].
+        pipelines' `__call__`; `level` is the result of [`find_level`] by default, and `prompts` are those of [`check_prompts`].
 
         Raises:
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
@@ -286,8 +318,6 @@ class InputsMixin(DenoisingMixin):
         width = self.unet.config.sample_size if width is None else width
         self._guidance_scale, self._guider, self._interrupt = guidance_scale, guider, False
         self.check_inputs(
-            height,
-            width,
             num_inference_steps,
             timesteps,
             latents,
@@ -298,21 +328,29 @@ class InputsMixin(DenoisingMixin):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        handover_sigmas = get_handover_sigmas(core_first, self.unet, self.config.detail_variances)
+        level = self.find_level(height, width) if level is None else level
+        handover_sigmas = get_handover_sigmas(core_first, self.unet, self.config.detail_variances, level)
         batch_size = self.check_prompts(**prompts)
         self.check_noise(batch_size, num_images_per_prompt, height, width, generator, latents)
         device = self._execution_device
 
         # Before any model runs: only here does it show whether the scheduler fits.
-        scheduled, num_inference_steps, schedule = self.prepare_timesteps(num_inference_steps, timesteps, device)
-        first = self.find_first(strength, num_inference_steps)
-        num_stages = self.prepare_stages(scheduled, handover_sigmas, core_first)
+        scheduler, sizes = self.scheduler, self.unet.sample_sizes
+        if level < len(sizes) - 1:
+            scheduler = grow_scheduler(scheduler, sizes[-1], sizes[level])
+        scheduled, num_inference_steps, schedule = self.prepare_timesteps(
+            scheduler, num_inference_steps, timesteps, device
+        )
+        first = self.find_first(scheduler, strength, num_inference_steps)
+        num_stages = self.prepare_stages(scheduler, scheduled, handover_sigmas, core_first)
         return Sampling(
             batch_size=batch_size * num_images_per_prompt,
             height=height,
             width=width,
+            level=level,
             device=device,
             generator=generator,
+            scheduler=scheduler,
             timesteps=scheduled,
             schedule=schedule,
             first=first,
@@ -320,6 +358,7 @@ class InputsMixin(DenoisingMixin):
             text=self.prepare_text(num_images_per_prompt, device, **prompts),
             at_core=guidance_resolution == "core" and bool(handover_sigmas),
             is_compiled=any(is_compiled_module(one) or one._compiled_call_impl for one in self.unet.modules()),
+            output_levels=output_levels,
             guidance_stop=guidance_stop,
             guider=guider,
             cross_attention_kwargs=cross_attention_kwargs,
@@ -328,7 +367,11 @@ class InputsMixin(DenoisingMixin):
         )
 
     def prepare_stages(
-        self, timesteps: torch.Tensor, handover_sigmas: list[float], core_first: float | str | None
+        self,
+        scheduler: Any,
+        timesteps: torch.Tensor,
+        handover_sigmas: list[float],
+        core_first: float | str | None,
     ) -> list[int]:
         """
         Return how many growth stages take part at each timestep.
@@ -336,7 +379,7 @@ class InputsMixin(DenoisingMixin):
         Raises:
             `ValueError`: if not all of them take part in the last step.
         """
-        num_stages = count_stages(timesteps.tolist(), self.scheduler.order, handover_sigmas)
+        num_stages = count_stages(timesteps.tolist(), scheduler.order, handover_sigmas)
         if num_stages[-1] < len(handover_sigmas):
             raise ValueError(
                 f"`core_first={core_first!r}` lets a stage join at the noise level {handover_sigmas[-1]:.3g}, but the last of "
@@ -359,9 +402,9 @@ class InputsMixin(DenoisingMixin):
         )
         return dict(zip(TEXT_NAMES, encoded))
 
-    def find_first(self, strength: float, num_inference_steps: int) -> int:
+    def find_first(self, scheduler: Any, strength: float, num_inference_steps: int) -> int:
         """
-        Return the index of the timestep to begin at, and let the scheduler begin there.
+        Return the index of the timestep to begin at, and let a scheduler begin there.
 
         Raises:
             `ValueError`: if `strength` is not in (0, 1], or leaves no step.
@@ -374,6 +417,6 @@ class InputsMixin(DenoisingMixin):
                 f"`strength={strength}` leaves none of {num_inference_steps} steps: pass a larger one, or more "
                 "`num_inference_steps`."
             )
-        first = (num_inference_steps - steps) * self.scheduler.order
-        begin(self.scheduler, first)
+        first = (num_inference_steps - steps) * scheduler.order
+        begin(scheduler, first)
         return first

@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.utils.torch_utils import unwrap_module
@@ -28,6 +27,7 @@ from ..models.growable_unet_2d_condition import check_unmodified, find_core
 from .foreign import ForeignPipeline, find_foreign
 from .inputs import InputsMixin
 from .lora import GreedyGrowLoraLoaderMixin
+from .pipeline_output import GreedyGrowPipelineOutput
 from .prompts import FORMATS
 from .schedules import (
     grow_scheduler,
@@ -365,7 +365,8 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         guider: BaseGuidance | None = None,
         guidance_resolution: str = "full",
         core_first: float | str | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        output_levels: bool = False,
+    ) -> GreedyGrowPipelineOutput | tuple:
         r"""
         Draw images from prompts.
 
@@ -376,8 +377,10 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
                 What to steer away from: one for all prompts, or one per prompt. It has no effect if
                 `guidance_scale <= 1`.
             height (`int`, *optional*), width (`int`, *optional*):
-                The size in pixels; the model's `sample_size` by default. Both must be multiples of the side of one cell of
-                the core's grid. A model draws well only the shapes and sizes that it was trained on. Trained on squares, it
+                The size in pixels; the model's `sample_size` by default. A grown model draws at each resolution inside it, too:
+                the nearest one does, by the number of pixels, without the stages around it, and its scheduler's shift is
+                smaller by the same factor. Both sides must be multiples of the side of one cell of the core's grid there. A
+                model draws well only the shapes and sizes that it was trained on. Trained on squares, it
                 stretches objects with the image: circles become ellipses. Train on images of other shapes to draw them, with
                 `--aspect_ratio_buckets` of `training_examples/grow.py`.
             num_inference_steps (`int`, defaults to 28):
@@ -408,7 +411,7 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
                 `"pil"`: `PIL.Image.Image`s; `"np"`: an array `(B, H, W, C)` in [0, 1]; `"pt"`: a tensor `(B, C, H, W)`
                 in [0, 1]; `"latent"`: the same in [-1, 1], not clamped.
             return_dict (`bool`, defaults to `True`):
-                Whether to return an [`~pipelines.ImagePipelineOutput`] or a tuple.
+                Whether to return a [`GreedyGrowPipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
                 Called after each step as `callback(self, step, timestep, callback_kwargs)`. The tensors that it returns
                 under names in `_callback_tensor_inputs` replace the pipeline's.
@@ -433,11 +436,15 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
                 at each stage's own resolution. `"auto"` derives it from `detail_variances`: in all states above it, the
                 image's part of the coarsest detail has at most 1 % of the noise's variance. All stages must take part in the
                 last step. By default they take part in all steps.
+            output_levels (`bool`, defaults to `False`):
+                Whether to return also the images of the levels inside, as `level_images`: what each of them predicted in the
+                last step.
 
         Examples:
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
+            [`GreedyGrowPipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images, and with `output_levels`
+            those of all levels.
 
         Raises:
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
@@ -465,9 +472,10 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
             guider=guider,
             guidance_resolution=guidance_resolution,
             core_first=core_first,
+            output_levels=output_levels,
         )
         latents = self.denoise(sampling, self.prepare_latents(sampling, latents))
-        return self.finish(latents, output_type, return_dict)
+        return self.finish(sampling, latents, output_type, return_dict)
 
 
 def get_holder(unet: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
 from .images import count_prompts, list_images, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
+from .pipeline_output import GreedyGrowPipelineOutput
 
 
 EXAMPLE_DOC_STRING = """
@@ -64,7 +64,7 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
         guider: BaseGuidance | None = None,
         guidance_resolution: str = "full",
         core_first: float | str | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> GreedyGrowPipelineOutput | tuple:
         r"""
         Change images to fit prompts.
 
@@ -90,7 +90,7 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
         Examples:
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
+            [`GreedyGrowPipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
 
         Raises:
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
@@ -123,4 +123,4 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
         size = sampling.height, sampling.width
         clean = self.image_processor.preprocess(resize_tensors(images, *size), *size)
         state = self.prepare_latents(sampling, latents, repeat_images(clean, sampling))
-        return self.finish(self.denoise(sampling, state), output_type, return_dict)
+        return self.finish(sampling, self.denoise(sampling, state), output_type, return_dict)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import InpaintProcessor, PipelineImageInput
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from PIL import Image
 
 from .images import count_prompts, list_images, list_masks, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
+from .pipeline_output import GreedyGrowPipelineOutput
 from .schedules import INTEGER
 
 
@@ -71,7 +71,7 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
         guider: BaseGuidance | None = None,
         guidance_resolution: str = "full",
         core_first: float | str | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> GreedyGrowPipelineOutput | tuple:
         r"""
         Draw parts of images again.
 
@@ -107,7 +107,7 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
         Examples:
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
+            [`GreedyGrowPipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
 
         Raises:
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
@@ -154,17 +154,17 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
         def keep(state: torch.Tensor, index: int) -> torch.Tensor:
             if padding_mask_crop is not None and index == len(sampling.timesteps) - 1:
                 return state  # the overlay mixes the image with the given one, at the given one's resolution
-            sigma = self.scheduler.sigmas[index + 1].to(state.device)
-            kept = self.add_noise_to_image(clean, noise, sigma, sampling.num_stages[index])
+            sigma = sampling.scheduler.sigmas[index + 1].to(state.device)
+            kept = self.add_noise_to_image(sampling, clean, noise, sigma, sampling.num_stages[index])
             return torch.lerp(kept, state, mask)
 
         visits = None
         if jump_length is not None:
             visits = list_visits(
-                sampling.first, len(sampling.timesteps), jump_length * self.scheduler.order, jump_n_sample
+                sampling.first, len(sampling.timesteps), jump_length * sampling.scheduler.order, jump_n_sample
             )
         state = self.denoise(sampling, self.prepare_latents(sampling, noise, clean), keep=keep, visits=visits)
-        return self.finish(state, output_type, return_dict, processor, **overlay)
+        return self.finish(sampling, state, output_type, return_dict, processor, **overlay)
 
 
 def check_crop(padding: Any, images: list[Any], masks: list[Any], output_type: str) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 
 from ..flow import enlarge, pool, upsample
 from .denoising import Sampling
 from .images import count_prompts, image_size, list_images, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
+from .pipeline_output import GreedyGrowPipelineOutput
 from .schedules import INTEGER
 
 
@@ -65,7 +65,7 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         cross_attention_kwargs: dict | None = None,
         guidance_stop: float = 0.8,
         guider: BaseGuidance | None = None,
-    ) -> ImagePipelineOutput | tuple:
+    ) -> GreedyGrowPipelineOutput | tuple:
         r"""
         Draw the detail of images.
 
@@ -98,7 +98,7 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         Examples:
 
         Returns:
-            [`~pipelines.ImagePipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
+            [`GreedyGrowPipelineOutput`] or `tuple`: with `return_dict=False`, a tuple with the images.
 
         Raises:
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
@@ -106,12 +106,13 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         if prompt is None and prompt_embeds is None and self.unet.config.cross_attention_dim is not None:
             prompt = ""
         images = list_images("image", image, count_prompts(prompt, prompt_embeds))
-        (height, width), scale = self.find_level(image_size(images[0]), tile_overlap)
+        (height, width), scale = self.find_size(image_size(images[0]), tile_overlap)
         sampling = self.prepare(
             prompt=prompt,
             negative_prompt=negative_prompt,
             height=height * scale,
             width=width * scale,
+            level=len(self.unet.sample_sizes) - 1,
             num_inference_steps=num_inference_steps,
             strength=strength,
             guidance_scale=guidance_scale,
@@ -135,9 +136,9 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         state = self.prepare_latents(sampling, latents, start)
         predict = partial(self.predict_detail, small=small, exact=exact, tile_overlap=tile_overlap)
         state = self.denoise(sampling, state, predict)
-        return self.finish(limit_exactly(state, small, scale) if exact else state, output_type, return_dict)
+        return self.finish(sampling, limit_exactly(state, small, scale) if exact else state, output_type, return_dict)
 
-    def find_level(self, size: tuple[int, int], tile_overlap: int | None) -> tuple[tuple[int, int], int]:
+    def find_size(self, size: tuple[int, int], tile_overlap: int | None) -> tuple[tuple[int, int], int]:
         """
         Return the height and width to which an image of a `size` is resized, and how many times larger the result is.
 

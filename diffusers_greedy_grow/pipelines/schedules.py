@@ -256,16 +256,17 @@ def get_handover_sigmas(
     core_first: float | str | None,
     unet: ShallowUNet2DModel | GrowableUNet2DConditionModel,
     detail_variances: list[float] | None,
+    level: int,
 ) -> list[float]:
     """
-    Return the noise level, at the model's own resolution, at which each growth stage joins, the innermost first. The
-    arguments are those of the pipeline; see `core_first` of its `__call__`.
+    Return the noise level, at the resolution of a `level`, at which each growth stage inside it joins, the innermost first. The
+    other arguments are those of the pipeline; see `core_first` of its `__call__`.
 
     Raises:
         `ValueError`: if `core_first` is neither `"auto"`, a number in (0, 1] nor None; if it is `"auto"` without
         `detail_variances`; or if the core draws no images of its own.
     """
-    sizes = unet.sample_sizes
+    sizes = unet.sample_sizes[: level + 1]
     if core_first is None:
         return [math.inf] * (len(sizes) - 1)  # not 1: a scheduler's first timestep may be a little above 1000
     if unet.config.get("init") == "random":
@@ -274,7 +275,7 @@ def get_handover_sigmas(
             '`init="random"` it does not. Pass None.'
         )
     if core_first == "auto":
-        if len(detail_variances or ()) != len(sizes) - 1:
+        if len(detail_variances or ()) != len(unet.sample_sizes) - 1:
             raise ValueError(
                 '`core_first="auto"` needs the `detail_variances` of the images that the model was trained on, one '
                 f"for each growth stage, but the pipeline has {detail_variances}. Pass a noise level, such as 0.8."

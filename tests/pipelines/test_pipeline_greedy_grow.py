@@ -658,7 +658,7 @@ def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
     again.save_pretrained(tmp_path)
     again = GreedyGrowPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    inner, outer = get_handover_sigmas("auto", again.unet, again.config.detail_variances)
+    inner, outer = get_handover_sigmas("auto", again.unet, again.config.detail_variances, level=2)
     # At its own level the inner stage's signal is 1 % of the noise in its detail.
     level = inner / (2 - inner)
     assert (1 - level) ** 2 * 0.02 == pytest.approx(0.01 * level**2 * 0.75)
@@ -677,7 +677,7 @@ def test_core_first_auto_reads_the_variances_that_growing_stored(tmp_path):
 
     # If the outer stage must join first, the inner one joins with it.
     again.register_to_config(detail_variances=[0.005, 0.5])
-    inner, outer = get_handover_sigmas("auto", again.unet, again.config.detail_variances)
+    inner, outer = get_handover_sigmas("auto", again.unet, again.config.detail_variances, level=2)
     assert inner == outer > 0.85
 
 
@@ -836,7 +836,8 @@ def test_the_arguments_are_those_of_the_pixel_pipeline_of_diffusers():
     theirs = list(inspect.signature(PRXPixelPipeline.__call__).parameters)
     theirs.remove("use_resolution_binning")
     ours = list(inspect.signature(GreedyGrowPipeline.__call__).parameters)
-    assert ours == [*theirs, "cross_attention_kwargs", "guidance_stop", "guider", "guidance_resolution", "core_first"]
+    own = ["cross_attention_kwargs", "guidance_stop", "guider", "guidance_resolution", "core_first", "output_levels"]
+    assert ours == [*theirs, *own]
     encode = list(inspect.signature(GreedyGrowPipeline.encode_prompt).parameters.values())[1:]
     assert all(parameter.default is not inspect.Parameter.empty for parameter in encode)
 
@@ -850,7 +851,7 @@ def test_numbers_of_numpy_are_numbers(pipeline):
     assert torch.equal(
         draw(pipeline, **of_numpy, guidance_stop=np.float32(1)), draw(pipeline, **kwargs, guidance_stop=1)
     )
-    assert get_handover_sigmas(np.float32(0.5), make_grown(), None) == [0.5]
+    assert get_handover_sigmas(np.float32(0.5), make_grown(), None, level=1) == [0.5]
 
 
 @pytest.mark.parametrize("variances", [[-1.0], [0.1, float("inf")], ["a"], 0.1])
