@@ -6,9 +6,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from benchmarks import tasks
+from benchmarks import tables, tasks
 from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 from ..testing_utils import make_grown, make_pipeline
@@ -31,5 +32,14 @@ def test_rows_and_images(tmp_path, monkeypatch):
     assert float(rows["grown model"][0]) < float(rows["grown model, exact"][0])
     assert rows["without"][-1].startswith("0") and rows["jump_length=4, jump_n_sample=3"][-1].startswith("0")
     shown = {path.name: np.array(Image.open(path)) for path in Path(results).glob("*.png")}
-    assert {*shown} == {"tasks_upscaling.png", "tasks_inpainting.png", "tasks_img2img.png"}
+    assert {*shown} == {f"tasks_{name}.png" for name in ("upscaling", "inpainting", "img2img", "levels", "gallery")}
+    assert {"64 px", "level_images[16]", "64 px, pooled", "height=16, width=16"} <= rows.keys()
     assert all(image.std() > 10 for image in shown.values())
+
+
+@pytest.mark.slow  # two processes of their own
+def test_tiles_need_less_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "SIDES", (256,))
+    tasks.main(["--tiles", "--results_dir", str(tmp_path)])
+    (row,) = tables.read_rows(tmp_path / "tasks_tiles.json")
+    assert float(row["in tiles, GB"]) < float(row["as a whole, GB"])
