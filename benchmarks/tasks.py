@@ -9,6 +9,7 @@ image of each task.
 
     python -m benchmarks.tasks --pipeline benchmarks/runs/x8-ours-673-0-seed-0/grown-128 --data benchmarks/runs/shapes-128px-20000
     python -m benchmarks.tasks ... --cascade benchmarks/runs/x8-cascade-seed-0/super-resolution
+    python -m benchmarks.tasks ... --guiders            # guidance per frequency band; needs kornia
     python -m benchmarks.tasks --tiles                  # the memory of upscaling in tiles
     python -m benchmarks.tasks --report                 # the report from the records
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.guiders import FrequencyDecoupledGuidance
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
@@ -57,6 +59,8 @@ NUM_INFERENCE_STEPS = 28
 EXAMPLES = 8
 # Of images that are upscaled by 4 in tiles of 128 px
 SIDES = (128, 256, 512)
+# Guidance scales of the stage's frequency bands and of the core's
+BANDS = ((5.0, 2.0), (8.0, 3.0), (1.5, 4.0))
 NOTE = """
 Held-out images of 128 px. *Upscaling*: from the image pooled to the core's resolution, with its caption. *PSNR*: of the result, pooled
 again, to that small image, in dB. *SWD n*: sliced Wasserstein distance to the real images at the pyramid level of n px, in
@@ -199,6 +203,28 @@ def measure_levels(
     return rows, drawn
 
 
+def measure_guiders(args: argparse.Namespace) -> None:
+    """Record what guidance of separate strength per frequency band draws (`FrequencyDecoupledGuidance` of diffusers)."""
+    pipeline, captions, real, bfloat16 = load(args)
+    # The bands of a Laplacian pyramid, the highest first: three that the stage draws, and the core's.
+    strengths = {"3 in all bands": [3.0] * 4}
+    strengths |= {f"{high:g} in the stage's bands, {low:g} in the core's": [high] * 3 + [low] for high, low in BANDS}
+    rows: list[Row] = []
+    for name, scales in strengths.items():
+        guider = FrequencyDecoupledGuidance(scales, stop=0.8)
+        scores = score(run(pipeline, split(captions), bfloat16, guider=guider), captions, real)
+        levels = {key.removeprefix("swd_"): value for key, value in scores.items() if key.startswith("swd_")}
+        rows.append(
+            {
+                "guidance": name,
+                "SWD " + " / ".join(levels): " / ".join(f"{value:.0f}" for value in levels.values()),
+                "shapes": f"{scores['shape']:.2f}",
+                "textures": f"{scores['texture']:.2f}",
+            }
+        )
+    keep_rows(args.results_dir / "tasks_guidance.json", rows, "guidance", args)
+
+
 def peak_of_upscaling(side: int, tiled: bool) -> float:
     """Return the peak memory in GB of this process after it upscaled an image of `side` px by 4, in two steps."""
     torch.manual_seed(0)
@@ -238,12 +264,17 @@ def draw_examples(captions: list[str], sets: dict[str, torch.Tensor], path: Path
     draw_grid(rows, captions[:EXAMPLES], path)
 
 
-def measure(args: argparse.Namespace) -> None:
+def load(args: argparse.Namespace) -> tuple[GreedyGrowPipeline, list[str], torch.Tensor, bool]:
+    """Return the pipeline, held-out captions with their images, and whether to draw in bfloat16."""
     pipeline = GreedyGrowPipeline.from_pretrained(args.pipeline)
     bfloat16 = has_native_bfloat16()
     if bfloat16:
         pipeline.unet.set_attention_backend("_native_math")
-    captions, real = load_held_out(args.data, pipeline.unet.config.sample_size, args.num_images)
+    return pipeline, *load_held_out(args.data, pipeline.unet.config.sample_size, args.num_images), bfloat16
+
+
+def measure(args: argparse.Namespace) -> None:
+    pipeline, captions, real, bfloat16 = load(args)
     results = args.results_dir
     cascade = None
     if args.cascade is not None:
@@ -283,7 +314,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def make_reports(args: argparse.Namespace) -> dict[Path, str]:
     """Return the report by the file that it belongs to."""
-    names = ("upscaling", "inpainting", "levels", "tiles")
+    names = ("upscaling", "inpainting", "levels", "guidance", "tiles")
     sections = [part for name in names for part in measured_sections(args.results_dir / f"tasks_{name}.json")]
     title = "What do the pipelines that start from an image do? Full tables"
     return {args.results_dir / "tasks.md": render_report(report_command("tasks", args), title, sections, NOTE)}
@@ -296,6 +327,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="The folder of its captioned shapes; required unless `--report`.")
     parser.add_argument("--num_images", type=int, default=96)
     parser.add_argument("--cascade", type=Path, help="The folder of a cascade's UNet, to compare its upscaling.")
+    parser.add_argument("--guiders", action="store_true", help="Only draw with guidance per frequency band.")
     parser.add_argument("--tiles", action="store_true", help="Only measure the memory of upscaling in tiles.")
     args = parser.parse_args(argv)
     if not (args.report or args.tiles) and not (args.pipeline and args.data):
@@ -307,6 +339,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.tiles:
         measure_tiles(args)
+    elif args.guiders:
+        measure_guiders(args)
     elif not args.report:
         measure(args)
     write_reports(make_reports(args))

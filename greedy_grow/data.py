@@ -1,0 +1,191 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""`greedy-grow data check`."""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_greedy_grow.training.data.captioned import CaptionedImages
+from diffusers_greedy_grow.training.data.images import convert_to_srgb, open_image
+from diffusers_greedy_grow.training.data.rows import BrokenRow, BrokenRows, is_good, list_captions, name_row
+from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
+from diffusers_greedy_grow.training.samples import draw_grid
+
+
+# Of a thumbnail to compare images by, and the mean difference of gray levels below which two images count as copies
+THUMBNAIL, COPIES_DIFFER = 16, 4.0
+# How many broken rows and copies are named; all are counted.
+NAMED = 20
+COLUMNS = 8
+
+
+@dataclass
+class Findings:
+    """
+    What was found in the rows of a split.
+
+    Attributes:
+        names: A name per row that would be trained on.
+        sizes: The width and height of its image.
+        captions: The numbers of words of all captions.
+        broken: Broken rows and captions, with the reasons.
+        copies: Groups of names whose images are nearly the same.
+    """
+
+    names: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    captions: list[int] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    copies: list[list[str]] = field(default_factory=list)
+
+
+def read_broken_captions(rows: Dataset, split: str) -> list[tuple[str, str]]:
+    """Return the captions that training would leave out, by name and reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "broken.jsonl"
+        try:
+            CaptionedImages(rows, 8, broken=BrokenRows(path, max_share=1.0))
+        except ValueError:  # no row has a caption: each of them is in the file
+            pass
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    return [(f"{split} {line['row']}", line["reason"]) for line in found]
+
+
+def find_copies(thumbnails: np.ndarray, names: list[str]) -> list[list[str]]:
+    """
+    Return groups of images that are nearly the same. Those with the same signs of brightness differences are compared by their
+    thumbnails `(N, S, S, 3)`, uint8.
+    """
+    gray = thumbnails.astype(np.int16).sum(axis=-1)
+    cells = gray.reshape(len(gray), 8, THUMBNAIL // 8, 8, THUMBNAIL // 8).sum(axis=(2, 4))
+    signs = np.packbits((np.diff(cells, axis=2) > 8).reshape(len(gray), -1), axis=1)
+    alike: dict[bytes, list[int]] = defaultdict(list)
+    for index, sign in enumerate(signs):
+        alike[sign.tobytes()].append(index)
+    groups = []
+    for candidates in alike.values():
+        while len(candidates) > 1:
+            first, *others = candidates
+            difference = np.abs(thumbnails[others].astype(np.int16) - thumbnails[first]).mean(axis=(1, 2, 3))
+            same = [other for other, value in zip(others, difference) if value < COPIES_DIFFER]
+            if same:
+                groups.append([names[index] for index in (first, *same)])
+            candidates = [other for other in others if other not in {*same}]
+    return sorted(groups, key=len, reverse=True)
+
+
+def check_split(rows: Dataset, split: str) -> Findings:
+    """Read all rows of a split as training does."""
+    findings = Findings(broken=read_broken_captions(rows, split))
+    thumbnails = []
+    for index, row in enumerate(tqdm(rows, desc=f"Reading {split}", disable=None)):
+        captions = [caption for caption in list_captions(row["text"]) if is_good(caption)]
+        name = f"{split} {name_row(f'row {index} of {len(rows)}', row)}"
+        if not captions:
+            continue
+        try:
+            image = open_image(row["image"])
+        except BrokenRow as error:
+            findings.broken.append((name, str(error)))
+            continue
+        findings.names.append(name)
+        findings.sizes.append(image.size)
+        findings.captions += [len(caption.split()) for caption in captions]
+        small = convert_to_srgb(image, lambda reason: None).convert("RGB")
+        thumbnails.append(np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)))
+    if thumbnails:
+        findings.copies = find_copies(np.stack(thumbnails), findings.names)
+    return findings
+
+
+def describe_numbers(values: list[int]) -> str:
+    return f"{min(values)} to {max(values)}, median {statistics.median(values):g}"
+
+
+def report(split: str, findings: Findings) -> None:
+    """Print what was found in a split."""
+    print(f"\n{split}: {len(findings.names)} images would be used, {len(findings.broken)} rows or captions are broken")
+    if findings.names:
+        shorter = [min(size) for size in findings.sizes]
+        shapes = Counter("square" if w == h else "wide" if w > h else "high" for w, h in findings.sizes)
+        print(f"  shorter side    {describe_numbers(shorter)} pixels")
+        print(f"  shapes          {', '.join(f'{count} {shape}' for shape, count in shapes.most_common())}")
+        print(f"  captions        {len(findings.captions)}, of {describe_numbers(findings.captions)} words")
+        for resolution in (64, 128, 256, 512, 1024):
+            if small := sum(side < resolution for side in shorter):
+                print(f"  below {resolution:<4} px   {small} images, which would be enlarged for that resolution")
+                break
+    for name, reason in findings.broken[:NAMED]:
+        print(f"  broken          {name}: {reason}")
+    if len(findings.broken) > NAMED:
+        print(f"                  and {len(findings.broken) - NAMED} more")
+    if findings.copies:
+        print(f"  near-duplicates {sum(map(len, findings.copies))} images in {len(findings.copies)} groups:")
+        for group in findings.copies[:NAMED]:
+            print(f"                  {len(group)}: {'; '.join(group[:3])}{'; ...' if len(group) > 3 else ''}")
+
+
+def draw_contact_sheet(rows: Dataset, count: int, path: Path) -> int:
+    """Write a sheet of images that are spread over the rows, with their captions. Return how many it shows."""
+    images, captions = [], []
+    for index in np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int):
+        row = rows[int(index)]
+        good = [caption for caption in list_captions(row["text"]) if is_good(caption)]
+        try:
+            opened = open_image(row["image"], 128)
+        except BrokenRow:
+            continue
+        if good:
+            image = convert_to_srgb(opened, lambda reason: None).convert("RGB")
+            side = min(image.size)  # as training crops them
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            images.append(
+                image.crop((left, top, left + side, top + side)).resize((128, 128), Image.Resampling.LANCZOS)
+            )
+            captions.append(good[0])
+    if not images:
+        raise ValueError("There is no image to show in a contact sheet.")
+    with tempfile.TemporaryDirectory() as folder:
+        strips = []
+        for start in range(0, len(images), COLUMNS):
+            part = slice(start, start + COLUMNS)
+            draw_grid({str(start): images[part]}, captions[part], Path(folder) / "strip.png")
+            strips.append(Image.open(Path(folder) / "strip.png").convert("RGB"))
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    temporary = path.with_suffix(".tmp.png")
+    sheet.save(temporary)
+    temporary.replace(path)
+    return len(images)
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.contact_sheet is not None and not args.contact_sheet.lower().endswith(".png"):
+        raise ValueError(f"`--contact_sheet {args.contact_sheet}` must end in .png.")
+    if args.num_shown < 1:
+        raise ValueError(f"`--num_shown {args.num_shown}` must be 1 or more.")
+    selection = Selection(train_split=args.train_split, validation_split=args.validation_split)
+    train, held_out = load_captioned_data(
+        None, args.folder, args.image_column, args.caption_column, selection=selection
+    )
+    print(f"{args.folder}: {len(train)} different images to train on, {len(held_out)} held out")
+    for split, rows in (("training", train), ("held out", held_out)):
+        report(split, check_split(rows, split))
+    if args.contact_sheet is not None:
+        shown = draw_contact_sheet(train, args.num_shown, Path(args.contact_sheet))
+        print(f"\n{args.contact_sheet}: {shown} of the training images")

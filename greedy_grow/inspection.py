@@ -1,0 +1,73 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""`greedy-grow inspect`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.hub.cards import describe_entry
+from diffusers_greedy_grow.hub.lineage import get_lineage
+from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core
+from diffusers_greedy_grow.training.plan import describe_parts
+
+
+def read_license(model: str, revision: str | None) -> str | None:
+    """Return the license in the card of a folder or repository, or None if there is none."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = (
+            Path(model) / "README.md"
+            if Path(model).is_dir()
+            else hf_hub_download(model, "README.md", revision=revision)
+        )
+        data = ModelCard.load(path).data
+    except (OSError, EntryNotFoundError):
+        return None
+    return data.get("license_name") or data.get("license")
+
+
+def read_pipeline(model: str, revision: str | None) -> dict[str, Any]:
+    """Return the configuration of a pipeline, or an empty one for a model alone."""
+    try:
+        return dict(GreedyGrowPipeline.load_config(model, revision=revision))
+    except OSError:
+        return {}
+
+
+def table(rows: list[tuple]) -> str:
+    """Format rows as a table, whose first row is its head."""
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(str(value).ljust(width) for value, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    model_class, config, _, commit = find_core(args.model, revision=args.revision)
+    pipeline = read_pipeline(args.model, args.revision)
+    with torch.device("meta"):  # no weights, but all of their shapes
+        model: Any = model_class.from_config(config)
+    where = f" at commit {commit}" if commit else ""
+    print(f"{args.model}{where}: a {pipeline.get('_class_name', model_class.__name__)}\n")
+    sizes = model.sample_sizes
+    print(f"resolutions   {', '.join(f'{size} px' for size in sizes)}")
+    for name, count in describe_parts(model).items():
+        print(f"{name:<13} {count / 1e6:.1f} M parameters")
+    width = config.get("cross_attention_dim")
+    _, encoder = pipeline.get("text_encoder") or (None, None)
+    text = "unconditional" if width is None else f"{width} channels, {encoder or 'no encoder inside'}"
+    print(f"text          {text}")
+    print(f"license       {read_license(args.model, args.revision) or 'none in its card'}")
+    lineage = [describe_entry(entry) for entry in get_lineage(model)]
+    if lineage:
+        steps = sum(entry.get("steps", 0) for entry in get_lineage(model))
+        print(f"trained       {steps} steps\n")
+        print(table([("phase", "resolution", "trained", "steps", "images", "seed"), *lineage]))
+    else:
+        print("trained       unknown: its configuration has no lineage")

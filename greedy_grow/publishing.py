@@ -1,0 +1,65 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""`greedy-grow grow` and `greedy-grow push`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.hub.cards import make_card
+from diffusers_greedy_grow.hub.upload import check_license
+from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
+from diffusers_greedy_grow.training.files import save_pipeline
+
+
+def grow(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    if out.exists():
+        raise ValueError(f"`--out {args.out}` exists: name a folder that does not.")
+    try:
+        channels = tuple(int(part) for part in args.block_out_channels.split(","))
+    except ValueError:
+        raise ValueError(
+            f"`--block_out_channels {args.block_out_channels}` must be integers with commas between them, such as 128,256."
+        ) from None
+    grown = GreedyGrowPipeline.from_core(
+        args.core, args.sample_size, channels, init=args.init, **({"revision": args.revision} if args.revision else {})
+    )
+    save_pipeline(grown, out)
+    print(f"{out}: {' -> '.join(map(str, grown.unet.sample_sizes))} px. The new stage is untrained.")
+
+
+def load(folder: str) -> Any:
+    """Load a pipeline or a model alone."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"`{folder}` is not a folder: name that of a pipeline or model.")
+    if (Path(folder) / "model_index.json").exists():
+        return GreedyGrowPipeline.from_pretrained(folder, dtype="auto")
+    return load_core(folder, dtype="auto")
+
+
+def push(args: argparse.Namespace) -> None:
+    check_license(args.license)
+    pushed = load(args.folder)
+    card = {"license": args.license, "datasets": args.datasets}
+    shown = make_card(pushed, args.repo_id, samples=args.samples, core=args.core, **card)
+    print(f"The card of {args.repo_id}:\n\n{shown.content}\n")
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise ValueError("Nobody is there to answer: pass `--yes` to publish without a question.")
+        if input(f"Publish {args.folder} as {args.repo_id}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("Nothing was published.")
+            sys.exit(1)
+    address = pushed.push_to_hub(
+        args.repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        samples=args.samples,
+        core=args.core,
+        **card,
+    )
+    print(address)
