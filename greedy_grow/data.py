@@ -40,14 +40,14 @@ class Findings:
         sizes: The width and height of its image.
         captions: The numbers of words of all captions.
         broken: Broken rows and captions, with the reasons.
-        copies: Groups of names whose images are nearly the same.
+        thumbnails: An array `(S, S, 3)`, uint8, of each image.
     """
 
     names: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
-    copies: list[list[str]] = field(default_factory=list)
+    thumbnails: list[np.ndarray] = field(default_factory=list)
 
 
 def read_broken_captions(rows: Dataset, split: str) -> list[tuple[str, str]]:
@@ -89,7 +89,6 @@ def find_copies(thumbnails: np.ndarray, names: list[str]) -> list[list[str]]:
 def check_split(rows: Dataset, split: str) -> Findings:
     """Read all rows of a split as training does."""
     findings = Findings(broken=read_broken_captions(rows, split))
-    thumbnails = []
     for index, row in enumerate(tqdm(rows, desc=f"Reading {split}", disable=None)):
         captions = [caption for caption in list_captions(row["text"]) if is_good(caption)]
         name = f"{split} {name_row(f'row {index} of {len(rows)}', row)}"
@@ -104,9 +103,7 @@ def check_split(rows: Dataset, split: str) -> Findings:
         findings.sizes.append(image.size)
         findings.captions += [len(caption.split()) for caption in captions]
         small = convert_to_srgb(image, lambda reason: None).convert("RGB")
-        thumbnails.append(np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)))
-    if thumbnails:
-        findings.copies = find_copies(np.stack(thumbnails), findings.names)
+        findings.thumbnails.append(np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)))
     return findings
 
 
@@ -122,7 +119,7 @@ def report(split: str, findings: Findings) -> None:
         shapes = Counter("square" if w == h else "wide" if w > h else "high" for w, h in findings.sizes)
         print(f"  shorter side    {describe_numbers(shorter)} pixels")
         print(f"  shapes          {', '.join(f'{count} {shape}' for shape, count in shapes.most_common())}")
-        print(f"  captions        {len(findings.captions)}, of {describe_numbers(findings.captions)} words")
+        print(f"  captions        {len(findings.captions)}, words in each: {describe_numbers(findings.captions)}")
         for resolution in (64, 128, 256, 512, 1024):
             if small := sum(side < resolution for side in shorter):
                 print(f"  below {resolution:<4} px   {small} images, which would be enlarged for that resolution")
@@ -131,10 +128,15 @@ def report(split: str, findings: Findings) -> None:
         print(f"  broken          {name}: {reason}")
     if len(findings.broken) > NAMED:
         print(f"                  and {len(findings.broken) - NAMED} more")
-    if findings.copies:
-        print(f"  near-duplicates {sum(map(len, findings.copies))} images in {len(findings.copies)} groups:")
-        for group in findings.copies[:NAMED]:
-            print(f"                  {len(group)}: {'; '.join(group[:3])}{'; ...' if len(group) > 3 else ''}")
+
+
+def report_copies(copies: list[list[str]]) -> None:
+    """Print groups of images that are nearly the same."""
+    print(f"\n{sum(map(len, copies))} images are nearly the same as others")
+    for group in copies[:NAMED]:
+        print(f"  {len(group)} alike         {'; '.join(group[:3])}{'; ...' if len(group) > 3 else ''}")
+    if len(copies) > NAMED:
+        print(f"                  and {len(copies) - NAMED} groups more")
 
 
 def draw_contact_sheet(rows: Dataset, count: int, path: Path) -> int:
@@ -184,8 +186,13 @@ def check(args: argparse.Namespace) -> None:
         None, args.folder, args.image_column, args.caption_column, selection=selection
     )
     print(f"{args.folder}: {len(train)} different images to train on, {len(held_out)} held out")
-    for split, rows in (("training", train), ("held out", held_out)):
-        report(split, check_split(rows, split))
+    found = {split: check_split(rows, split) for split, rows in (("training", train), ("held out", held_out))}
+    for split, findings in found.items():
+        report(split, findings)
+    thumbnails = [thumbnail for findings in found.values() for thumbnail in findings.thumbnails]
+    if thumbnails:
+        names = [name for findings in found.values() for name in findings.names]
+        report_copies(find_copies(np.stack(thumbnails), names))
     if args.contact_sheet is not None:
         shown = draw_contact_sheet(train, args.num_shown, Path(args.contact_sheet))
         print(f"\n{args.contact_sheet}: {shown} of the training images")

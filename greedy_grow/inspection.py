@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from diffusers_greedy_grow import GreedyGrowPipeline
@@ -20,17 +20,15 @@ from diffusers_greedy_grow.training.plan import describe_parts
 
 def read_license(model: str, revision: str | None) -> str | None:
     """Return the license in the card of a folder or repository, or None if there is none."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = (
-            Path(model) / "README.md"
-            if Path(model).is_dir()
-            else hf_hub_download(model, "README.md", revision=revision)
-        )
-        data = ModelCard.load(path).data
-    except (OSError, EntryNotFoundError):
+    card = Path(model) / "README.md"
+    if not Path(model).is_dir():
+        try:
+            card = Path(hf_hub_download(model, "README.md", revision=revision))
+        except EntryNotFoundError:
+            return None
+    if not card.exists():
         return None
+    data = ModelCard.load(card).data
     return data.get("license_name") or data.get("license")
 
 
