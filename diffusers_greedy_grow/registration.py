@@ -4,8 +4,9 @@
 """
 Registration of our classes in diffusers, which has no public interface for it. Only this module touches diffusers' tables.
 
-After registration, `DiffusionPipeline`, `AutoModel`, the auto pipelines and `ModularPipeline` load our folders. `model_index.json` names the
-package instead of an inner module, so published repositories still load after a file of the package has moved.
+After registration, `DiffusionPipeline`, `AutoModel`, the auto pipelines and `ModularPipeline` load our folders.
+`model_index.json` names the package instead of an inner module, so published repositories still load after a file of the
+package has moved.
 """
 
 import diffusers

@@ -196,7 +196,8 @@ VALUES: dict[str, tuple[Any, Any, str]] = {
 
 class GreedyGrowStep(ModularPipelineBlocks):
     """
-    Base class of the steps. A subclass names what it uses, and `run` changes a [`BlockState`]. Its docstring is the description.
+    Base class of the steps. A subclass names what it uses, and its `run` sets the outputs in a [`BlockState`]. Its docstring is
+    the description.
 
     Attributes:
         components (`tuple[str, ...]`): Components, by their names in [`COMPONENTS`].
@@ -240,7 +241,7 @@ class GreedyGrowStep(ModularPipelineBlocks):
         ]
 
     def run(self, components: GreedyGrowModularPipeline, block_state: BlockState) -> None:
-        """Set the outputs."""
+        """Set the outputs in `block_state`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -254,7 +255,7 @@ class GreedyGrowStep(ModularPipelineBlocks):
 
 
 class GreedyGrowTextEncoderStep(GreedyGrowStep):
-    """Encodes the prompts and, with guidance, the negative prompts."""
+    """Step that encodes the prompts and, with guidance, the negative prompts."""
 
     components = ("text_encoder", "tokenizer", "guider")
     configs = (
@@ -278,7 +279,7 @@ class GreedyGrowTextEncoderStep(GreedyGrowStep):
 
 
 class GreedyGrowInputStep(GreedyGrowStep):
-    """Checks the arguments, sets the scheduler's timesteps, and repeats the embeddings for each image."""
+    """Step that checks the arguments, sets the scheduler's timesteps, and repeats the embeddings for each image."""
 
     components = ("unet", "scheduler", "guider")
     configs = (ConfigSpec("detail_variances", None, 'See `GreedyGrowPipeline`; `core_first="auto"` needs them.'),)
@@ -305,12 +306,13 @@ class GreedyGrowInputStep(GreedyGrowStep):
     def run(self, components: GreedyGrowModularPipeline, block_state: BlockState) -> None:
         components.check_loaded("unet", "scheduler")
         arguments = {name: block_state[name] for name in self.input_names}
-        texts = {"prompt": None, "negative_prompt": None}  # encoded by the step before
-        block_state.sampling = components.prepare(**arguments, **texts, guider=components.guider)
+        # The prompts are encoded already.
+        arguments |= {"prompt": None, "negative_prompt": None, "guider": components.guider}
+        block_state.sampling = components.prepare(**arguments)
 
 
 class GreedyGrowImageInputStep(GreedyGrowInputStep):
-    """Checks the arguments, and sets the scheduler's timesteps to a share of all, for pipelines that start from an image."""
+    """Step that checks the arguments and sets the scheduler's timesteps, for pipelines that start from an image."""
 
     def __init__(self, strength: float = 0.8):
         self.strength = strength
@@ -323,7 +325,7 @@ class GreedyGrowImageInputStep(GreedyGrowInputStep):
 
 
 class GreedyGrowPrepareLatentsStep(GreedyGrowStep):
-    """Draws the noise to start from, unless it is given."""
+    """Step that draws the noise to start from, unless it is given."""
 
     components = ("unet",)
     required = ("sampling",)
@@ -335,7 +337,7 @@ class GreedyGrowPrepareLatentsStep(GreedyGrowStep):
 
 
 class GreedyGrowImg2ImgPrepareLatentsStep(GreedyGrowStep):
-    """Adds noise of the first step's level to the given images."""
+    """Step that adds noise of the first step's level to the given images."""
 
     components = ("unet", "image_processor")
     required = ("sampling", "image")
@@ -349,7 +351,7 @@ class GreedyGrowImg2ImgPrepareLatentsStep(GreedyGrowStep):
 
 
 class GreedyGrowInpaintPrepareLatentsStep(GreedyGrowStep):
-    """Adds noise of the first step's level to the given images, and prepares what keeps them outside the masks."""
+    """Step that adds noise of the first step's level to the given images, and prepares what keeps them outside the masks."""
 
     components = ("unet", "scheduler", "image_mask_processor")
     required = ("sampling", "image", "mask_image")
@@ -375,17 +377,16 @@ class GreedyGrowInpaintPrepareLatentsStep(GreedyGrowStep):
             block_state.output_type,
         )
         processor, sampling = components.image_mask_processor, block_state.sampling
-        block_state.latents, how, block_state.mask_overlay_kwargs = prepare_inpainting(
-            components, processor, sampling, images, masks, block_state.latents, *crop_and_jumps
+        block_state.latents, block_state.keep, block_state.visits, block_state.mask_overlay_kwargs = (
+            prepare_inpainting(components, processor, sampling, images, masks, block_state.latents, *crop_and_jumps)
         )
-        block_state.keep, block_state.visits = how["keep"], how["visits"]
 
 
 class GreedyGrowDenoiseStep(GreedyGrowStep):
-    """Runs the denoising loop that all pipelines share. `callback_on_step_end` reaches into it."""
+    """Step that runs the denoising loop of all pipelines. `callback_on_step_end` reaches into it."""
 
     components = ("unet", "scheduler", "guider")
-    required = ("sampling", "latents")
+    required: tuple[str, ...] = ("sampling", "latents")
     results = ("latents",)
 
     def run(self, components: GreedyGrowModularPipeline, block_state: BlockState) -> None:
@@ -393,14 +394,14 @@ class GreedyGrowDenoiseStep(GreedyGrowStep):
 
 
 class GreedyGrowInpaintDenoiseStep(GreedyGrowDenoiseStep):
-    """Runs the denoising loop, and puts the given images back after each step."""
+    """Step that runs the denoising loop, and puts the given images back after each step."""
 
     required = ("sampling", "latents", "keep")
     optional = ("visits",)
 
 
 class GreedyGrowDecodeStep(GreedyGrowStep):
-    """Converts the denoised states to images. There is no VAE: they are the images."""
+    """Step that converts images in [-1, 1] to those of `output_type`. There is no VAE."""
 
     components = ("image_processor", "image_mask_processor")
     required = ("latents",)
@@ -420,7 +421,7 @@ class GreedyGrowDecodeStep(GreedyGrowStep):
 
 
 class GreedyGrowAutoTextEncoderStep(ConditionalPipelineBlocks):
-    """Encodes the prompts, if there are any: an unconditional model has none, and `prompt_embeds` are encoded already."""
+    """Text encoder step that is skipped without prompts: for an unconditional model, or with `prompt_embeds`."""
 
     block_classes = [GreedyGrowTextEncoderStep]
     block_names = ["text_encoder"]
@@ -432,7 +433,7 @@ class GreedyGrowAutoTextEncoderStep(ConditionalPipelineBlocks):
 
 
 class GreedyGrowCoreDenoiseStep(SequentialPipelineBlocks):
-    """Draws images in [-1, 1] from embeddings and noise."""
+    """Steps from embeddings and noise to images in [-1, 1]."""
 
     block_classes = [GreedyGrowInputStep, GreedyGrowPrepareLatentsStep, GreedyGrowDenoiseStep]
     block_names = ["input", "prepare_latents", "denoise"]
@@ -440,7 +441,7 @@ class GreedyGrowCoreDenoiseStep(SequentialPipelineBlocks):
 
 
 class GreedyGrowImg2ImgCoreDenoiseStep(SequentialPipelineBlocks):
-    """Changes given images to fit embeddings."""
+    """Steps from embeddings and given images to images in [-1, 1]."""
 
     block_classes = [GreedyGrowImageInputStep, GreedyGrowImg2ImgPrepareLatentsStep, GreedyGrowDenoiseStep]
     block_names = ["input", "prepare_latents", "denoise"]
@@ -448,7 +449,7 @@ class GreedyGrowImg2ImgCoreDenoiseStep(SequentialPipelineBlocks):
 
 
 class GreedyGrowInpaintCoreDenoiseStep(SequentialPipelineBlocks):
-    """Draws parts of given images again."""
+    """Steps from embeddings, given images and masks to images in [-1, 1]."""
 
     block_classes = [
         GreedyGrowImageInputStep(strength=1.0),
@@ -460,7 +461,7 @@ class GreedyGrowInpaintCoreDenoiseStep(SequentialPipelineBlocks):
 
 
 class GreedyGrowAutoCoreDenoiseStep(AutoPipelineBlocks):
-    """Draws parts of an image again with `mask_image`, changes a whole one with `image` alone, and else starts from noise."""
+    """Steps for inpainting with `mask_image`, for image to image with `image` alone, and for text to image without both."""
 
     block_classes = [GreedyGrowInpaintCoreDenoiseStep, GreedyGrowImg2ImgCoreDenoiseStep, GreedyGrowCoreDenoiseStep]
     block_names = ["inpaint", "img2img", "text2image"]

@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import replace_example_docstring
 from PIL import Image
 
-from .denoising import DenoisingMixin, Sampling
+from .denoising import DenoisingMixin, Keep, Sampling
 from .images import count_prompts, list_images, list_masks, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
 from .schedules import INTEGER
@@ -151,10 +151,11 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             core_first=core_first,
         )
         processor = InpaintProcessor(**PROCESSOR)
-        state, how, overlay = prepare_inpainting(
+        state, keep, visits, overlay = prepare_inpainting(
             self, processor, sampling, images, masks, latents, padding_mask_crop, jump_length, jump_n_sample
         )
-        return self.finish(self.denoise(sampling, state, **how), output_type, return_dict, processor, **overlay)
+        state = self.denoise(sampling, state, keep=keep, visits=visits)
+        return self.finish(state, output_type, return_dict, processor, **overlay)
 
 
 def list_inpainting(
@@ -193,7 +194,7 @@ def prepare_inpainting(
     padding_mask_crop: int | None,
     jump_length: int | None,
     jump_n_sample: int,
-) -> tuple[torch.Tensor, dict[str, Any], dict[str, Any]]:
+) -> tuple[torch.Tensor, Keep, list[int] | None, dict[str, Any]]:
     """
     Prepare inpainting with a pipeline. The images and masks are those of [`list_inpainting`], and the other arguments those of
     [`GreedyGrowInpaintPipeline.__call__`].
@@ -207,7 +208,7 @@ def prepare_inpainting(
     if padding_mask_crop is not None:
         given = images[0], masks[0]
     clean, mask, overlay = processor.preprocess(*given, *size, padding_mask_crop)
-    clean, mask = repeat_images(clean, sampling), repeat_images(mask, sampling)
+    clean, mask = repeat_images(clean, sampling), repeat_images(mask, sampling)  # type: ignore[arg-type]
     noise = pipeline.prepare_latents(sampling, latents)
 
     def keep(state: torch.Tensor, index: int) -> torch.Tensor:
@@ -222,7 +223,7 @@ def prepare_inpainting(
         visits = list_visits(
             sampling.first, len(sampling.timesteps), jump_length * pipeline.scheduler.order, jump_n_sample
         )
-    return pipeline.prepare_latents(sampling, noise, clean), {"keep": keep, "visits": visits}, overlay
+    return pipeline.prepare_latents(sampling, noise, clean), keep, visits, overlay
 
 
 def check_crop(padding: Any, images: list[Any], masks: list[Any], output_type: str) -> None:
