@@ -92,7 +92,7 @@ class GreedyGrowModularPipeline(InputsMixin, ModularPipeline, GreedyGrowLoraLoad
     ) -> "GreedyGrowModularPipeline":
         """
         Load the configuration of a pipeline; `load_components` loads the components. The arguments are those of
-        [`ModularPipeline.from_pretrained`], which forgets the `revision` before `load_components`.
+        [`ModularPipeline.from_pretrained`]. That one forgets the `revision`: there, pass it to `load_components`, too.
         """
         path = str(pretrained_model_name_or_path)
         pipeline = cls(pretrained_model_name_or_path=path, revision=revision, **kwargs)
