@@ -15,8 +15,10 @@ try:
 
     from .models import GrowableUNet2DConditionModel, ShallowUNet2DModel
     from .pipelines import (
+        GreedyGrowBlocks,
         GreedyGrowImg2ImgPipeline,
         GreedyGrowInpaintPipeline,
+        GreedyGrowModularPipeline,
         GreedyGrowPipeline,
         GreedyGrowUpscalePipeline,
     )
@@ -27,8 +29,10 @@ finally:
 
 
 __all__ = [
+    "GreedyGrowBlocks",
     "GreedyGrowImg2ImgPipeline",
     "GreedyGrowInpaintPipeline",
+    "GreedyGrowModularPipeline",
     "GreedyGrowPipeline",
     "GreedyGrowUpscalePipeline",
     "GrowableUNet2DConditionModel",
@@ -45,5 +49,6 @@ register(
         "AUTO_INPAINT_PIPELINES_MAPPING": GreedyGrowInpaintPipeline,
         None: GreedyGrowUpscalePipeline,  # diffusers has no auto pipeline for upscaling
     },
+    modular=(GreedyGrowModularPipeline, GreedyGrowBlocks),
     pipeline_name="greedy-grow",
 )

@@ -4,11 +4,13 @@
 """
 Registration of our classes in diffusers, which has no public interface for it. Only this module touches diffusers' tables.
 
-After registration, `DiffusionPipeline`, `AutoModel` and the auto pipelines load our folders. `model_index.json` names the
-package instead of an inner module, so published repositories still load after a file of the package has moved.
+After registration, `DiffusionPipeline`, `AutoModel`, the auto pipelines and `ModularPipeline` load our folders.
+`model_index.json` names the package instead of an inner module, so published repositories still load after a file of the
+package has moved.
 """
 
 import diffusers
+from diffusers.modular_pipelines import modular_pipeline
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 
@@ -28,7 +30,13 @@ def find_table(module, name: str) -> dict:
     return table
 
 
-def register(package: str, models: tuple[type, ...], pipelines: dict[str | None, type], pipeline_name: str) -> None:
+def register(
+    package: str,
+    models: tuple[type, ...],
+    pipelines: dict[str | None, type],
+    modular: tuple[type, type],
+    pipeline_name: str,
+) -> None:
     """
     Register model and pipeline classes. A second call changes nothing.
 
@@ -36,6 +44,7 @@ def register(package: str, models: tuple[type, ...], pipelines: dict[str | None,
         package (`str`): The top-level package that exports the classes and diffusers' `ModelMixin`.
         models (`tuple[type, ...]`): The model classes.
         pipelines (`dict`): The pipeline classes by diffusers' table of auto pipelines that each belongs to, or None.
+        modular (`tuple[type, type]`): The class of the modular pipeline, and that of its blocks.
         pipeline_name (`str`): The pipelines' key in these tables, such as `"greedy-grow"`.
 
     Raises:
@@ -43,10 +52,18 @@ def register(package: str, models: tuple[type, ...], pipelines: dict[str | None,
     """
     loadable = find_table(pipeline_loading_utils, "LOADABLE_CLASSES")
     tables = {name: find_table(auto_pipeline, name) for name in pipelines if name is not None}
-    for module, classes in ((diffusers.models, models), (diffusers.pipelines, pipelines.values())):
+    modular_names = find_table(modular_pipeline, "MODULAR_PIPELINE_MAPPING")
+    places = (
+        (diffusers.models, models),
+        (diffusers.pipelines, pipelines.values()),
+        (diffusers.modular_pipelines, modular),
+    )
+    for module, classes in places:
         for registered in classes:
             setattr(diffusers, registered.__name__, registered)
             setattr(module, registered.__name__, registered)
     loadable.setdefault(package, {"ModelMixin": ["save_pretrained", "from_pretrained"]})
     for name, table in tables.items():
         table[pipeline_name] = pipelines[name]
+    # Without a `modular_model_index.json`, diffusers finds the modular pipeline by the name of the classic one's table.
+    modular_names.setdefault(pipeline_name, lambda config_dict=None: modular[0].__name__)

@@ -11,12 +11,15 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoModel, AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.modular_pipelines import modular_pipeline
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 import diffusers_greedy_grow
 from diffusers_greedy_grow import (
+    GreedyGrowBlocks,
     GreedyGrowImg2ImgPipeline,
     GreedyGrowInpaintPipeline,
+    GreedyGrowModularPipeline,
     GreedyGrowPipeline,
     GrowableUNet2DConditionModel,
     ShallowUNet2DModel,
@@ -26,6 +29,7 @@ from diffusers_greedy_grow import (
 from .testing_utils import make_core, make_grown, make_pipeline
 
 
+MODULAR = (GreedyGrowModularPipeline, GreedyGrowBlocks)
 MODELS = (ShallowUNet2DModel, GrowableUNet2DConditionModel)
 PIPELINES = {
     "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": GreedyGrowPipeline,
@@ -76,9 +80,14 @@ def test_the_index_names_the_package_only(tmp_path):
 
 
 def test_registering_twice_changes_nothing():
-    tables = (pipeline_loading_utils.LOADABLE_CLASSES, *(getattr(auto_pipeline, name) for name in PIPELINES))
+    modular_names = modular_pipeline.MODULAR_PIPELINE_MAPPING
+    tables = (
+        pipeline_loading_utils.LOADABLE_CLASSES,
+        modular_names,
+        *(getattr(auto_pipeline, name) for name in PIPELINES),
+    )
     before = [dict(table) for table in tables]
-    registration.register(diffusers_greedy_grow.__name__, MODELS, PIPELINES, "greedy-grow")
+    registration.register(diffusers_greedy_grow.__name__, MODELS, PIPELINES, MODULAR, "greedy-grow")
     assert [dict(table) for table in tables] == before
 
 
@@ -101,7 +110,7 @@ def test_a_version_of_diffusers_without_the_tables(monkeypatch):
     with pytest.raises(
         ImportError, match='has no table `.*AUTO_TEXT2IMAGE_PIPELINES_MAPPING`.*pip install "diffusers>='
     ):
-        registration.register(diffusers_greedy_grow.__name__, MODELS, PIPELINES, "greedy-grow")
+        registration.register(diffusers_greedy_grow.__name__, MODELS, PIPELINES, MODULAR, "greedy-grow")
 
 
 def test_importing_the_plugin_registers_it():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from .denoising import Sampling
@@ -181,3 +182,9 @@ def resize_tensors(images: list[Any], height: int, width: int) -> list[Any]:
 def repeat_images(images: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return given images or masks `(N, C, H, W)`, one for all prompts or one per prompt, as one per image that is drawn."""
     return images.to(sampling.device, torch.float32).repeat_interleave(sampling.batch_size // len(images), dim=0)
+
+
+def prepare_images(processor: VaeImageProcessor, images: list[Any], sampling: Sampling) -> torch.Tensor:
+    """Return listed images as `(B, C, height, width)` in [-1, 1]: in the size that is drawn, one per image that is drawn."""
+    size = sampling.height, sampling.width
+    return repeat_images(processor.preprocess(resize_tensors(images, *size), *size), sampling)

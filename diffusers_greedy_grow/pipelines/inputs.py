@@ -220,18 +220,21 @@ class InputsMixin(DenoisingMixin):
             masks = prompt_attention_mask, negative_prompt_attention_mask
             self.check_prompt_embeds(prompt_embeds, negative_prompt_embeds, *masks)
             return prompt_embeds.shape[0]
+        encoded = (negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask)
+        if any(tensor is not None for tensor in encoded):
+            raise ValueError(
+                "`negative_prompt_embeds` and masks go with `prompt_embeds`: with `prompt`, pass `negative_prompt`."
+            )
+        return self.check_texts(prompt, negative_prompt)
 
+    def check_texts(self, prompt, negative_prompt) -> int:
+        """Return the number of prompts. Raise a `ValueError` if these are not texts, or there is no text encoder for them."""
         if not isinstance(prompt, str) and not (
             isinstance(prompt, list) and prompt and all(isinstance(text, str) for text in prompt)
         ):
             raise ValueError(f"`prompt` must be a string or a list of strings but is {prompt!r}.")
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("`prompt` needs a `text_encoder` and a `tokenizer`; without them pass `prompt_embeds`.")
-        encoded = (negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask)
-        if any(tensor is not None for tensor in encoded):
-            raise ValueError(
-                "`negative_prompt_embeds` and masks go with `prompt_embeds`: with `prompt`, pass `negative_prompt`."
-            )
         batch_size = 1 if isinstance(prompt, str) else len(prompt)
         negative_prompt = negative_prompt or ""
         negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt

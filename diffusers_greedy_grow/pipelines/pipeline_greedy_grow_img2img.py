@@ -11,7 +11,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import replace_example_docstring
 
-from .images import count_prompts, list_images, repeat_images, resize_tensors
+from .images import count_prompts, list_images, prepare_images
 from .pipeline_greedy_grow import GreedyGrowPipeline
 from .pipeline_output import GreedyGrowPipelineOutput
 
@@ -120,7 +120,5 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
             guidance_resolution=guidance_resolution,
             core_first=core_first,
         )
-        size = sampling.height, sampling.width
-        clean = self.image_processor.preprocess(resize_tensors(images, *size), *size)
-        state = self.prepare_latents(sampling, latents, repeat_images(clean, sampling))
+        state = self.prepare_latents(sampling, latents, prepare_images(self.image_processor, images, sampling))
         return self.finish(sampling, self.denoise(sampling, state), output_type, return_dict)

@@ -12,11 +12,15 @@ from diffusers.image_processor import InpaintProcessor, PipelineImageInput
 from diffusers.utils import replace_example_docstring
 from PIL import Image
 
+from .denoising import DenoisingMixin, Keep, Sampling
 from .images import count_prompts, list_images, list_masks, repeat_images, resize_tensors
 from .pipeline_greedy_grow import GreedyGrowPipeline
 from .pipeline_output import GreedyGrowPipelineOutput
 from .schedules import INTEGER
 
+
+# The configuration of the processor of images and masks: there is no VAE, and gray in a mask means a mixture.
+PROCESSOR = {"vae_scale_factor": 1, "mask_do_binarize": False}
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -112,12 +116,16 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
         Raises:
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
         """
-        images = list_images("image", image, count_prompts(prompt, prompt_embeds))
-        masks = list_masks("mask_image", mask_image, images)
-        if padding_mask_crop is not None:
-            check_crop(padding_mask_crop, images, masks, output_type)
-        if jump_length is not None:
-            check_jumps(jump_length, jump_n_sample, core_first)
+        images, masks = list_inpainting(
+            image,
+            mask_image,
+            count_prompts(prompt, prompt_embeds),
+            padding_mask_crop,
+            jump_length,
+            jump_n_sample,
+            core_first,
+            output_type,
+        )
         sampling = self.prepare(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -142,29 +150,80 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             guidance_resolution=guidance_resolution,
             core_first=core_first,
         )
-        processor = InpaintProcessor(vae_scale_factor=1, mask_do_binarize=False)
-        size = sampling.height, sampling.width
-        given: tuple[Any, Any] = resize_tensors(images, *size), resize_tensors(masks, *size)
-        if padding_mask_crop is not None:
-            given = images[0], masks[0]
-        clean, mask, overlay = processor.preprocess(*given, *size, padding_mask_crop)
-        clean, mask = repeat_images(clean, sampling), repeat_images(mask, sampling)
-        noise = self.prepare_latents(sampling, latents)
-
-        def keep(state: torch.Tensor, index: int) -> torch.Tensor:
-            if padding_mask_crop is not None and index == len(sampling.timesteps) - 1:
-                return state  # the overlay mixes the image with the given one, at the given one's resolution
-            sigma = sampling.scheduler.sigmas[index + 1].to(state.device)
-            kept = self.add_noise_to_image(sampling, clean, noise, sigma, sampling.num_stages[index])
-            return torch.lerp(kept, state, mask)
-
-        visits = None
-        if jump_length is not None:
-            visits = list_visits(
-                sampling.first, len(sampling.timesteps), jump_length * sampling.scheduler.order, jump_n_sample
-            )
-        state = self.denoise(sampling, self.prepare_latents(sampling, noise, clean), keep=keep, visits=visits)
+        processor = InpaintProcessor(**PROCESSOR)
+        state, keep, visits, overlay = prepare_inpainting(
+            self, processor, sampling, images, masks, latents, padding_mask_crop, jump_length, jump_n_sample
+        )
+        state = self.denoise(sampling, state, keep=keep, visits=visits)
         return self.finish(sampling, state, output_type, return_dict, processor, **overlay)
+
+
+def list_inpainting(
+    image: Any,
+    mask_image: Any,
+    batch_size: int,
+    padding_mask_crop: int | None,
+    jump_length: int | None,
+    jump_n_sample: int,
+    core_first: float | str | None,
+    output_type: str,
+) -> tuple[list[Any], list[Any]]:
+    """
+    Return the images and the masks, see [`list_images`] and [`list_masks`], of `batch_size` prompts. The other arguments are
+    those of [`GreedyGrowInpaintPipeline.__call__`].
+
+    Raises:
+        `ValueError`: if they do not fit.
+    """
+    images = list_images("image", image, batch_size)
+    masks = list_masks("mask_image", mask_image, images)
+    if padding_mask_crop is not None:
+        check_crop(padding_mask_crop, images, masks, output_type)
+    if jump_length is not None:
+        check_jumps(jump_length, jump_n_sample, core_first)
+    return images, masks
+
+
+def prepare_inpainting(
+    pipeline: DenoisingMixin,
+    processor: InpaintProcessor,
+    sampling: Sampling,
+    images: list[Any],
+    masks: list[Any],
+    latents: torch.Tensor | None,
+    padding_mask_crop: int | None,
+    jump_length: int | None,
+    jump_n_sample: int,
+) -> tuple[torch.Tensor, Keep, list[int] | None, dict[str, Any]]:
+    """
+    Prepare inpainting with a pipeline. The images and masks are those of [`list_inpainting`], and the other arguments those of
+    [`GreedyGrowInpaintPipeline.__call__`].
+
+    Returns:
+        The state to begin with, `(B, C, height, width)`; `keep` and `visits` for [`~DenoisingMixin.denoise`]; and the arguments
+        of the processor's `postprocess`, which put a crop back into its image.
+    """
+    size = sampling.height, sampling.width
+    given: tuple[Any, Any] = resize_tensors(images, *size), resize_tensors(masks, *size)
+    if padding_mask_crop is not None:
+        given = images[0], masks[0]
+    clean, mask, overlay = processor.preprocess(*given, *size, padding_mask_crop)
+    clean, mask = repeat_images(clean, sampling), repeat_images(mask, sampling)  # type: ignore[arg-type]
+    noise = pipeline.prepare_latents(sampling, latents)
+
+    def keep(state: torch.Tensor, index: int) -> torch.Tensor:
+        if padding_mask_crop is not None and index == len(sampling.timesteps) - 1:
+            return state  # the overlay mixes the image with the given one, at the given one's resolution
+        sigma = sampling.scheduler.sigmas[index + 1].to(state.device)
+        kept = pipeline.add_noise_to_image(sampling, clean, noise, sigma, sampling.num_stages[index])
+        return torch.lerp(kept, state, mask)
+
+    visits = None
+    if jump_length is not None:
+        visits = list_visits(
+            sampling.first, len(sampling.timesteps), jump_length * sampling.scheduler.order, jump_n_sample
+        )
+    return pipeline.prepare_latents(sampling, noise, clean), keep, visits, overlay
 
 
 def check_crop(padding: Any, images: list[Any], masks: list[Any], output_type: str) -> None:
