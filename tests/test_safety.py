@@ -171,3 +171,27 @@ def test_importing_uses_no_network_and_our_sources_run_no_remote_code(tmp_path):
         ), path
     code = "import socket; socket.socket.connect = None; import diffusers_greedy_grow"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("subfolder", [None, "unet"])
+def test_another_model_is_not_loaded_with_random_weights(subfolder, tmp_path):
+    grown, core = make_grown(), make_core()
+    for model, other in ((grown, ShallowUNet2DModel), (core, GrowableUNet2DConditionModel)):
+        folder = tmp_path / type(model).__name__
+        (model if subfolder is None else make_pipeline(model)).save_pretrained(folder)
+        with pytest.raises(
+            ValueError, match=f"is that of a {type(model).__name__}, not of a {other.__name__}: load it by"
+        ):
+            other.from_pretrained(folder, subfolder=subfolder)
+    with pytest.raises(ValueError, match="is that of a UNet2DModel"):
+        ShallowUNet2DModel.from_config({"_class_name": "UNet2DModel", "sample_size": 8})
+
+
+def test_a_subclass_loads_what_its_base_has_saved(tmp_path):
+    class Mine(ShallowUNet2DModel):
+        pass
+
+    make_core().save_pretrained(tmp_path / "base")
+    mine = Mine.from_pretrained(tmp_path / "base")
+    mine.save_pretrained(tmp_path / "mine")
+    assert isinstance(ShallowUNet2DModel.from_pretrained(tmp_path / "mine"), ShallowUNet2DModel)

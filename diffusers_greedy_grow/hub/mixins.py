@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
@@ -62,8 +63,14 @@ class HubMixin:
 
         Raises:
             `TypeError`: if a model's `from_pretrained` got arguments that it does not know, which diffusers ignores.
-            `ValueError`: if the configuration has entries that the class does not know, or a malformed lineage.
+            `ValueError`: if the configuration is that of another model, has entries that the class does not know, or a malformed
+                lineage.
         """
+        saved = config_dict.get("_class_name")
+        # diffusers would keep what both classes know, and give the rest random weights. A subclass of the user's may differ.
+        is_other = hasattr(diffusers, str(saved)) and saved not in [base.__name__ for base in cls.__mro__]
+        if issubclass(cls, ModelMixin) and is_other:
+            raise ValueError(f"The configuration is that of a {saved}, not of a {cls.__name__}: load it by `{saved}`.")
         init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)  # type: ignore[misc]
         if issubclass(cls, ModelMixin) and (unknown := sorted(unused.keys() & kwargs.keys())):
             raise TypeError(f"{unknown} are not arguments of `{cls.__name__}.from_pretrained`. Are they misspelled?")

@@ -175,7 +175,7 @@ def test_the_defaults_are_those_of_the_classic_pipelines():
         "inpainting": GreedyGrowInpaintPipeline,
     }
     # What modular pipelines have otherwise, and what the text encoder step passes on.
-    elsewhere = {"self", "return_dict", "guider", *TEXT_NAMES}
+    elsewhere = {"self", "return_dict", "guider", "output_levels", *TEXT_NAMES}
     for workflow, pipeline_class in classes.items():
         ours = {one.name: one.default for one in GreedyGrowBlocks().get_workflow(workflow).inputs}
         parameters = inspect.signature(pipeline_class.__call__).parameters
