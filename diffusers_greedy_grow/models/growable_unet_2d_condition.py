@@ -177,7 +177,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
     section 4). Create one by [`~GrowableUNet2DConditionModel.from_core`]; loading uses the constructor.
 
     With `init="preserve"`, a stage around an inner model computes the following, with the pooling `P`, the smooth upsampling
-    `S` and the scale `n` of [`flow`](flow.py):
+    `S` and the scale `n` of `flow.py`:
 
         x_in   = P x / n(sigma)                     # a state of the inner model's own process, at sigma_in
         x0_in  = inner(x_in, sigma_in)              # its own prediction of the clean image
@@ -200,9 +200,10 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
             The number of residual blocks per entry, for each stage.
         init (`str`, defaults to `"preserve"`):
             `"preserve"` or `"random"`: how the first stage was grown. Later stages always preserve.
-        in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio,
-        cross_attention_dim, dropout, crop_conditioning:
+        in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio:
             The core's configuration; see [`ShallowUNet2DModel`].
+        cross_attention_dim, dropout, crop_conditioning:
+            The same.
         core_config (`dict`, *optional*), core_process (`dict`, *optional*):
             A core of another class: the name of the class, one of diffusers', with its configuration, and the process that it
             was trained on. With them, the core's configuration above says what the stages need to know of that core, and
@@ -570,7 +571,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
 
         Raises:
             `ValueError`: if text, sides, `num_stages`, `level` or `core_output` do not fit, or if the core is asked for an image of
-            its own although the model was grown with `init="random"`.
+                its own although the model was grown with `init="random"`.
         """
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0])
         sigma = timestep / 1000

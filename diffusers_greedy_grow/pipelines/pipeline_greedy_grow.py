@@ -86,7 +86,7 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
 
     Raises:
         `ValueError`: if the scheduler does not do flow matching or its settings do not fit, if the text encoder's width is
-        not the model's `cross_attention_dim`, if a variance is not positive, or if the prompt format is unknown.
+            not the model's `cross_attention_dim`, if a variance is not positive, or if the prompt format is unknown.
     """
 
     model_cpu_offload_seq = "text_encoder->unet"

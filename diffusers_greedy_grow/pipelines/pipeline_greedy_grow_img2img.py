@@ -66,7 +66,7 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
         core_first: float | str | None = None,
     ) -> GreedyGrowPipelineOutput | tuple:
         r"""
-        Change images to fit prompts.
+        Change images to fit prompts. Arguments that are not described here are those of [`GreedyGrowPipeline.__call__`].
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
@@ -81,11 +81,6 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
                 The noise that the image gets, standard normal.
             guidance_stop (`float`, defaults to 0.8):
                 The share of all `num_inference_steps` after which guidance ends, those that `strength` leaves out included.
-            negative_prompt, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, prompt_embeds,
-            negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask, output_type, return_dict,
-            callback_on_step_end, callback_on_step_end_tensor_inputs, cross_attention_kwargs, guider, guidance_resolution,
-            core_first:
-                See [`GreedyGrowPipeline.__call__`].
 
         Examples:
 

@@ -77,7 +77,7 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
         core_first: float | str | None = None,
     ) -> GreedyGrowPipelineOutput | tuple:
         r"""
-        Draw parts of images again.
+        Draw parts of images again. Arguments that are not described here are those of [`GreedyGrowPipeline.__call__`].
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
@@ -102,11 +102,6 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
                 The noise to begin with, standard normal. What is kept has it, too.
             guidance_stop (`float`, defaults to 0.8):
                 The share of all `num_inference_steps` after which guidance ends, those that `strength` leaves out included.
-            negative_prompt, height, width, num_inference_steps, guidance_scale, num_images_per_prompt, generator, prompt_embeds,
-            negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask, output_type, return_dict,
-            callback_on_step_end, callback_on_step_end_tensor_inputs, cross_attention_kwargs, guider, guidance_resolution,
-            core_first:
-                See [`GreedyGrowPipeline.__call__`].
 
         Examples:
 

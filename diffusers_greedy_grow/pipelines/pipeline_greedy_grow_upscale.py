@@ -67,7 +67,7 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         guider: BaseGuidance | None = None,
     ) -> GreedyGrowPipelineOutput | tuple:
         r"""
-        Draw the detail of images.
+        Draw the detail of images. Arguments that are not described here are those of [`GreedyGrowPipeline.__call__`].
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
@@ -90,10 +90,6 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
                 not depend on the image's size. It has no effect on smaller images.
             guidance_scale (`float`, defaults to 1.0):
                 The scale of classifier-free guidance, see [`GreedyGrowPipeline.__call__`].
-            negative_prompt, num_inference_steps, num_images_per_prompt, generator, latents, prompt_embeds,
-            negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask, output_type, return_dict,
-            callback_on_step_end, callback_on_step_end_tensor_inputs, cross_attention_kwargs, guidance_stop, guider:
-                See [`GreedyGrowPipeline.__call__`].
 
         Examples:
 
