@@ -1,4 +1,5 @@
-# Everything from a fresh clone: `make demo` grows a model, `make test` runs all tests, `make test-fast` leaves out the slow ones.
+# Everything from a fresh clone: `make demo` grows a model, `make test` runs all tests, `make test-fast` leaves out the slow ones,
+# `make docs` builds the site.
 # More arguments: make demo ARGS="--overwrite_output_dir --seed 1"; make test-fast ARGS=tests/models.
 # Each target sets up .venv first. With an environment of your own, run the commands below directly.
 
@@ -12,7 +13,7 @@ PRECISION := $(shell ! command -v nvidia-smi > /dev/null && grep -qsE 'amx_bf16|
 # One thread per process: the models of the tests are tiny. A file stays in one process, where its fixtures are built once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +38,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in output-docs/. MkDocs 2, of which Material warns, is not allowed by its pins.
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv output

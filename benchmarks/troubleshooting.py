@@ -23,6 +23,7 @@ from benchmarks.tables import ROOT
 from benchmarks.tasks import to_pil
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.samples import draw_grid
+from diffusers_greedy_grow.training.setup import has_native_bfloat16
 
 
 COUNT, GUIDANCE_SCALE = 6, 3.0
@@ -33,9 +34,10 @@ def train(args: argparse.Namespace, name: str, *flags: str) -> Path:
     """Train by grow.py into a folder of that name, and return it."""
     folder = Path(args.work_dir) / name
     command = [sys.executable, str(ROOT / "training_examples" / "grow.py"), "--output_dir", str(folder), *flags]
+    precision = ["--mixed_precision", "bf16", "--attention_backend", "_native_math"] if has_native_bfloat16() else []
     shared = ["--train_data_dir", args.data, "--block_out_channels", CHANNELS, "--num_scored_images", "0"]
     if not (folder / "samples.png").exists():
-        subprocess.run([*command, *shared], check=True)
+        subprocess.run([*command, *shared, *precision], check=True)
     return folder
 
 

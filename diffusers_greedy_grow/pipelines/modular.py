@@ -54,7 +54,7 @@ class GreedyGrowModularPipeline(InputsMixin, ModularPipeline, GreedyGrowLoraLoad
 
         >>> pipe = ModularPipeline.from_pretrained("output/grown-64")
         >>> pipe.load_components()
-        >>> pipe("a large red striped circle on a white background", output="images")[0].save("circle.png")
+        >>> pipe(prompt="a large red striped circle on a white background", output="images")[0].save("circle.png")
 
         >>> blocks = pipe.blocks  # remove, replace or insert blocks
         >>> text_encoder = blocks.sub_blocks.pop("text_encoder").init_pipeline("output/grown-64")
