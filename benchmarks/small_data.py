@@ -6,7 +6,7 @@
 What protects a small data set? Cores that train on 1,000 of somebody's images, and are measured on 1,000 others.
 
     python -m benchmarks.small_data --train_data_dir data/stickers --text_encoder FOLDER_OR_REPO --max_sequence_length 24
-    python -m benchmarks.small_data --report --train_data_dir data/stickers
+    python -m benchmarks.small_data --report --results_dir benchmarks/results/stickers
 """
 
 import argparse
@@ -125,7 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_queue_arguments(parser)
     parser.add_argument("--steps", type=int, default=1500)
     args = parser.parse_args(argv)
-    if not args.train_data_dir:
+    if not args.train_data_dir and not args.report:
         parser.error("--train_data_dir: name a folder with train.parquet.")
     return args
 
