@@ -22,8 +22,9 @@ from .testing_utils import draw_one, make_core, make_grown, make_pipeline
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "training_examples/README.md", "CONTRIBUTING.md")
-README, TRAINING_README, _ = ((ROOT / page).read_text() for page in PAGES)
+DOCS = tuple(f"docs/{page.name}" for page in sorted(ROOT.glob("docs/*.md")))
+PAGES = ("README.md", "training_examples/README.md", "CONTRIBUTING.md", *DOCS)
+README, TRAINING_README = ((ROOT / page).read_text() for page in PAGES[:2])
 
 
 def code_of(text: str, title: str) -> list[str]:
@@ -57,7 +58,7 @@ def published(hub, tmp_path, monkeypatch):
 
 
 def test_readme_code(published):
-    titles = ("Quickstart", "Grow and publish", "Start from an image", "Sample fast")
+    titles = ("Quickstart", "Grow and publish", "Other tasks and sizes", "Sample fast")
     quickstart, grow, tasks, fast = (code_of(README, title) for title in titles)
     assert len(quickstart) == len(grow) == len(tasks) == len(fast) == 1
     run(quickstart + grow + tasks + fast)
@@ -99,15 +100,21 @@ def test_flags_of_commands_exist(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     grow = {field.name for part in (DataArguments, ModelArguments, TrainingArguments) for field in fields(part)}
     known = {"grow": grow, "train_lora": {field.name for field in fields(LoraArguments)}}
-    for script, arguments in re.findall(r"training_examples/(grow|train_lora)\.py(.*)", text):
+    commands = re.findall(r"^ {4,}.*training_examples/(grow|train_lora)\.py(.*)", text, re.MULTILINE)
+    commands += [
+        ("grow", arguments) for arguments in re.findall(r"^    greedy-grow (?:train|plan) (.*)", text, re.MULTILINE)
+    ]
+    for script, arguments in commands:
         assert not set(re.findall(r"--(\w+)", arguments.split("#")[0])) - known[script] - {"config"}
     # Those with underscores and a sentence around them, other than accelerate's.
     accelerate = {"num_processes", "num_cpu_threads_per_process", "config_file", "machine_rank", "main_process_ip"}
     accelerate |= {"main_process_port", "dynamo_backend", "dynamo_use_regional_compilation"}
-    stickers = set(
-        re.findall(r'"--(\w+)"', (ROOT / "training_examples" / "data" / "stickers.py").read_text(encoding="utf-8"))
-    )
-    assert not set(re.findall(r"--(\w+_\w+)", text)) - known["grow"] - known["train_lora"] - stickers - accelerate
+    others = {
+        flag
+        for file in ("training_examples/data/stickers.py", "greedy_grow/main.py")
+        for flag in re.findall(r'"--(\w+)"', (ROOT / file).read_text(encoding="utf-8"))
+    }
+    assert not set(re.findall(r"--(\w+_\w+)", text)) - known["grow"] - known["train_lora"] - others - accelerate
 
 
 def test_what_shapes_other_than_squares_need_is_said_where_sizes_are_chosen():

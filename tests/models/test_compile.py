@@ -38,6 +38,34 @@ def test_torch_compile_recompilation_and_graph_break(kind):
             torch.testing.assert_close(compiled(**inputs).sample, expected, atol=1e-4, rtol=1e-3)
 
 
+def negative(inputs: dict) -> dict:
+    """Text to steer away from, and guidance at the core."""
+    texts = {f"negative_{name}": value for name, value in inputs.items() if name.startswith("encoder_")}
+    return {**texts, "guide": lambda pred, negative_pred: negative_pred + 3 * (pred - negative_pred)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sampling", "guided", "cached", "detail", "joint", "checkpointing"])
+def test_the_whole_model_is_one_graph_without_breaks(phase):
+    """Each break costs a GPU a return to Python, and forbids `fullgraph=True`, CUDA graphs and export."""
+    model, inputs = make_grown(block_out_channels=(8,)), make_inputs(height=32, width=32)
+    is_training = phase in ("detail", "joint", "checkpointing")
+    if is_training:
+        model.train()
+        model.freeze_core() if phase == "detail" else model.unfreeze_core()
+    if phase == "checkpointing":
+        model.enable_gradient_checkpointing()
+    if phase == "guided":
+        inputs |= negative(inputs)
+    if phase == "cached":
+        inputs["text_cache"] = TextCache()
+        with torch.no_grad():
+            model(**inputs)
+    with torch.set_grad_enabled(is_training):
+        explained = torch._dynamo.explain(lambda: model(**inputs).pred_original_sample)()
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
 @torch.no_grad()
 @pytest.mark.slow
 def test_torch_compile_repeated_blocks(core):
