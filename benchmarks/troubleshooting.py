@@ -61,11 +61,11 @@ def collect(args: argparse.Namespace, captions: list[str]) -> dict[str, list[Ima
     core = ["--core_steps", str(args.steps), "--patch_size", "2", "--hidden_size", "128", "--num_layers", "6"]
     heads = ["--num_attention_heads", "2"]
     folder = train(args, "short-core", *resolutions, *core, *heads, *stage)
-    rows["core too short"] = draw(GreedyGrowPipeline.from_pretrained(folder / f"grown-{size}-detail"), captions)
+    rows["core too short"] = draw(GreedyGrowPipeline.from_pretrained(folder / f"grown-{size}"), captions)
     levels = ["--core", args.core, "--logit_mean", "1.0"]
     folder = train(args, "core-levels", *resolutions, *levels, *stage)
     rows["stage at the core's noise levels"] = draw(
-        GreedyGrowPipeline.from_pretrained(folder / f"grown-{size}-detail"), captions
+        GreedyGrowPipeline.from_pretrained(folder / f"grown-{size}"), captions
     )
 
     rows["too much guidance"] = draw(good, captions, guidance_scale=20.0, guidance_stop=1.0)

@@ -195,3 +195,9 @@ def test_a_subclass_loads_what_its_base_has_saved(tmp_path):
     mine = Mine.from_pretrained(tmp_path / "base")
     mine.save_pretrained(tmp_path / "mine")
     assert isinstance(ShallowUNet2DModel.from_pretrained(tmp_path / "mine"), ShallowUNet2DModel)
+
+
+@pytest.mark.parametrize("loader", [GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel])
+def test_a_path_of_a_folder_that_does_not_exist(loader, tmp_path):
+    with pytest.raises((OSError, ValueError), match="no-such-folder"):
+        loader.from_pretrained(tmp_path / "no-such-folder")

@@ -52,7 +52,8 @@ class HubMixin:
             fetching.setdefault("cache_dir", found[1])  # the cache that diffusers has loaded the pipeline into
         outer = FETCHING.set({**(FETCHING.get() or {}), **fetching})
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+            # As text: diffusers takes a path of a folder that does not exist for a repository's name.
+            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)  # type: ignore[misc]
         finally:
             FETCHING.reset(outer)
 
