@@ -56,7 +56,7 @@ from diffusers_greedy_grow.training.setup import has_native_bfloat16
 
 
 NUM_INFERENCE_STEPS = 28
-EXAMPLES = 8
+EXAMPLES, STRENGTH = 8, 0.5
 # Of images that are upscaled by 4 in tiles of 128 px
 SIDES = (128, 256, 512)
 # Guidance scales of the stage's frequency bands and of the core's
@@ -293,7 +293,7 @@ def measure(args: argparse.Namespace) -> None:
         GreedyGrowImg2ImgPipeline.from_pipe(pipeline),
         split(captions[:EXAMPLES], other),
         bfloat16,
-        strength=0.9,
+        strength=STRENGTH,
         guidance_scale=GUIDANCE_SCALE,
     )
     draw_examples(captions, {"image": real, **enlarged}, results / "tasks_upscaling.png")
