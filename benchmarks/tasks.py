@@ -305,7 +305,7 @@ def measure(args: argparse.Namespace) -> None:
         "its image": other,
         "image to image": changed,
         "its mask": inpainted["masked"],
-        "inpainting": inpainted["without"],
+        "inpainting": inpainted["jump_length=4, jump_n_sample=3"],
         "its small image": enlarged["small"],
         "upscaling": enlarged["grown model"],
     }
