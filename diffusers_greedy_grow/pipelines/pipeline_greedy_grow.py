@@ -256,7 +256,10 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
             commit_message=commit_message,
         )
         if detail_variance is not None and not is_positive(detail_variance):
-            raise ValueError(f"`detail_variance={detail_variance}` must be positive: a variance of images in [-1, 1].")
+            raise ValueError(
+                f"`detail_variance={detail_variance!r}` must be positive, a variance of images in [-1, 1]: leave it out for images "
+                "without detail."
+            )
         stage = {"block_out_channels": block_out_channels, "layers_per_block": layers_per_block, "init": init}
         if isinstance(core, (str, Path)):
             kwargs |= {"token": token, "revision": revision}

@@ -39,6 +39,8 @@ logger = get_logger(__name__)
 SMALL_TEXT_HIDDEN_SIZE = 128
 # The small text encoder's tokenizer is trained on this many captions at most.
 TOKENIZER_CAPTIONS = 100_000
+# Detail of less variance than this, of values in [-1, 1], is less than what rounding to eight bits adds.
+NO_DETAIL = 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,11 +293,26 @@ def grow_pipeline(
     return GreedyGrowPipeline.from_core(core, phase.resolution, detail_variance=variance, revision=revision, **stage)
 
 
-def measure_detail(images: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float:
-    """Return the mean [`detail_variance`] of the first `count` images at `resolution`."""
+def measure_detail(images: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float | None:
+    """
+    Return the mean [`detail_variance`] of the first `count` images at `resolution`, or None if they have no detail: a pipeline
+    without a variance can do all but `core_first="auto"`.
+    """
     images = images.at(resolution)
     variances = [
         detail_variance(normalize(images[i]["pixel_values"].unsqueeze(0)), factor)
         for i in range(min(count, len(images)))
     ]
-    return sum(variances) / len(variances)
+    mean = sum(variances) / len(variances)
+    return mean if mean > NO_DETAIL else None
+
+
+def warn_of_missing_detail(images: CaptionedImages, resolutions: list[int]) -> None:
+    """Warn before anything trains if the first images look the same at two of the `resolutions` of a run."""
+    count = min(16, len(images))
+    for smaller, larger in zip(resolutions, resolutions[1:]):
+        if measure_detail(images, larger, larger // smaller, count) is None:
+            logger.warning(
+                f"The first {count} images have no detail at {larger} px that they lack at {smaller} px: they are of one color, or were "
+                "enlarged by repeating pixels. If all are like that, a stage has nothing to learn: train at a lower resolution."
+            )
