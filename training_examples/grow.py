@@ -229,9 +229,10 @@ def announce_caching(plans: list[PhasePlan], args: TrainingArguments, data: Trai
     assert isinstance(data.high_res, CaptionedImages)
     count = len(data.high_res)
     for plan in plans:
-        if plan.prediction_bytes:
-            logger.info(format_caching(plan, args.cache_core_predictions, count))
-    check_space(find_predictions_folder(args), count * sum(plan.prediction_bytes for plan in plans))
+        if plan.num_draws:
+            logger.info(format_caching(plan, count))
+    needed = sum(plan.count_predictions(count) * plan.prediction_bytes for plan in plans)
+    check_space(find_predictions_folder(args), needed)
 
 
 def start_pipeline(
@@ -368,6 +369,7 @@ def make_objective(
         pipeline,
         images,
         objective,
+        session.run.images_per_step(phase),
         find_predictions_folder(args),
         session.run.fingerprint,
         session.data_args.dataloader_num_workers,

@@ -84,7 +84,7 @@ def make_objective(
 def cache(pipeline, images, folder: Path, interrupt: Interrupt, **kwargs) -> tuple[CachedObjective, CorePredictions]:
     objective = make_objective(pipeline, **kwargs)
     fingerprint = take_fingerprint(images)
-    return objective, cache_core_predictions(pipeline, images, objective, folder, fingerprint, 0, interrupt)
+    return objective, cache_core_predictions(pipeline, images, objective, 4, folder, fingerprint, 0, interrupt)
 
 
 def load(predictions: CorePredictions, num_steps: int, seed: int = 7) -> list[dict]:
@@ -164,6 +164,19 @@ def test_the_draws(pipeline, interrupt, tmp_path):
     expected = sample_sigma(4000, 2.0, 0.0, 1.0, torch.Generator().manual_seed(0))
     assert abs(sigma.mean() - expected.mean()) < 0.03 and abs(sigma.std() - expected.std()) < 0.03
     assert 0.4 < np.mean(dropped) < 0.6
+
+
+@pytest.mark.parametrize("buckets", [None, [(32, 32), (16, 64)]])
+def test_draws_that_no_step_reads_are_not_computed(buckets, pipeline, interrupt, tmp_path):
+    calls = count_calls(pipeline.unet.core)
+    phase = replace(PHASE, steps=2)  # eight visits of six images
+    _, predictions = cache(pipeline, make_images(buckets=buckets), tmp_path, interrupt, num_draws=20, phase=phase)
+    batches = load(predictions, num_steps=2)
+    visits = {pair for batch in batches for pair in zip(batch["index"].tolist(), batch["draw"].tolist())}
+    assert sum(calls) == len(visits) == 8 and {number for _, number in visits} == {0, 1}
+    # A longer phase reads more.
+    _, predictions = cache(pipeline, make_images(buckets=buckets), tmp_path, interrupt, num_draws=20)
+    assert len(load(predictions, num_steps=5)) == 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
