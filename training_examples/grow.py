@@ -251,7 +251,8 @@ def start_pipeline(
                 return grow_pipeline(
                     model_args.core, run.phases[0], model_args, data.measured, seed, model_args.core_revision
                 )
-            return load_pipeline(model_args.core, model_args.core_revision, dropout=model_args.core_dropout)
+            given = model_args.core, model_args.core_revision, model_args.variant
+            return load_pipeline(*given, dropout=model_args.core_dropout)
         return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
     if not start.exists():

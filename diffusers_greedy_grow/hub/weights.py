@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether the weights of a model are there, and as they were loaded: what saving and growing read would otherwise be something else."""
+"""Whether the weights of a model are where they are looked for, and as they were loaded."""
 
 import torch.nn as nn
 
@@ -41,3 +41,10 @@ def refuse_offloaded(name: str, model: nn.Module) -> None:
         raise ValueError(
             f"`{name}` cannot be saved: {cause}. Load it again without that, and save it before you offload it."
         )
+
+
+def hint_at_variant(error: Exception) -> str:
+    """Return a sentence to add to an error of loading if a file is missing, since it may have another name."""
+    if "file named" not in str(error):
+        return ""
+    return " If the names of its files have a variant, as in diffusion_pytorch_model.fp16.safetensors, pass `variant`: fp16."

@@ -23,7 +23,7 @@ from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import HubMixin
 from ..hub.references import find_folder
-from ..hub.weights import find_change
+from ..hub.weights import find_change, hint_at_variant
 from .adapters import AdapterMixin
 from .blocks import (
     CROP_DIM,
@@ -897,7 +897,7 @@ def load_complete(model_class: type[ModelMixin], path: str | Path, commit: str |
         raise OSError(
             f"`core={str(path)!r}` cannot be loaded: {type(error).__name__}: {error} Unless that is about an argument "
             "of yours, its weights are missing, damaged or do not belong to its config.json: download or save it "
-            "again."
+            f"again.{hint_at_variant(error)}"
         ) from error
     # diffusers only warns about weights that a checkpoint lacks, and makes them random; a core must be complete.
     problems = {name: names for name, names in info.items() if names}

@@ -145,10 +145,12 @@ def get_text_hidden_size(model_args: ModelArguments) -> int:
 # Loaded and adopted
 
 
-def load_pipeline(folder: str | Path, revision: str | None = None, **config) -> GreedyGrowPipeline:
+def load_pipeline(
+    folder: str | Path, revision: str | None = None, variant: str | None = None, **config
+) -> GreedyGrowPipeline:
     """Load a pipeline to continue training from, with changes to its model's `config`. All weights of its model must be there."""
-    core = load_core(folder, subfolder="unet", revision=revision, **config)
-    return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
+    core = load_core(folder, subfolder="unet", revision=revision, variant=variant, **config)
+    return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision, variant=variant)
 
 
 def describe_core(model_args: ModelArguments) -> tuple[dict[str, Any], ForeignPipeline | None]:
@@ -278,7 +280,8 @@ def grow_pipeline(
     Args:
         core ([`GreedyGrowPipeline`] or `str`): The trained pipeline, or the folder or repository of one of diffusers.
         phase (`Phase`): The first phase of the new stage.
-        model_args (`ModelArguments`): For the stage's channels and layers, and the resolution of a pipeline of diffusers.
+        model_args (`ModelArguments`): For the stage's channels and layers, and the resolution and variant of a pipeline of
+            diffusers.
         images (`CaptionedImages`): The images whose high-frequency detail is measured, for `core_first="auto"`.
         seed (`int`): The run's seed.
         revision (`str`, *optional*): The branch, tag or commit of a repository.
@@ -289,8 +292,12 @@ def grow_pipeline(
     # The pipeline holds one variance per stage, or none.
     if isinstance(core, str) or len(inner_sizes) == 1 or core.config.detail_variances is not None:
         variance = measure_detail(images, phase.resolution, phase.resolution // inner_sizes[-1])
-    stage = stage_arguments(phase, model_args)
-    return GreedyGrowPipeline.from_core(core, phase.resolution, detail_variance=variance, revision=revision, **stage)
+    arguments = stage_arguments(phase, model_args)
+    if isinstance(core, str):
+        arguments["variant"] = model_args.variant
+    return GreedyGrowPipeline.from_core(
+        core, phase.resolution, detail_variance=variance, revision=revision, **arguments
+    )
 
 
 def measure_detail(images: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float | None:
