@@ -863,7 +863,7 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
         raise ValueError(
             f"`core={str(path)!r}` holds a {name}, without the process that it was trained on: load it by "
             f"`diffusers.{name}.from_pretrained`, and pass it with its `process`; or grow its pipeline by "
-            "`GreedyGrowPipeline.from_core`."
+            "`GreedyGrowPipeline.from_core`, from the folder or repository with its `model_index.json`."
         )
     if name not in classes:
         raise ValueError(

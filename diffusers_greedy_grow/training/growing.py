@@ -225,7 +225,8 @@ def adopt_core(model_args: ModelArguments, args: TrainingArguments) -> None:
         args.joint_steps = [0 if is_foreign else DEFAULT_JOINT_STEPS] * (len(model_args.resolutions) - 1)
         if not sum(args.detail_steps + args.joint_steps):
             raise ValueError(
-                f"There is nothing to train around `core={core!r}`: name `detail_steps` or `joint_steps`."
+                f"There is nothing to train around `core={core!r}`: name its resolution and a larger one as `resolutions`, and "
+                "`detail_steps` or `joint_steps`."
             )
 
 
