@@ -119,7 +119,7 @@ class HubMixin:
                 "adapters by `save_lora_weights`, then remove them by `unload_lora_weights()` (for a pipeline), or by "
                 "`save_lora_adapter` and `unload_lora()` (for a model). Fused adapters stay part of the weights."
             )
-        self.refuse_offloaded()
+        self.check_weights()
         saved = self if core == "copy" else self.refer(core, push_to_hub, Path(save_directory))
         arguments = {"safe_serialization": True, "variant": variant, "max_shard_size": max_shard_size, **kwargs}
         arguments = {name: value for name, value in arguments.items() if value is not None} | given.arguments
@@ -133,7 +133,7 @@ class HubMixin:
             repo_id = push.pop("repo_id", None) or Path(save_directory).resolve().name
             self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, core=core, **push)
 
-    def refuse_offloaded(self) -> None:
+    def check_weights(self) -> None:
         """Raise a `ValueError` if weights to save are not in memory."""
         parts = getattr(self, "components", {type(self).__name__: self})  # a pipeline's, or the model
         for name, part in parts.items():
@@ -219,7 +219,7 @@ class HubMixin:
             raise TypeError(f"{unknown} are not arguments of `push_to_hub`.")
         if samples is not None and not Path(samples).is_file():
             raise ValueError(f"`samples={str(samples)!r}` is not a file.")
-        self.refuse_offloaded()
+        self.check_weights()
         saved = self if core == "copy" else self.refer(core, is_published=True)
         push = Push(repo_id, commit_message, private, token, create_pr, revision)
         push.prepare()
