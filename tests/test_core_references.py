@@ -18,6 +18,7 @@ from diffusers import (
     TorchAoConfig,
     UNet2DModel,
 )
+from diffusers.hooks import apply_group_offloading
 from huggingface_hub import HfApi, hf_hub_download
 from peft import LoraConfig
 from safetensors import safe_open
@@ -264,6 +265,17 @@ def test_a_referred_core_in_eight_bits(tmp_path):
     assert torch.equal(referred(*inputs).sample, copied(*inputs).sample)
     eight = [name for name, p in referred.core.named_parameters() if type(p).__module__.startswith("torchao")]
     assert len(eight) > 4
+    with pytest.raises(
+        ValueError, match="compares the core with the files .* is quantized, by a `quantization_config`"
+    ):
+        referred.save_pretrained(tmp_path / "again", core="reference")
+    referred.save_pretrained(tmp_path / "again")
+    again = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(again(*inputs).sample, referred(*inputs).sample)
+    by_hand = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "reference")
+    torchao.quantize_(by_hand, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="compares the core with the files .* has weights of the type Int8Tensor"):
+        by_hand.save_pretrained(tmp_path / "by hand", core="reference")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -327,10 +339,49 @@ def test_the_core_is_not_overwritten(core_folder, tmp_path):
         with pytest.raises(ValueError, match="holds the core, which the saved stages would replace"):
             save(folder, core="reference")
     assert (folder / "unet" / WEIGHTS).read_bytes() == before
-    cast = grow(folder).unet
-    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    with pytest.raises(ValueError, match="weights in eight bits or on the disk"):
-        cast.save_pretrained(tmp_path / "cast", core="reference")
+
+
+def test_a_core_whose_weights_are_not_as_they_were(core_folder, tmp_path):
+    """Each error names the cause, and that the model must be loaded again without it."""
+    cpu = torch.device("cpu")
+
+    def cast(pipeline):
+        pipeline.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+    def offload(pipeline):
+        path = str(tmp_path / "disk")
+        pipeline.unet.enable_group_offload(cpu, offload_type="leaf_level", offload_to_disk_path=path)
+
+    def offload_the_stage(pipeline):
+        path = str(tmp_path / "disk of the stage")
+        apply_group_offloading(
+            pipeline.unet.stages[0], onload_device=cpu, offload_type="leaf_level", offload_to_disk_path=path
+        )
+
+    for change, message in (
+        (
+            cast,
+            "compares the core with the files .* weights in eight bits, by `enable_layerwise_casting`. Load the model without",
+        ),
+        (offload, "`unet` cannot be saved: its weights are on the disk, by group offloading .* Load it again without"),
+        (offload_the_stage, "`unet` cannot be saved: its weights are on the disk, by group offloading"),
+        (
+            lambda pipeline: pipeline.enable_sequential_cpu_offload(device="cpu"),
+            "`unet` cannot be saved: .* or the meta device",
+        ),
+    ):
+        grown = grow(core_folder)
+        change(grown)
+        with pytest.raises(ValueError, match=message):
+            grown.save_pretrained(tmp_path / "saved", core="reference")
+        with pytest.raises(ValueError, match=message):
+            grown.push_to_hub("owner/changed", core="reference")
+        assert not (tmp_path / "saved").exists()
+    # Other kinds of offloading leave the weights in memory.
+    grown = grow(core_folder)
+    grown.unet.enable_group_offload(cpu, offload_type="leaf_level")
+    grown.save_pretrained(tmp_path / "saved", core="reference")
+    assert same(GreedyGrowPipeline.from_pretrained(tmp_path / "saved").unet, grown.unet)
 
 
 def test_a_core_that_has_left_its_place(hub, core_folder, tmp_path):

@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffusers_greedy_grow"
 # From the bottom to the top. "" is the package's own `__init__`, which exports the models and the pipeline.
 LAYERS = ["version", "flow", "hub", "models", "pipelines", "registration", "", "training"]
-HUB_LAYERS = ["hub.lineage", "hub.references", "hub.upload", "hub.cards", "hub.publish", "hub.mixins"]
-HUB_FOR_MODELS = {"hub.lineage", "hub.references", "hub.mixins"}
+HUB_LAYERS = ["hub.lineage", "hub.weights", "hub.references", "hub.upload", "hub.cards", "hub.publish", "hub.mixins"]
+HUB_FOR_MODELS = {"hub.lineage", "hub.weights", "hub.references", "hub.mixins"}
 TRAINING_PARTS = ["training.shapes", "training.data", "training.text"]
 OUTSIDE = {"training_examples", "benchmarks", "tests"}
 

@@ -58,6 +58,7 @@ from diffusers_greedy_grow.training.growing import (
     get_core_resolution,
     grow_pipeline,
     load_pipeline,
+    warn_of_missing_detail,
 )
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.nearest import NearestImages
@@ -137,6 +138,7 @@ def train(
 
     # 3. The data
     data, broken = load_data(data_args, model_args, args, accelerator, checkpoint)
+    warn_of_missing_detail(data.measured, model_args.resolutions)
     run = Run(
         accelerator=accelerator,
         output_dir=output_dir,
@@ -227,9 +229,10 @@ def announce_caching(plans: list[PhasePlan], args: TrainingArguments, data: Trai
     assert isinstance(data.high_res, CaptionedImages)
     count = len(data.high_res)
     for plan in plans:
-        if plan.prediction_bytes:
-            logger.info(format_caching(plan, args.cache_core_predictions, count))
-    check_space(find_predictions_folder(args), count * sum(plan.prediction_bytes for plan in plans))
+        if plan.num_draws:
+            logger.info(format_caching(plan, count))
+    needed = sum(plan.count_predictions(count) * plan.prediction_bytes for plan in plans)
+    check_space(find_predictions_folder(args), needed)
 
 
 def start_pipeline(
@@ -248,7 +251,8 @@ def start_pipeline(
                 return grow_pipeline(
                     model_args.core, run.phases[0], model_args, data.measured, seed, model_args.core_revision
                 )
-            return load_pipeline(model_args.core, model_args.core_revision, dropout=model_args.core_dropout)
+            given = model_args.core, model_args.core_revision, model_args.variant
+            return load_pipeline(*given, dropout=model_args.core_dropout)
         return build_core_pipeline(model_args, data.core.all_captions, checkpoint)
     start = run.output_dir / run.phases[first - 1].name
     if not start.exists():
@@ -366,6 +370,7 @@ def make_objective(
         pipeline,
         images,
         objective,
+        session.run.images_per_step(phase),
         find_predictions_folder(args),
         session.run.fingerprint,
         session.data_args.dataloader_num_workers,

@@ -35,6 +35,7 @@ from accelerate.logging import get_logger
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.hub.cards import make_lora_card
 from diffusers_greedy_grow.hub.upload import check_license
+from diffusers_greedy_grow.hub.weights import hint_at_variant
 from diffusers_greedy_grow.training.adapters import (
     ADAPTER_FILE,
     add_adapter,
@@ -182,10 +183,13 @@ def load_frozen_pipeline(args: LoraArguments, accelerator: Accelerator) -> Greed
     name = f"`pretrained_model_name_or_path={args.pretrained_model_name_or_path!r}`"
     try:
         pipeline = GreedyGrowPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, revision=args.revision, dtype=compute_dtype(accelerator)
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            dtype=compute_dtype(accelerator),
         ).to(accelerator.device)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+        raise ValueError(f"{name} cannot be loaded: {error}{hint_at_variant(error)}") from error
     if pipeline.text_encoder is None:
         raise ValueError(
             f"{name} has no text encoder, but `train_lora.py` trains on captions: name a pipeline that has one."

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch.nn as nn
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
 
 from .publish import Push
 from .references import FETCH_ARGUMENTS, FETCHING, REFERENCE, lies_in
+from .weights import refuse_offloaded
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -97,8 +99,8 @@ class HubMixin:
         **kwargs: Any,
     ) -> None:
         """
-        Save as diffusers does, with three differences: weights are always safetensors, attached or fused adapters are refused,
-        and the index of older shards is removed.
+        Save as diffusers does, with four differences: weights are always safetensors, attached or fused adapters are refused,
+        weights that are not in memory are refused, and the index of older shards is removed.
 
         Args:
             core (`str`, defaults to `"copy"`):
@@ -107,8 +109,9 @@ class HubMixin:
                 the same.
 
         Raises:
-            `ValueError`: if adapters are attached or fused. Their weights would have names that do not load. With
-                `core="reference"`, if there is no core, if it has changed since it was loaded, or if it is unknown where it came from.
+            `ValueError`: if adapters are attached or fused. Their weights would have names that do not load. If weights are
+                offloaded to the disk. With `core="reference"`, if there is no core, if it has changed since it was loaded, if it is
+                quantized, or if it is unknown where it came from.
             `OSError`: with `core="reference"`, if the core's folder or repository cannot be read.
         """
         # The signature must name `variant` and the others: a pipeline passes to the `save_pretrained` of a component only the
@@ -124,6 +127,7 @@ class HubMixin:
                 "adapters by `save_lora_weights`, then remove them by `unload_lora_weights()` (for a pipeline), or by "
                 "`save_lora_adapter` and `unload_lora()` (for a model). Fused adapters stay part of the weights."
             )
+        self.check_weights()
         saved = self if core == "copy" else self.refer(core, push_to_hub, Path(save_directory))
         arguments = {"safe_serialization": True, "variant": variant, "max_shard_size": max_shard_size, **kwargs}
         arguments = {name: value for name, value in arguments.items() if value is not None} | given.arguments
@@ -136,6 +140,13 @@ class HubMixin:
         if push_to_hub:
             repo_id = push.pop("repo_id", None) or Path(save_directory).resolve().name
             self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, core=core, **push)
+
+    def check_weights(self) -> None:
+        """Raise a `ValueError` if weights to save are not in memory."""
+        parts = getattr(self, "components", {type(self).__name__: self})  # a pipeline's, or the model
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                refuse_offloaded(name, part)
 
     def refer(self, core: str, is_published: bool, folder: Path | None = None) -> Any:
         """Return a view of the model, or of the pipeline, in which the core is a reference, to save it to a folder."""
@@ -216,6 +227,7 @@ class HubMixin:
             raise TypeError(f"{unknown} are not arguments of `push_to_hub`.")
         if samples is not None and not Path(samples).is_file():
             raise ValueError(f"`samples={str(samples)!r}` is not a file.")
+        self.check_weights()
         saved = self if core == "copy" else self.refer(core, is_published=True)
         push = Push(repo_id, commit_message, private, token, create_pr, revision)
         push.prepare()

@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 
 from ..hub.mixins import refuse_pickles, warn_of_pickles
+from ..hub.weights import refuse_offloaded
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -95,8 +96,14 @@ class AdapterMixin(PeftAdapterMixin):
     def save_lora_adapter(
         self, save_directory: str | Path, *args: Any, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """Save an adapter as diffusers does, but only as safetensors."""
+        """
+        Save an adapter as diffusers does, but only as safetensors.
+
+        Raises:
+            `ValueError`: if the model's weights are offloaded to the disk.
+        """
         warn_of_pickles(safe_serialization)
+        refuse_offloaded(type(self).__name__, self)  # type: ignore[arg-type]
         super().save_lora_adapter(save_directory, *args, safe_serialization=True, **kwargs)
 
 

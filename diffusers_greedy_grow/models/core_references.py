@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
 from ..hub.references import REFERENCE, find_core_source, load_reference, make_reference
+from ..hub.weights import find_change, find_quantization
 
 
 class CoreReferenceMixin(ModelMixin):
@@ -29,18 +30,14 @@ class CoreReferenceMixin(ModelMixin):
             is_published (`bool`): Whether others are to load it, so that the core must be on the Hub.
 
         Raises:
-            `ValueError`: if the core has changed since it was loaded, if it is unknown where it came from, if it is quantized, or if its
-                weights are in eight bits or on the disk.
+            `ValueError`: if the core has changed since it was loaded, if it is unknown where it came from, or if its weights are
+                quantized, in eight bits or on the disk.
             `OSError`: if the core's folder or repository cannot be read.
         """
-        if getattr(self, "hf_quantizer", None) is not None:
+        if (cause := find_quantization(self) or find_change(self.core)) is not None:
             raise ValueError(
-                '`core="reference"` needs a core as it was, but the model is quantized: use `core="copy"`.'
-            )
-        if any(parameter.dtype.itemsize == 1 or parameter.is_meta for parameter in self.core.parameters()):
-            raise ValueError(
-                '`core="reference"` needs a core as it was, but it has weights in eight bits or on the disk, by layerwise casting or '
-                "offloading: load the model without these, and save that."
+                f'`core="reference"` compares the core with the files that it came from, and cannot: {cause}. Load the model without '
+                "that, and save it. What you save can be loaded with that again."
             )
         source, revision = find_core_source(self)
         is_folder = self.core_folder is not None

@@ -23,6 +23,7 @@ from ..flow import descend, enlarge, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import HubMixin
 from ..hub.references import find_folder
+from ..hub.weights import find_change, hint_at_variant
 from .adapters import AdapterMixin
 from .blocks import (
     CROP_DIM,
@@ -829,23 +830,17 @@ def check_core_arguments(core: ForeignCore, arguments: dict[str, Any], init: str
 
 
 def check_unmodified(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> None:
-    """Raise a `ValueError` if a core has adapters, is quantized, or is offloaded or cast to eight bits."""
+    """Raise a `ValueError` if a core has adapters, is quantized, cast to eight bits, or offloaded to the disk."""
     if getattr(core, "peft_config", None):
         raise ValueError(
             f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "
             "`core.unload_lora()`, and load them into the grown model."
         )
-    if getattr(core, "hf_quantizer", None) is not None:
+    if all(parameter.is_meta for parameter in core.parameters()):
+        return  # a model without weights, made to plan a run
+    if (cause := find_change(core)) is not None:
         raise ValueError(
-            "`core` was loaded with a `quantization_config`, and a grown model could neither be trained nor saved with such "
-            "weights: load it without one, grow it, and pass the `quantization_config` when loading the result."
-        )
-    if any(parameter.dtype.itemsize == 1 or parameter.is_meta for parameter in core.parameters()) and not (
-        all(parameter.is_meta for parameter in core.parameters())  # a model without weights, made to plan a run
-    ):
-        raise ValueError(
-            "`core` has weights in eight bits or on the disk, by layerwise casting or offloading: load it without these, grow "
-            "it, and enable them on the grown model."
+            f"`core` cannot be grown: {cause}. Load the original without that, grow it, and do that when you load or run the result."
         )
 
 
@@ -883,7 +878,7 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
         raise ValueError(
             f"`core={str(path)!r}` holds a {name}, without the process that it was trained on: load it by "
             f"`diffusers.{name}.from_pretrained`, and pass it with its `process`; or grow its pipeline by "
-            "`GreedyGrowPipeline.from_core`."
+            "`GreedyGrowPipeline.from_core`, from the folder or repository with its `model_index.json`."
         )
     if name not in classes:
         raise ValueError(
@@ -917,7 +912,7 @@ def load_complete(model_class: type[ModelMixin], path: str | Path, commit: str |
         raise OSError(
             f"`core={str(path)!r}` cannot be loaded: {type(error).__name__}: {error} Unless that is about an argument "
             "of yours, its weights are missing, damaged or do not belong to its config.json: download or save it "
-            "again."
+            f"again.{hint_at_variant(error)}"
         ) from error
     # diffusers only warns about weights that a checkpoint lacks, and makes them random; a core must be complete.
     problems = {name: names for name, names in info.items() if names}

@@ -102,21 +102,23 @@ LEFT_OUT = {"IFPipeline": {"safety_checker": None, "feature_extractor": None, "w
 FETCHING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 
 
-def find_foreign(core: Any, kwargs: dict[str, Any], model_kwargs: dict[str, Any]) -> ForeignPipeline | None:
+def find_foreign(
+    core: Any, kwargs: dict[str, Any], get_model_kwargs: Callable[[dict[str, Any], str], dict[str, Any]]
+) -> ForeignPipeline | None:
     """
     Read a pipeline of diffusers, loaded or from a folder or Hub repository.
 
     Args:
         core (`Any`): The pipeline, its folder or repository.
-        kwargs (`dict`), model_kwargs (`dict`): Arguments of `from_pretrained` of the pipeline, and of its model, for a folder or
-            repository.
+        kwargs (`dict`): Arguments of `from_pretrained` of the pipeline, for a folder or repository.
+        get_model_kwargs (`Callable`): Returns those of the model, from `kwargs` and the model's name in the pipeline.
 
     Returns:
         [`ForeignPipeline`], or None if `core` is something else than a pipeline of diffusers: one of ours, or no pipeline.
 
     Raises:
         `TypeError`: if there are `kwargs` although `core` is a loaded pipeline.
-        `ValueError`: if it is a pipeline that cannot be grown.
+        `ValueError`: if it is a pipeline that cannot be grown, or its model would be quantized.
         `OSError`: if its weights are missing, damaged or pickled.
     """
     name = type(core).__name__
@@ -134,10 +136,7 @@ def find_foreign(core: Any, kwargs: dict[str, Any], model_kwargs: dict[str, Any]
     left_out = LEFT_OUT.get(name, {})
     refuse_pickles(kwargs.get("use_safetensors"))
     pinned = {} if commit is None else {"revision": commit}
-    arguments = {**model_kwargs, **pinned, "subfolder": component, "use_safetensors": True}
-    for key in ("dtype", "torch_dtype"):  # `model_kwargs` has that of a `unet`
-        if isinstance(dtypes := kwargs.get(key), dict):
-            arguments[key] = dtypes.get(component, dtypes.get("default", torch.float32))
+    arguments = {**get_model_kwargs(kwargs, component), **pinned, "subfolder": component, "use_safetensors": True}
     model = load_complete(getattr(diffusers, index[component][1]), core, commit, **arguments)
     settings = {"requires_safety_checker": False} if left_out else {}
     pipeline = getattr(diffusers, name).from_pretrained(

@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
@@ -256,14 +256,17 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
             commit_message=commit_message,
         )
         if detail_variance is not None and not is_positive(detail_variance):
-            raise ValueError(f"`detail_variance={detail_variance}` must be positive: a variance of images in [-1, 1].")
+            raise ValueError(
+                f"`detail_variance={detail_variance!r}` must be positive, a variance of images in [-1, 1]: leave it out for images "
+                "without detail."
+            )
         stage = {"block_out_channels": block_out_channels, "layers_per_block": layers_per_block, "init": init}
         if isinstance(core, (str, Path)):
             kwargs |= {"token": token, "revision": revision}
         try:
             config = get_core_config(core, kwargs)
         except (OSError, ValueError):
-            if (foreign := find_foreign(core, kwargs, cls.get_model_kwargs(kwargs))) is None:
+            if (foreign := find_foreign(core, kwargs, cls.get_model_kwargs)) is None:
                 raise
             return cls.grow_foreign(foreign, sample_size, stage, detail_variance, push)
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
@@ -326,16 +329,24 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         return grown
 
     @classmethod
-    def get_model_kwargs(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def get_model_kwargs(cls, kwargs: dict[str, Any], model: str = "unet") -> dict[str, Any]:
         """
-        Return those loading arguments of a pipeline that loading its model takes, too: all but the pipeline's own, and of
-        dtypes per component the model's. `torch_dtype` is the old name of `dtype`.
+        Return those loading arguments of a pipeline that loading its `model` takes, too: all but the pipeline's own, and of
+        dtypes per component the model's. `torch_dtype` is the old name of `dtype`. Raise a `ValueError` if a
+        `PipelineQuantizationConfig` quantizes the model, which is to be grown; it may quantize a text encoder.
         """
         own = inspect.signature(cls.__init__).parameters
         arguments = {name: value for name, value in kwargs.items() if name not in own}
         for name in ("dtype", "torch_dtype"):
             if isinstance(dtypes := arguments.get(name), dict):
-                arguments[name] = dtypes.get("unet", dtypes.get("default", torch.float32))
+                arguments[name] = dtypes.get(model, dtypes.get("default", torch.float32))
+        if isinstance(config := arguments.get("quantization_config"), PipelineQuantizationConfig):
+            if model in (config.quant_mapping or config.components_to_quantize or [model]):
+                raise ValueError(
+                    f"`quantization_config` quantizes `{model}`, which cannot be grown then: leave it out of that, and quantize the "
+                    "grown model when you load it."
+                )
+            del arguments["quantization_config"]
         return arguments
 
     @torch.no_grad()

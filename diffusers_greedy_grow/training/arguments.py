@@ -164,6 +164,12 @@ class ModelArguments:
         },
     )
     core_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a core on the Hub."})
+    variant: str | None = field(
+        default=None,
+        metadata={
+            "help": "Variant of the core's weight files, such as fp16. They train in float32 whatever they are saved in."
+        },
+    )
     resolutions: list[int] = field(
         default_factory=lambda: [16, 64],
         metadata={"help": "Resolution of the core and then of each stage, in pixels per side."},
@@ -428,6 +434,9 @@ class LoraArguments(ImageArguments, LoopArguments):
 
     pretrained_model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the pipeline to adapt."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a pipeline on the Hub."})
+    variant: str | None = field(
+        default=None, metadata={"help": "Variant of the pipeline's weight files, such as fp16."}
+    )
     output_dir: str = field(
         default="output-lora", metadata={"help": "Folder for the adapter, checkpoints, samples and metrics."}
     )

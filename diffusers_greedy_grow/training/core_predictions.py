@@ -8,12 +8,13 @@ detail phase need not run the core. A draw is the noise, the noise level, the ca
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -31,6 +33,7 @@ from ..pipelines import GreedyGrowPipeline
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .data.captioned import CaptionedImages
 from .data.images import normalize
+from .data.loading import order_visits
 from .files import write_text
 from .objective import FlowObjective
 from .run_folder import lock_file
@@ -109,6 +112,28 @@ class DrawnImages(torch.utils.data.Dataset):
         return {**self.images[index, self.draws.key(index, number)], "index": index, "draw": number}
 
 
+def find_read_draws(images: CaptionedImages, draws: Draws, num_steps: int, images_per_step: int) -> np.ndarray:
+    """
+    Return which draws of which images the steps of a phase read, `(images, draws)`, bool: at most as many draws as epochs. With
+    fewer draws than epochs, these are all, but for some of an image whose shape is rare, which an epoch may leave to the next one.
+
+    Args:
+        images ([`CaptionedImages`]), draws ([`Draws`]): As for [`CorePredictions`], whose visits are in the order of `draws.seed`
+            and `draws.phase`.
+        num_steps (`int`), images_per_step (`int`): The steps of the phase, and the images of each, over all processes.
+    """
+    order = order_visits(images, images_per_step, 1, 0, num_steps, (draws.seed, draws.phase))
+    visits = itertools.chain.from_iterable(order) if len(images.buckets) > 1 else iter(order)
+    num_epochs = math.ceil(num_steps * images_per_step / len(images))
+    read = np.zeros((len(images), min(draws.count, num_epochs)), dtype=bool)
+    for epoch in itertools.count():
+        indices = np.fromiter(itertools.islice(visits, len(images)), np.int64)
+        read[indices, epoch % draws.count] = True
+        if len(indices) < len(images) or read.all():
+            break
+    return read
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The file
 
@@ -116,28 +141,28 @@ class DrawnImages(torch.utils.data.Dataset):
 @dataclass(frozen=True)
 class Layout:
     """
-    Where the predictions lie in their file: image after image, and for each image draw after draw.
+    Where the predictions lie in their file: image after image, and for each image draw after draw, of those that are read.
 
     Args:
         sizes (`list[tuple[int, ...]]`): The height and width of the core's state, for each shape of training images.
         channels (`int`), patch_size (`int`), hidden_size (`int`): The channels of images, and the features of the core.
-        num_draws (`int`): The number of draws per image.
-        shapes (`np.ndarray`): Per image, which of the `sizes` it has.
+        read (`np.ndarray` of shape `(images, draws)`): Which draws of each image have a prediction.
+        shapes (`np.ndarray` of shape `(images,)`): Which of the `sizes` each image has.
     """
 
     sizes: list[tuple[int, ...]]
     channels: int
     patch_size: int
     hidden_size: int
-    num_draws: int
-    shapes: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    read: np.ndarray
+    shapes: np.ndarray
 
     @classmethod
-    def of(cls, unet: GrowableUNet2DConditionModel, images: CaptionedImages, num_draws: int) -> "Layout":
+    def of(cls, unet: GrowableUNet2DConditionModel, images: CaptionedImages, read: np.ndarray) -> "Layout":
         """Return the layout for `images` and the core of `unet`."""
         config, core_size = unet.config, unet.sample_sizes[0]
         sizes = [tuple(side * core_size // images.resolution for side in bucket) for bucket in images.buckets]
-        return cls(sizes, config.out_channels, config.patch_size, config.hidden_size, num_draws, images.shapes)
+        return cls(sizes, config.out_channels, config.patch_size, config.hidden_size, read, images.shapes)
 
     def image_shape(self, kind: int) -> tuple[int, ...]:
         return self.channels, *self.sizes[kind]
@@ -155,17 +180,17 @@ class Layout:
         return np.array([DIGEST_BYTES + -(-2 * count // 8) * 8 for count in numbers])
 
     @cached_property
-    def starts(self) -> np.ndarray:
-        """Where each image's first prediction begins, and where the file ends."""
-        return np.concatenate([[0], np.cumsum(self.record_bytes[self.shapes] * self.num_draws)])
+    def ends(self) -> np.ndarray:
+        """Where each prediction ends, `(images, draws)`."""
+        return np.cumsum(self.read * self.record_bytes[self.shapes][:, None]).reshape(self.read.shape)
 
     @property
     def total_bytes(self) -> int:
-        return int(self.starts[-1])
+        return int(self.ends[-1, -1])
 
     def start(self, index: int, number: int) -> int:
         """Return where the prediction for draw `number` of the image `index` begins."""
-        return int(self.starts[index] + number * self.record_bytes[self.shapes[index]])
+        return int(self.ends[index, number] - self.record_bytes[self.shapes[index]])
 
 
 class CorePredictions(torch.utils.data.Dataset):
@@ -247,16 +272,25 @@ class CorePredictions(torch.utils.data.Dataset):
             `OSError`: if the disk has too little space.
         """
         check_space(self.folder, self.layout.total_bytes)
-        write_text(self.folder / "about.json", json.dumps(self.key, indent=1))
-        with open(self.unfinished_path, "ab") as file:
-            file.truncate(self.layout.total_bytes)
+        with self.naming_the_folder():
+            write_text(self.folder / "about.json", json.dumps(self.key, indent=1))
+            with open(self.unfinished_path, "ab") as file:
+                file.truncate(self.layout.total_bytes)
 
     def find_missing(self) -> list[tuple[int, int]]:
-        """Return the pairs (image, draw) without a prediction."""
-        numbers = np.arange(self.draws.count)
-        starts = self.layout.starts[:-1, None] + numbers * self.layout.record_bytes[self.shapes][:, None]
-        digests = np.memmap(self.unfinished_path, np.uint64, "r")[starts // DIGEST_BYTES]
-        return [(int(index), int(number)) for index, number in np.argwhere(digests == 0)]
+        """Return the pairs (image, draw) that are read and have no prediction yet."""
+
+        def is_missing(index: int, number: int) -> bool:
+            file.seek(self.layout.start(index, number))
+            return not any(file.read(DIGEST_BYTES))
+
+        # Not mapped to memory: in a file system such as tmpfs, that would fill the parts of the file that are not written yet.
+        with open(self.unfinished_path, "rb", buffering=0) as file:
+            return [
+                (index, number)
+                for index, number in np.argwhere(self.layout.read).tolist()
+                if is_missing(index, number)
+            ]
 
     def write(self, batch: dict, image: torch.Tensor, features: torch.Tensor) -> None:
         """
@@ -269,6 +303,7 @@ class CorePredictions(torch.utils.data.Dataset):
 
         Raises:
             `FloatingPointError`: if a prediction is not finite.
+            `OSError`: if the disk is full.
         """
         limit = torch.finfo(IMAGE_DTYPE).max
         if not (image.isfinite().all() and features.isfinite().all()):
@@ -276,7 +311,7 @@ class CorePredictions(torch.utils.data.Dataset):
                 f"The core's predictions are not finite for the images {batch['index'].tolist()}: try `mixed_precision` bf16 or no."
             )
         image, features = image.clamp(-limit, limit).to(IMAGE_DTYPE).cpu(), features.to(FEATURES_DTYPE).cpu()
-        with open(self.unfinished_path, "r+b") as file:
+        with self.naming_the_folder(), open(self.unfinished_path, "r+b") as file:
             for i, (index, number) in enumerate(zip(batch["index"].tolist(), batch["draw"].tolist())):
                 start = self.layout.start(index, number)
                 file.seek(start + DIGEST_BYTES)
@@ -286,6 +321,18 @@ class CorePredictions(torch.utils.data.Dataset):
                 # Last, so that a prediction whose writing is cut off counts as missing
                 file.seek(start)
                 file.write(take_digest({"pixel_values": batch["pixel_values"][i]}))
+
+    @contextlib.contextmanager
+    def naming_the_folder(self) -> Iterator[None]:
+        """Let an `OSError`, such as that of a full disk, name the folder and the size of the whole."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: the core's predictions, {self.layout.total_bytes / 1e9:.3f} GB in all, cannot be written to "
+                f"{self.folder}. `core_predictions_dir` names another disk",
+            ) from error
 
 
 def take_digest(row: dict) -> bytes:
@@ -334,10 +381,11 @@ def check_caching(
         raise ValueError(f"{option} runs the core alone, which FSDP2 has sharded: use one GPU or DDP.")
 
 
-def count_prediction_bytes(unet: GrowableUNet2DConditionModel, num_draws: int) -> int:
-    """Return the bytes that the predictions for a square image take on disk."""
+def count_prediction_bytes(unet: GrowableUNet2DConditionModel) -> int:
+    """Return the bytes that a prediction for a square image takes on disk."""
     size, config = unet.sample_sizes[0], unet.config
-    return Layout([(size, size)], config.out_channels, config.patch_size, config.hidden_size, num_draws).total_bytes
+    read, shapes = np.ones((1, 1), dtype=bool), np.zeros(1, dtype=np.int64)
+    return Layout([(size, size)], config.out_channels, config.patch_size, config.hidden_size, read, shapes).total_bytes
 
 
 def find_predictions_folder(args: TrainingArguments) -> Path:
@@ -386,19 +434,21 @@ def cache_core_predictions(
     pipeline: GreedyGrowPipeline,
     images: CaptionedImages,
     objective: CachedObjective,
+    images_per_step: int,
     folder: Path,
     fingerprint: str | None,
     num_workers: int,
     interrupt: Interrupt,
 ) -> CorePredictions:
     """
-    Return the core's predictions for `images`, after computing those that are not in `folder` yet: each process computes its
-    share. A signal stops the run; the next one continues.
+    Return the core's predictions that the steps of a phase read, after computing those that are not in `folder` yet: each process
+    computes its share. A signal stops the run; the next one continues.
 
     Args:
         pipeline ([`GreedyGrowPipeline`]): The pipeline with the model, which is frozen and on the device that computes.
         images ([`CaptionedImages`]): The training images, at the resolution of the phase.
         objective ([`CachedObjective`]): The loss of the phase, which has the draws.
+        images_per_step (`int`): The number of images per step, over all processes.
         folder (`Path`): Where the predictions are cached.
         fingerprint (`str`, *optional*): A digest of the captions.
         num_workers (`int`): The number of processes that read images.
@@ -406,27 +456,30 @@ def cache_core_predictions(
 
     Raises:
         `OSError`: if the disk has too little space, or the predictions there are damaged.
+        `ValueError`: if another run is computing the same predictions there.
     """
     accelerator, phase, unet = objective.accelerator, objective.phase, pipeline.unet
     draws = objective.draws
-    key = make_key(pipeline, images, draws, phase.resolution, fingerprint, accelerator.mixed_precision)
-    layout = Layout.of(unet, images, draws.count)
-    predictions = CorePredictions(folder, key, images, draws, layout)
-    if predictions.path.exists():
-        predictions.check_size()
-        logger.info(f"{phase.name}: the core's predictions are in {predictions.folder}.")
-        return predictions
+    read = find_read_draws(images, draws, phase.steps, images_per_step)
+    key = make_key(pipeline, images, draws, phase.resolution, fingerprint, accelerator.mixed_precision, read)
+    predictions = CorePredictions(folder, key, images, draws, Layout.of(unet, images, read))
     with contextlib.ExitStack() as held:
-        if accelerator.is_main_process:
+        is_there = predictions.path.exists()
+        if accelerator.is_main_process and not is_there:
             predictions.folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock_file(predictions.folder / ".lock", f"{predictions.folder}"))
-            predictions.prepare()
-        accelerator.wait_for_everyone()
-        compute_missing(predictions, unet, objective, num_workers, interrupt)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            predictions.unfinished_path.replace(predictions.path)
+            is_there = predictions.path.exists()  # another run may have finished it just now
+            if not is_there:
+                predictions.prepare()
+        # As the main process sees it: a run that finishes the file meanwhile would lead the processes into different branches.
+        (is_there,) = broadcast_object_list([is_there])
+        if not is_there:
+            compute_missing(predictions, unet, objective, num_workers, interrupt)
+            if accelerator.is_main_process:
+                predictions.unfinished_path.replace(predictions.path)
     accelerator.wait_for_everyone()
+    predictions.check_size()
+    logger.info(f"{phase.name}: the core's predictions are in {predictions.folder}.")
     return predictions
 
 
@@ -437,7 +490,10 @@ def compute_missing(
     num_workers: int,
     interrupt: Interrupt,
 ) -> None:
-    """Compute this process's share of the predictions that are not there yet. The arguments are those of [`cache_core_predictions`]."""
+    """
+    Compute this process's share of the predictions that are not there yet, and wait for the other processes. The arguments are
+    those of [`cache_core_predictions`].
+    """
     accelerator, phase = objective.accelerator, objective.phase
     missing = predictions.find_missing()[accelerator.process_index :: accelerator.num_processes]
     accelerator.wait_for_everyone()  # before any of them is written
@@ -447,9 +503,15 @@ def compute_missing(
         predictions.write(batch, *predict(unet, objective, batch))
         bar.update(len(batch["index"]))
         if interrupt.signal is not None:
-            logger.info(f"The core's predictions so far are in {predictions.folder}: start again to continue.")
-            sys.exit(interrupt.exit_code)
+            break
     bar.close()
+    # Only now, all together: a process that ends while others wait for it would end them with an error.
+    if any(gather_object([interrupt.signal is not None])):
+        logger.info(
+            f"The core's predictions so far are in {predictions.folder}. Continue with the same arguments and "
+            "`--resume_from_checkpoint latest`."
+        )
+        sys.exit(interrupt.exit_code)
 
 
 @torch.no_grad()
@@ -490,6 +552,7 @@ def make_key(
     resolution: int,
     fingerprint: str | None,
     precision: str,
+    read: np.ndarray,
 ) -> dict[str, Any]:
     """Return everything that decides the core's predictions, as JSON can hold it."""
     core = pipeline.unet.core
@@ -507,4 +570,5 @@ def make_key(
         "resolution of images": images.resolution,
         "augmentation": asdict(images.augmentation),
         "draws": asdict(draws),
+        "read": hashlib.sha256(np.packbits(read).tobytes()).hexdigest()[:16],
     }

@@ -39,6 +39,8 @@ logger = get_logger(__name__)
 SMALL_TEXT_HIDDEN_SIZE = 128
 # The small text encoder's tokenizer is trained on this many captions at most.
 TOKENIZER_CAPTIONS = 100_000
+# Detail of less variance than this, of values in [-1, 1], is less than what rounding to eight bits adds.
+NO_DETAIL = 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,10 +145,12 @@ def get_text_hidden_size(model_args: ModelArguments) -> int:
 # Loaded and adopted
 
 
-def load_pipeline(folder: str | Path, revision: str | None = None, **config) -> GreedyGrowPipeline:
+def load_pipeline(
+    folder: str | Path, revision: str | None = None, variant: str | None = None, **config
+) -> GreedyGrowPipeline:
     """Load a pipeline to continue training from, with changes to its model's `config`. All weights of its model must be there."""
-    core = load_core(folder, subfolder="unet", revision=revision, **config)
-    return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision)
+    core = load_core(folder, subfolder="unet", revision=revision, variant=variant, **config)
+    return GreedyGrowPipeline.from_pretrained(folder, unet=core, revision=revision, variant=variant)
 
 
 def describe_core(model_args: ModelArguments) -> tuple[dict[str, Any], ForeignPipeline | None]:
@@ -221,7 +225,8 @@ def adopt_core(model_args: ModelArguments, args: TrainingArguments) -> None:
         args.joint_steps = [0 if is_foreign else DEFAULT_JOINT_STEPS] * (len(model_args.resolutions) - 1)
         if not sum(args.detail_steps + args.joint_steps):
             raise ValueError(
-                f"There is nothing to train around `core={core!r}`: name `detail_steps` or `joint_steps`."
+                f"There is nothing to train around `core={core!r}`: name its resolution and a larger one as `resolutions`, and "
+                "`detail_steps` or `joint_steps`."
             )
 
 
@@ -276,7 +281,8 @@ def grow_pipeline(
     Args:
         core ([`GreedyGrowPipeline`] or `str`): The trained pipeline, or the folder or repository of one of diffusers.
         phase (`Phase`): The first phase of the new stage.
-        model_args (`ModelArguments`): For the stage's channels and layers, and the resolution of a pipeline of diffusers.
+        model_args (`ModelArguments`): For the stage's channels and layers, and the resolution and variant of a pipeline of
+            diffusers.
         images (`CaptionedImages`): The images whose high-frequency detail is measured, for `core_first="auto"`.
         seed (`int`): The run's seed.
         revision (`str`, *optional*): The branch, tag or commit of a repository.
@@ -287,15 +293,34 @@ def grow_pipeline(
     # The pipeline holds one variance per stage, or none.
     if isinstance(core, str) or len(inner_sizes) == 1 or core.config.detail_variances is not None:
         variance = measure_detail(images, phase.resolution, phase.resolution // inner_sizes[-1])
-    stage = stage_arguments(phase, model_args)
-    return GreedyGrowPipeline.from_core(core, phase.resolution, detail_variance=variance, revision=revision, **stage)
+    arguments = stage_arguments(phase, model_args)
+    if isinstance(core, str):
+        arguments["variant"] = model_args.variant
+    return GreedyGrowPipeline.from_core(
+        core, phase.resolution, detail_variance=variance, revision=revision, **arguments
+    )
 
 
-def measure_detail(images: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float:
-    """Return the mean [`detail_variance`] of the first `count` images at `resolution`."""
+def measure_detail(images: CaptionedImages, resolution: int, factor: int, count: int = 512) -> float | None:
+    """
+    Return the mean [`detail_variance`] of the first `count` images at `resolution`, or None if they have no detail: a pipeline
+    without a variance can do all but `core_first="auto"`.
+    """
     images = images.at(resolution)
     variances = [
         detail_variance(normalize(images[i]["pixel_values"].unsqueeze(0)), factor)
         for i in range(min(count, len(images)))
     ]
-    return sum(variances) / len(variances)
+    mean = sum(variances) / len(variances)
+    return mean if mean > NO_DETAIL else None
+
+
+def warn_of_missing_detail(images: CaptionedImages, resolutions: list[int]) -> None:
+    """Warn before anything trains if the first images look the same at two of the `resolutions` of a run."""
+    count = min(16, len(images))
+    for smaller, larger in zip(resolutions, resolutions[1:]):
+        if measure_detail(images, larger, larger // smaller, count) is None:
+            logger.warning(
+                f"The first {count} images have no detail at {larger} px that they lack at {smaller} px: they are of one color, or were "
+                "enlarged by repeating pixels. If all are like that, a stage has nothing to learn: train at a lower resolution."
+            )

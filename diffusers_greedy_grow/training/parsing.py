@@ -466,8 +466,9 @@ def check_model(parser: HfArgumentParser, model: ModelArguments) -> None:
         [parse_channels(channels) for channels in model.block_out_channels]
     except ValueError:
         parser.error(f'--block_out_channels {model.block_out_channels}: write numbers with commas, such as "64,128".')
-    if model.core_revision is not None and model.core is None:
-        parser.error(f"--core_revision {model.core_revision}: needs --core.")
+    for name in ("core_revision", "variant"):
+        if getattr(model, name) is not None and model.core is None:
+            parser.error(f"--{name} {getattr(model, name)}: needs --core.")
     if model.init not in ("preserve", "random"):
         parser.error(f'--init {model.init}: choose "preserve" or "random".')
     sizes = model.resolutions

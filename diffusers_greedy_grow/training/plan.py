@@ -42,7 +42,8 @@ class PhasePlan:
         largest_unit (`int`): Bytes of the largest group of parameters that FSDP gathers at once.
         moments (`int`): Numbers that the optimizer keeps: two per trained parameter, one where Muon trains it.
         optimizer_flops (`int`): Operations per step of Muon on one process. Those of AdamW are few, and not counted.
-        prediction_bytes (`int`): Bytes per training image on disk, if the core's predictions are cached.
+        num_draws (`int`): Draws per training image for which the core's predictions are cached, if they are.
+        prediction_bytes (`int`): Bytes per such prediction on disk.
     """
 
     name: str
@@ -59,11 +60,16 @@ class PhasePlan:
     largest_unit: int
     moments: int
     optimizer_flops: int
+    num_draws: int = 0
     prediction_bytes: int = 0
 
     @property
     def images(self) -> int:
         return self.steps * self.batch_size
+
+    def count_predictions(self, num_images: int) -> int:
+        """Return how many predictions of the core are cached for `num_images` training images: those that the steps read."""
+        return min(self.num_draws * num_images, self.images)
 
     @property
     def flops(self) -> int:
@@ -104,7 +110,7 @@ def plan_phase(
         num_tokens (`int`): Text tokens per image.
         dtype (`torch.dtype`, defaults to float32): The dtype in which layers compute.
         optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"muon"`.
-        num_draws (`int`, defaults to 0): The number of draws per image for which the core's predictions are cached, if they are.
+        num_draws (`int`, defaults to 0): See [`PhasePlan`].
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -133,7 +139,8 @@ def plan_phase(
         largest_unit=largest_unit,
         moments=2 * trained - sum(shape.numel() for shape in shapes),
         optimizer_flops=sum(map(count_orthogonalization, shapes)),
-        prediction_bytes=count_prediction_bytes(model, num_draws) if num_draws else 0,
+        num_draws=num_draws,
+        prediction_bytes=count_prediction_bytes(model) if num_draws else 0,
     )
 
 
@@ -284,8 +291,8 @@ def plan_phases(
     if args.plan:
         text += "\n" + format_memory(plans, num_processes if num_processes > 1 else 8)
     for plan in plans if args.plan else ():
-        if plan.prediction_bytes:
-            text += "\n" + format_caching(plan, args.cache_core_predictions)
+        if plan.num_draws:
+            text += "\n" + format_caching(plan)
     if unet.config.get("core_config") is not None and not any(phase.kind == "joint" for phase in phases):
         text += "\nThe core stays as it is; `joint_steps` trains it too, which needs its gradients' memory."
     return plans, text
@@ -377,16 +384,19 @@ def format_memory(phases: list[PhasePlan], num_processes: int) -> str:
     return "\n".join(lines)
 
 
-def format_caching(plan: PhasePlan, num_draws: int, num_images: int | None = None) -> str:
+def format_caching(plan: PhasePlan, num_images: int | None = None) -> str:
     """Return a line on what caching the core's predictions takes and saves in a phase, with `num_images` if that is known."""
     if num_images is None:
         return (
-            f"{plan.name}: the core's predictions take {plan.prediction_bytes / 1e6:.2f} GB on disk per 1000 training images. The core "
-            f"runs {num_draws} times per image, instead of {plan.images} times in all."
+            f"{plan.name}: the core's predictions take {plan.num_draws * plan.prediction_bytes / 1e6:.2f} GB on disk per 1000 training "
+            f"images. The core runs {plan.num_draws} times per image, but not for draws that no step reads, instead of {plan.images} "
+            "times in all."
         )
-    calls = num_draws * num_images
-    saved = f"which saves {plan.images - calls}" if calls < plan.images else "which saves none: fewer draws would"
+    calls, epochs = plan.count_predictions(num_images), plan.images / num_images
+    saved = f"which saves {plan.images - calls}."
+    if calls == plan.images:
+        saved = f"which saves none, as the phase has {epochs:.1f} epochs: pass fewer draws, or leave out `cache_core_predictions`."
     return (
-        f"{plan.name}: the core's predictions for {num_images} images take {plan.prediction_bytes * num_images / 1e9:.2f} GB on "
-        f"disk. The core runs {calls} times, instead of {plan.images} times in all, {saved}."
+        f"{plan.name}: the core's predictions for {num_images} images take {calls * plan.prediction_bytes / 1e9:.2f} GB on disk. "
+        f"The core runs {calls} times, instead of {plan.images} times in all, {saved}"
     )

@@ -37,7 +37,7 @@ class Interrupt:
                 os.close(nowhere)
         if self.signal is None:
             self.signal = number
-            text = "a checkpoint is saved after the next training step, then the run stops. Ctrl-C again stops it at once."
+            text = "the run saves its work after the next step and stops. Ctrl-C again stops it at once."
             # `os.write` and not `print`: the signal may have interrupted a `print`.
             with contextlib.suppress(OSError):  # stderr may be a closed pipe
                 os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())

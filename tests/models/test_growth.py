@@ -519,10 +519,21 @@ def test_a_compiled_core_is_grown(core):
         assert all(torch.equal(value, grown.core.state_dict()[name]) for name, value in core.state_dict().items())
 
 
-def test_a_core_in_eight_bits_is_not_grown(core):
-    core.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    with pytest.raises(ValueError, match="`core` has weights in eight bits or on the disk"):
-        GrowableUNet2DConditionModel.from_core(core, 32, block_out_channels=(16,))
+def test_a_core_in_eight_bits_or_on_the_disk_is_not_grown(core, tmp_path):
+    core.save_pretrained(tmp_path)
+    cast, offloaded = load_core(tmp_path), load_core(tmp_path)
+    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    offloaded.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
+    )
+    for changed, cause in (
+        (cast, "it has weights in eight bits, by `enable_layerwise_casting`"),
+        (offloaded, "its weights are on the disk, by group offloading with `offload_to_disk_path`"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"`core` cannot be grown: {cause}. Load the original without that, grow it"
+        ):
+            GrowableUNet2DConditionModel.from_core(changed, 32, block_out_channels=(16,))
 
 
 @pytest.mark.parametrize(

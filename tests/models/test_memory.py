@@ -9,9 +9,11 @@ GPUs. Here both devices are the CPU. Weights that a group does not read back fro
 import pytest
 import torch
 from accelerate.utils import compute_module_sizes, send_to_device
+from peft import LoraConfig
 
 from diffusers_greedy_grow.models.blocks import TextCache, TextInputs
 
+from ..testing_utils import make_grown
 from .conftest import KINDS, make_model_and_inputs
 
 
@@ -44,6 +46,23 @@ def test_group_offloading_with_disk(model_and_inputs, offload_type, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     for _ in range(2):
         assert torch.equal(model(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_weights_on_the_disk_are_not_saved(offload_type, tmp_path):
+    """What a group leaves in memory between two calls are no weights: diffusers would save whatever is there."""
+    model = make_grown()
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "adapter")
+    model.enable_group_offload(CPU, offload_type=offload_type, offload_to_disk_path=str(tmp_path / "disk"), **blocks)
+    message = "`GrowableUNet2DConditionModel` cannot be saved: its weights are on the disk, by group offloading with `offload_to"
+    with pytest.raises(ValueError, match=message):
+        model.save_lora_adapter(tmp_path / "adapter", adapter_name="adapter")
+    model.delete_adapters("adapter")
+    for save in (model.save_pretrained, lambda folder: model.push_to_hub("owner/offloaded")):
+        with pytest.raises(ValueError, match=message):
+            save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists() and not (tmp_path / "adapter").exists()
 
 
 def test_hooks_move_a_stages_text_but_not_its_cache():
@@ -103,6 +122,10 @@ def test_disk_offload_with_safetensors(kind, tmp_path):
     assert "disk" in loaded.hf_device_map.values()
     assert any(parameter.device.type == "meta" for parameter in loaded.parameters())
     assert torch.equal(loaded(**inputs).sample, model(**inputs).sample)
+    with pytest.raises(
+        ValueError, match="cannot be saved: it has weights on the disk or the meta device, by a `device_map`"
+    ):
+        loaded.save_pretrained(tmp_path / "saved")
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+import transformers
 from diffusers import AutoModel, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
 from peft import LoraConfig
 
@@ -80,5 +81,23 @@ def test_torchao_quantization_lora_inference(folder):
 
 def test_a_quantized_core_is_not_grown(folder):
     for core, arguments in ((load(folder), {}), (folder, {"quantization_config": eight_bits()})):
-        with pytest.raises(ValueError, match="`core` was loaded with a `quantization_config`"):
+        with pytest.raises(ValueError, match="`core` cannot be grown: it is quantized, by a `quantization_config`"):
             GrowableUNet2DConditionModel.from_core(core, 64, block_out_channels=(8,), **arguments)
+    by_hand = AutoModel.from_pretrained(str(folder), subfolder="unet")
+    torchao.quantize_(by_hand, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="`core` cannot be grown: it has weights of the type Int8Tensor"):
+        GrowableUNet2DConditionModel.from_core(by_hand, 64, block_out_channels=(8,))
+    config = PipelineQuantizationConfig(quant_mapping={"unet": eight_bits()})
+    with pytest.raises(
+        ValueError, match="`quantization_config` quantizes `unet`, which cannot be grown then: leave it out"
+    ):
+        GreedyGrowPipeline.from_core(folder, 64, block_out_channels=(8,), quantization_config=config)
+
+
+def test_a_pipeline_is_grown_around_a_quantized_text_encoder(folder):
+    """Which may be larger than the core."""
+    encoder_bits = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    config = PipelineQuantizationConfig(quant_mapping={"text_encoder": encoder_bits})
+    grown = GreedyGrowPipeline.from_core(folder, 64, block_out_channels=(8,), quantization_config=config)
+    assert quantized(grown.text_encoder) and not quantized(grown.unet)
+    assert draw_one(grown, height=64, width=64).isfinite().all()

@@ -482,6 +482,8 @@ def test_growing_says_what_does_not_fit(pipeline, tmp_path):
         GreedyGrowPipeline.from_core(pipeline.unet, 32)
     with pytest.raises(ValueError, match="`sample_size=24`"):
         GreedyGrowPipeline.from_core(pipeline, 24)
+    with pytest.raises(ValueError, match="`detail_variance=0.0` must be positive.*leave it out for images without"):
+        GreedyGrowPipeline.from_core(pipeline, 32, detail_variance=0.0)
     with pytest.raises(TypeError, match="revision"):
         GreedyGrowPipeline.from_core(pipeline, 32, revision="main")
     pipeline.save_pretrained(tmp_path)

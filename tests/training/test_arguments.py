@@ -71,6 +71,7 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"caption_dropout": 2}, "--caption_dropout 2.0: must be from 0 to 1"),
         ({"max_sequence_length": 0}, "--max_sequence_length 0: must be at least 1"),
         ({"core_revision": "core"}, "--core_revision core: needs --core"),
+        ({"variant": "fp16"}, "--variant fp16: needs --core"),
         ({"hub_steps": 5}, "--hub_steps needs --push_to_hub"),
         ({"core_dropout": 1}, "--core_dropout 1.0: must be from 0 to 0.99"),
         (

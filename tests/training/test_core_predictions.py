@@ -5,7 +5,10 @@
 
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from diffusers_greedy_grow.training.data.loading import make_loader, take_finger
 from diffusers_greedy_grow.training.data.visits import Augmentation
 from diffusers_greedy_grow.training.objective import FlowObjective, flow_loss
 from diffusers_greedy_grow.training.phases import Phase
+from diffusers_greedy_grow.training.run_folder import lock_file
 from diffusers_greedy_grow.training.signals import Interrupt
 from diffusers_greedy_grow.training.text.captions import CaptionEncoder
 
@@ -84,7 +88,7 @@ def make_objective(
 def cache(pipeline, images, folder: Path, interrupt: Interrupt, **kwargs) -> tuple[CachedObjective, CorePredictions]:
     objective = make_objective(pipeline, **kwargs)
     fingerprint = take_fingerprint(images)
-    return objective, cache_core_predictions(pipeline, images, objective, folder, fingerprint, 0, interrupt)
+    return objective, cache_core_predictions(pipeline, images, objective, 4, folder, fingerprint, 0, interrupt)
 
 
 def load(predictions: CorePredictions, num_steps: int, seed: int = 7) -> list[dict]:
@@ -166,6 +170,19 @@ def test_the_draws(pipeline, interrupt, tmp_path):
     assert 0.4 < np.mean(dropped) < 0.6
 
 
+@pytest.mark.parametrize("buckets", [None, [(32, 32), (16, 64)]])
+def test_draws_that_no_step_reads_are_not_computed(buckets, pipeline, interrupt, tmp_path):
+    calls = count_calls(pipeline.unet.core)
+    phase = replace(PHASE, steps=2)  # eight visits of six images
+    _, predictions = cache(pipeline, make_images(buckets=buckets), tmp_path, interrupt, num_draws=20, phase=phase)
+    batches = load(predictions, num_steps=2)
+    visits = {pair for batch in batches for pair in zip(batch["index"].tolist(), batch["draw"].tolist())}
+    assert sum(calls) == len(visits) == 8 and {number for _, number in visits} == {0, 1}
+    # A longer phase reads more.
+    _, predictions = cache(pipeline, make_images(buckets=buckets), tmp_path, interrupt, num_draws=20)
+    assert len(load(predictions, num_steps=5)) == 5
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The cache
 
@@ -186,6 +203,63 @@ def test_an_interrupted_cache_continues(pipeline, interrupt, tmp_path):
     calls.clear()
     cache(pipeline, make_images(), tmp_path, interrupt)
     assert calls == []
+
+
+def test_a_full_disk(pipeline, interrupt, tmp_path):
+    """The error names the folder and the size. What was written before is used, and the prediction that was cut off is not."""
+
+    def cache_within(limit: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(
+                OSError, match="File too large: the core's predictions, 0.000 GB in all, .* `core_pred"
+            ):
+                cache(pipeline, make_images(), tmp_path, interrupt)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    calls = count_calls(pipeline.unet.core)
+    _, at_once = cache(pipeline, make_images(), tmp_path / "other", interrupt)
+    size = at_once.layout.total_bytes
+    calls.clear()
+    cache_within(size - 1)  # before any is computed
+    assert calls == []
+    interrupt.signal = signal.SIGTERM
+    with pytest.raises(SystemExit):
+        cache(pipeline, make_images(), tmp_path, interrupt)
+    interrupt.signal = None
+    cache_within(at_once.layout.start(3, 0) + 100)  # in the first prediction of the fourth of six images
+    calls.clear()
+    _, predictions = cache(pipeline, make_images(), tmp_path, interrupt)
+    assert sum(calls) == 6 and predictions.path.read_bytes() == at_once.path.read_bytes()
+
+
+@pytest.mark.parametrize("has_finished", [False, True])
+def test_two_runs_at_once(has_finished, pipeline, interrupt, tmp_path, monkeypatch):
+    """The second one is refused, or uses what the first one has finished at that moment."""
+    _, at_once = cache(pipeline, make_images(), tmp_path / "first", interrupt)
+    folder = tmp_path / "second" / at_once.folder.name
+    folder.mkdir(parents=True)
+    if has_finished:
+
+        def hold(*args):  # the first run releases the lock as soon as its file is there
+            at_once.path.replace(folder / "predictions.bin")
+            return lock_file(*args)
+
+        monkeypatch.setattr("diffusers_greedy_grow.training.core_predictions.lock_file", hold)
+        calls = count_calls(pipeline.unet.core)
+        _, predictions = cache(pipeline, make_images(), tmp_path / "second", interrupt)
+        assert calls == [] and len(load(predictions, 6)) == 6
+        return
+    held = "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); print(); sys.stdin.read()"
+    command = [sys.executable, "-c", held, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match=f"{folder} is in use by another process. Wait for that run or stop it"):
+            cache(pipeline, make_images(), tmp_path / "second", interrupt)
+        process.communicate()
+    cache(pipeline, make_images(), tmp_path / "second", interrupt)
 
 
 def test_what_decides_the_predictions_is_noticed(pipeline, interrupt, tmp_path):

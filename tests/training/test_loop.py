@@ -121,7 +121,7 @@ def test_interruptions(monkeypatch, capfd):
 
     interrupt.note(signal.SIGTERM, None)
     interrupt.note(signal.SIGTERM, None)  # to all processes by a scheduler, and passed on by the launcher
-    assert "SIGTERM: a checkpoint is saved after the next training step" in capfd.readouterr().err
+    assert "SIGTERM: the run saves its work after the next step" in capfd.readouterr().err
     assert interrupt.noted(alone, ask=False) and not interrupt.noted(several, ask=False)
     assert interrupt.noted(several, ask=True) and calls == ["check", "set", "check"]
     with pytest.raises(SystemExit):

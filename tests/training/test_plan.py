@@ -29,10 +29,11 @@ def test_plan_counts_without_weights():
         detail.train_flops - cached.train_flops == plan.forward_flops and cached.forward_flops == detail.forward_flops
     )
     # Two bytes per number: the core's image, and its features on a grid of 4 x 4
-    assert detail.prediction_bytes == 0 and cached.prediction_bytes == 3 * (8 + 2 * (3 * 16**2 + 64 * 4**2))
-    text = format_caching(cached, num_draws=3, num_images=10)
+    assert detail.prediction_bytes == 0 and cached.prediction_bytes == 8 + 2 * (3 * 16**2 + 64 * 4**2)
+    text = format_caching(cached, num_images=10)
     assert "for 10 images take 0.00 GB" in text and "30 times, instead of 80 times in all, which saves 50." in text
-    assert "which saves none: fewer draws would" in format_caching(cached, num_draws=3, num_images=1000)
+    text = format_caching(cached, num_images=64)
+    assert "80 times, instead of 80 times in all, which saves none, as the phase has 1.2 epochs: pass fewer" in text
     grown.unfreeze_core()
     joint = plan_phase("grown-64", grown, 64, steps=10, batch_size=8, batches_per_step=2, num_tokens=12)
     assert detail.trained_parameters < joint.trained_parameters == grown.num_parameters()

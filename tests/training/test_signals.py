@@ -71,6 +71,6 @@ def test_the_warning_of_a_scheduler(handling, tmp_path):
         (tmp_path / "stop").touch()
     error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 0
-    assert ("SIGUSR1: a checkpoint is saved after the next training step" in error) == (handling == "default")
+    assert ("SIGUSR1: the run saves its work after the next step" in error) == (handling == "default")
     expected = signal.SIGUSR1 if handling == "default" else signal.SIGTERM
     assert (tmp_path / "saved").read_text(encoding="utf-8") == str(128 + expected)

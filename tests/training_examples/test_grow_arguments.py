@@ -13,10 +13,15 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from diffusers_greedy_grow.training.arguments import ModelArguments, TrainingArguments
-from diffusers_greedy_grow.training.growing import adopt_core, build_core_pipeline, get_text_hidden_size
+from diffusers_greedy_grow.training.growing import (
+    adopt_core,
+    build_core_pipeline,
+    get_text_hidden_size,
+    load_pipeline,
+)
 from diffusers_greedy_grow.training.parsing import parse_arguments
 
-from ..testing_utils import make_core
+from ..testing_utils import make_core, make_pipeline
 from .launching import GROW, TRAIN_LORA, assert_same_weights, grow_flags, list_files, run, run_script
 
 
@@ -38,6 +43,13 @@ def test_bad_arguments(arguments, message, here, tmp_path):
     with pytest.raises((ValueError, OSError), match=f"(?s){message}"):
         here(tmp_path / "output", **arguments)
     assert not (tmp_path / "output").exists()
+
+
+def test_a_core_of_a_variant(tmp_path):
+    make_pipeline().save_pretrained(tmp_path, variant="fp16")
+    assert load_pipeline(tmp_path, variant="fp16").unet.num_parameters()
+    with pytest.raises(OSError, match="no file named .* pass `variant`: fp16."):
+        load_pipeline(tmp_path)
 
 
 def test_an_earlier_run_is_not_overwritten(finished, data, here, tmp_path):

@@ -3,14 +3,20 @@
 
 """Whole runs of `grow.py --cache_core_predictions`."""
 
+import os
+import re
 import shutil
+import signal
+import subprocess
+import time
 
 import pytest
 import torch
 
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
 
-from .launching import assert_same_weights, read_metrics, weights
+from ..testing_utils import heed_hangups
+from .launching import assert_same_weights, command, environment, read_metrics, run, weights
 
 
 CACHED = {"cache_core_predictions": 2, "joint_steps": 0, "num_validation_images": 1, "validation_steps": 100}
@@ -58,13 +64,43 @@ def test_a_run_with_cached_predictions(finished, data, here, tmp_path, caplog):
     assert_same_weights(output / "grown-16", tmp_path / "resumed" / "grown-16")
 
 
+@pytest.mark.slow
+def test_a_signal_while_predictions_are_computed(finished, data, tmp_path):
+    """Both processes stop without an error, and one process continues what they have begun."""
+    output, log = tmp_path / "output", tmp_path / "log"
+    arguments = {**CACHED, "core": finished[0] / "core", "train_data_dir": data, "cache_core_predictions": 20}
+    arguments |= {"detail_steps": 160, "logging_steps": 100, "checkpointing_steps": 1000, "num_scored_images": 0}
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command(output, num_processes=2, **arguments), env=environment(), stderr=file, stdout=file, start_new_session=True,
+            preexec_fn=heed_hangups,
+        )  # fmt: skip
+        deadline = time.monotonic() + 240
+        while "grown-16, core:" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+        while "Continue with the same arguments and `--resume_from_checkpoint latest`" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.1)
+    said = log.read_text()
+    assert (
+        "SIGTERM: the run saves its work" in said and "grow.py FAILED" not in said and "Connection closed" not in said
+    )
+    resumed = run(output, **arguments, train_batch_size=8, resume_from_checkpoint="latest")
+    (left,) = map(int, re.findall(r"grown-16: (\d+) predictions of the core are computed", resumed))
+    assert 0 < left < 20 * 57
+    GreedyGrowPipeline.from_pretrained(output / "grown-16")
+
+
 def test_the_plan(here, finished, tmp_path, caplog):
     with caplog.at_level("INFO"):
         here(tmp_path, core=finished[0] / "core", plan=True, **CACHED)
     size = 2 * (8 + 2 * (3 * 64 + 16 * 16)) / 1e6
     assert (
         f"grown-16: the core's predictions take {size:.2f} GB on disk per 1000 training images. The core runs 2 times per image, "
-        "instead of 24 times in all." in caplog.text
+        "but not for draws that no step reads, instead of 24 times in all." in caplog.text
     )
 
 
@@ -75,5 +111,6 @@ def test_what_is_refused(finished, data, here, tmp_path):
     with pytest.raises(SystemExit):
         here(tmp_path / "output", **core, core_predictions_dir=tmp_path)
     with pytest.raises(OSError, match="The core's predictions need .* GB in .*, but only .* GB are free"):
-        here(tmp_path / "output", **core, **{**CACHED, "cache_core_predictions": 10**12}, train_data_dir=data)
+        many = {"cache_core_predictions": 10**12, "detail_steps": 10**12}
+        here(tmp_path / "output", **core, **{**CACHED, **many}, train_data_dir=data)
     assert not (tmp_path / "output" / "config.yaml").exists()

@@ -109,6 +109,26 @@ def test_cached_text_embeddings_change_nothing(finished, data, tmp_path):
                 assert other[name] == pytest.approx(one[name], rel=1e-5), name
 
 
+def test_images_without_detail(here, tmp_path, caplog):
+    """They are noticed before the core trains, and do not end the run when the stage is grown."""
+    rows = [(make_image(i, size=8).resize((16, 16), resample=0), f"image {i}") for i in range(12)]
+    write_rows(tmp_path / "data.parquet", rows, image_column="image")
+    steps = {
+        "core_steps": 1,
+        "detail_steps": 1,
+        "joint_steps": 0,
+        "num_validation_images": 1,
+        "num_inference_steps": 1,
+    }
+    with caplog.at_level("INFO"):
+        here(tmp_path / "output", train_data_dir=tmp_path / "data.parquet", **steps)
+    warned, trained = (
+        caplog.text.index(text) for text in ("have no detail at 16 px that they lack at 8", "core is done")
+    )
+    assert warned < trained
+    assert GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances is None
+
+
 def test_broken_data_stops_a_run(tmp_path):
     rows = [(make_image(i), f"image {i}") for i in range(20)] + [(b"", "nothing"), (None, "none")] * 4
     write_rows(tmp_path / "data.parquet", rows)

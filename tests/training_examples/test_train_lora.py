@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
@@ -28,9 +29,9 @@ from benchmarks.lora import draw, score, write_images
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.parsing import parse_lora_arguments
 from diffusers_greedy_grow.training.shapes.scenes import Scene, ShapeObject
-from training_examples.train_lora import main
+from training_examples.train_lora import load_frozen_pipeline, main
 
-from ..testing_utils import make_core
+from ..testing_utils import make_core, make_pipeline
 from .launching import TRAIN_LORA, environment, launch_script, read_metrics, run, run_script, to_flags
 
 
@@ -342,6 +343,15 @@ def test_errors_before_training(grown, data, adapter, tmp_path, monkeypatch, out
     with pytest.raises(ValueError, match=message):
         main(to_flags({**TRAINING, **arguments, **others}))
     assert sorted(folder.rglob("*")) == files and (folder.exists() or output_dir == "new")
+
+
+def test_a_model_of_a_variant(tmp_path):
+    make_pipeline().save_pretrained(tmp_path, variant="fp16")
+    flags = ["--pretrained_model_name_or_path", str(tmp_path), "--train_data_dir", str(tmp_path)]
+    pipeline = load_frozen_pipeline(parse_lora_arguments([*flags, "--variant", "fp16"], ""), Accelerator(cpu=True))
+    assert pipeline.unet.num_parameters()
+    with pytest.raises(ValueError, match="cannot be loaded: .* no file named .* pass `variant`: fp16."):
+        load_frozen_pipeline(parse_lora_arguments(flags, ""), Accelerator(cpu=True))
 
 
 def test_a_model_without_text_is_refused(tmp_path, monkeypatch):

@@ -250,15 +250,29 @@ def make_loader(
             **options,
         )
     options["worker_init_fn"] = leave_signals_to_the_parent
+    order = order_visits(images, batch_size, batches_per_step, steps_done, num_steps, seed)
+    if images.varies:
+        order = VisitOrder(order, steps_done * batches_per_step * batch_size, seed)
     if len(images.buckets) > 1:
-        batches: Sampler = BucketOrder(images.shapes, batch_size, batches_per_step, steps_done, steps_left, seed)
-        if images.varies:
-            batches = VisitOrder(batches, steps_done * batches_per_step * batch_size, seed)
-        loader = DataLoader(images, batch_sampler=batches, **options)
+        loader = DataLoader(images, batch_sampler=order, **options)
     else:
-        images_per_step = batch_size * batches_per_step
-        order: Sampler = EpochOrder(len(images), steps_done * images_per_step, steps_left * images_per_step, seed)
-        if images.varies:
-            order = VisitOrder(order, steps_done * images_per_step, seed)
         loader = DataLoader(images, batch_size=batch_size, sampler=order, **options)
     return accelerator.prepare(loader)
+
+
+def order_visits(
+    images: "CaptionedImages | CorePredictions",
+    batch_size: int,
+    batches_per_step: int,
+    steps_done: int,
+    num_steps: int,
+    seed: tuple[int, ...],
+) -> Sampler:
+    """
+    Return the order in which the steps of a phase show images: batches of indices if the images have several shapes, and single
+    indices otherwise. `batches_per_step` are those of all processes; the other arguments are those of [`make_loader`].
+    """
+    steps_left, images_per_step = num_steps - steps_done, batch_size * batches_per_step
+    if len(images.buckets) > 1:
+        return BucketOrder(images.shapes, batch_size, batches_per_step, steps_done, steps_left, seed)
+    return EpochOrder(len(images), steps_done * images_per_step, steps_left * images_per_step, seed)
