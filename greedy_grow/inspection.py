@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.hub.cards import describe_entry
 from diffusers_greedy_grow.hub.lineage import get_lineage
-from diffusers_greedy_grow.models.growable_unet_2d_condition import find_core
+from diffusers_greedy_grow.models.core_loading import find_core
 from diffusers_greedy_grow.training.plan import describe_parts
 
 

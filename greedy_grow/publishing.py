@@ -11,7 +11,7 @@ from typing import Any
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.hub.cards import make_card
 from diffusers_greedy_grow.hub.upload import check_license
-from diffusers_greedy_grow.models.growable_unet_2d_condition import load_core
+from diffusers_greedy_grow.models.core_loading import load_core
 from diffusers_greedy_grow.training.files import save_pipeline
 
 

@@ -12,164 +12,27 @@ import torch
 import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin, get_parameter_dtype
-from diffusers.models.normalization import RMSNorm
 from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import unwrap_module
-from huggingface_hub.errors import HTTPError
 
-from ..flow import descend, enlarge, upsample, velocity_from_clean
+from ..flow import descend, upsample, velocity_from_clean
 from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import HubMixin
 from ..hub.references import find_folder
-from ..hub.weights import find_change, hint_at_variant
 from .adapters import AdapterMixin
 from .blocks import (
-    CROP_DIM,
     GreedyGrowOutput,
-    GrowthDecoder,
-    GrowthEncoder,
     TextCache,
     TextInputs,
     check_sizes,
     complete_crop,
-    embed_time,
 )
+from .core_loading import check_unmodified, load_core
 from .core_references import CoreReferenceMixin
-from .cores import CORE_CLASSES, Core, ForeignCore, adopt_core, build_core, is_foreign
+from .cores import Core, ForeignCore, adopt_core, build_core, is_foreign
+from .growth_stage import GrowthStage
 from .shallow_unet_2d import CORE_CONFIG_NAMES, ShallowUNet2DModel, check_text
-
-
-class GrowthStage(nn.Module):
-    """
-    An encoder and a decoder around an inner model, added by one growth. With `init="preserve"`, the inner model predicts a
-    clean image from the pooled state, as it does alone; the encoder sees this image beside the state, and the decoder adds
-    detail to it, of its own and from the state. With `init="random"`, the inner model is a transformer between encoder and decoder.
-
-    The stage reads the text itself. A core that never saw detail has learned to ignore the words for it, and cannot pass
-    them on while it is frozen. All residual blocks get the mean of the text; the decoder also attends to each token, which
-    separates what the mean blurs.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        patch_size: int,
-        block_out_channels: tuple[int, ...],
-        layers_per_block: int,
-        inner_channels: int,
-        cross_attention_dim: int | None,
-        init: str,
-        factor: int,
-        crop_conditioning: bool = False,
-    ):
-        super().__init__()
-        self.preserves, self.factor = init == "preserve", factor
-        temb_channels = 4 * block_out_channels[0]
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(
-            256, temb_channels, cond_proj_dim=CROP_DIM if crop_conditioning else None
-        )
-        if cross_attention_dim is not None:
-            self.norm_text = RMSNorm(cross_attention_dim, eps=1e-6)
-            self.text_proj = nn.Linear(cross_attention_dim, temb_channels)
-        seen_channels = in_channels + (out_channels if self.preserves else 0)
-        self.encoder = GrowthEncoder(seen_channels, patch_size, block_out_channels, layers_per_block, temb_channels)
-        if not self.preserves:
-            self.conv_to_inner = nn.Conv2d(block_out_channels[-1], inner_channels, kernel_size=1)
-        self.decoder = GrowthDecoder(
-            2 * out_channels if self.preserves else out_channels,
-            patch_size,
-            inner_channels,
-            block_out_channels,
-            layers_per_block,
-            temb_channels,
-            cross_attention_dim,
-        )
-
-    def embed(
-        self,
-        timestep: torch.Tensor,
-        text_sum: torch.Tensor | None,
-        dtype: torch.dtype,
-        cache: TextCache | None = None,
-        crop: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Return the conditioning of the residual blocks, `(B, temb_channels)`, from `timestep` `(B,)`, the sum of the text's
-        tokens, see [`TextInputs.sum_tokens`], and the crop, see [`complete_crop`].
-        """
-        temb = embed_time(self.time_embedding, self.time_proj(timestep), crop).to(dtype)
-        if text_sum is None:
-            return temb
-        if cache is not None and (cached := cache.values.get(self.text_proj)):
-            return temb + cached[0]
-        # The norm makes the sum as good as a mean. It is diffusers' norm, since torch's warns about float32 inputs beside
-        # float16 weights.
-        projected = self.text_proj(self.norm_text(text_sum).to(dtype))
-        if cache is not None:
-            cache.values[self.text_proj] = (projected,)
-        return temb + projected
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        sigma: torch.Tensor,
-        text: TextInputs,
-        text_sum: torch.Tensor | None,
-        dtype: torch.dtype,
-        inner_image: torch.Tensor | None,
-        inner_features: torch.Tensor | None,
-        run_core: Callable[[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor]] | None = None,
-        crop: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            sample (`torch.Tensor` of shape `(B, C, H, W)`): The state at this stage's resolution.
-            sigma (`torch.Tensor` of shape `(B,)`): Its noise level.
-            text ([`TextInputs`]): The text, with its embeddings in `dtype`.
-            text_sum (`torch.Tensor` of shape `(B, cross_attention_dim)`, *optional*): The sum of its tokens, in float32.
-            dtype (`torch.dtype`): The dtype to compute in.
-            inner_image (`torch.Tensor`, *optional*): The clean image that the inner model predicts, at its own resolution.
-            inner_features (`torch.Tensor`, *optional*): The inner model's features.
-            run_core (`Callable`, *optional*): Used with `init="random"` instead of the two: `run_core(features)` returns
-                None and the core's features.
-            crop (`torch.Tensor` of shape `(B, 3)`, *optional*): The crop, for a model that is told, see [`complete_crop`].
-
-        Returns:
-            The clean image `(B, C, H, W)` and the stage's features.
-        """
-        cache = text.cache
-        temb = self.embed(1000 * sigma, text_sum, dtype, cache, crop)
-
-        # 1. The encoder, around the inner model. With a device map, that may be on another device.
-        if self.preserves:
-            assert inner_image is not None and inner_features is not None
-            # The core gets no encoder features. Adding them to its first features, with a weight that starts at zero,
-            # undid what it had learned as soon as everything trained, and cost an eighth of the loss.
-            image = enlarge(inner_image.to(sample.device), self.factor)
-            hidden_states, skips = self.encoder(torch.cat([sample, image], dim=1).to(dtype), temb)
-        else:
-            assert run_core is not None
-            hidden_states, skips = self.encoder(sample.to(dtype), temb)
-            _, inner_features = run_core(self.conv_to_inner(hidden_states))
-
-        # 2. The decoder, from the state and the image so far
-        text_key_value = None if cache is None else cache.values.get(self.decoder)
-        output, features, text_key_value = self.decoder(
-            inner_features.to(sample.device), hidden_states, skips, temb, text, text_key_value
-        )
-        if cache is not None:
-            cache.values[self.decoder] = text_key_value
-        output = output.to(sample.dtype)
-        if not self.preserves:
-            return output, features
-        # The gain is how much of each pixel of the state to believe: all of it at low noise, and nothing where the noise hides
-        # it. So fine detail need not pass through the patches.
-        detail, gain = output.chunk(2, dim=1)
-        return image + detail + gain * (sample - (1 - sigma.reshape(-1, 1, 1, 1)) * image), features
 
 
 class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, AttentionMixin, ConfigMixin):
@@ -782,7 +645,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checks and loading
+# Checks
 
 
 def get_stage_patch_size(
@@ -827,96 +690,3 @@ def check_core_arguments(core: ForeignCore, arguments: dict[str, Any], init: str
     for name, value in arguments.items():
         if value != core.growth_config[name]:
             raise ValueError(f"`{name}={value!r}` must be {core.growth_config[name]!r} for this `core_config`.")
-
-
-def check_unmodified(core: ShallowUNet2DModel | GrowableUNet2DConditionModel) -> None:
-    """Raise a `ValueError` if a core has adapters, is quantized, cast to eight bits, or offloaded to the disk."""
-    if getattr(core, "peft_config", None):
-        raise ValueError(
-            f"`core` has the adapters {sorted(core.peft_config)}, which growing would not carry over: remove them by "
-            "`core.unload_lora()`, and load them into the grown model."
-        )
-    if all(parameter.is_meta for parameter in core.parameters()):
-        return  # a model without weights, made to plan a run
-    if (cause := find_change(core)) is not None:
-        raise ValueError(
-            f"`core` cannot be grown: {cause}. Load the original without that, grow it, and do that when you load or run the result."
-        )
-
-
-def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple[Any, dict, str | None, str | None]:
-    """
-    Look for a core or a grown model in a folder or Hub repository, alone or as the `unet` of a pipeline.
-
-    Returns:
-        Its class, its configuration, its subfolder, and its commit if it is on the Hub.
-
-    Raises:
-        `OSError`: if there is no model.
-        `ValueError`: if it is another kind of model.
-    """
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("torch_dtype", "dtype", "variant", "device_map")}
-    try:
-        config, commit = ShallowUNet2DModel.load_config(path, subfolder=subfolder, return_commit_hash=True, **kwargs)
-    except OSError as error:
-        try:
-            if subfolder is not None:
-                raise
-            subfolder = "unet"
-            config, commit = ShallowUNet2DModel.load_config(
-                path, subfolder=subfolder, return_commit_hash=True, **kwargs
-            )
-        except OSError:
-            raise OSError(
-                f"`core={str(path)!r}` is not a model: no readable `config.json` in it, nor in its subfolder `{subfolder}`. "
-                "Pass the folder or repository of a trained core, or of a pipeline around one; for a repository, a `revision` "
-                f"that it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
-            ) from error
-    classes = {model.__name__: model for model in (ShallowUNet2DModel, GrowableUNet2DConditionModel)}
-    name = config.get("_class_name")
-    if name in CORE_CLASSES:
-        raise ValueError(
-            f"`core={str(path)!r}` holds a {name}, without the process that it was trained on: load it by "
-            f"`diffusers.{name}.from_pretrained`, and pass it with its `process`; or grow its pipeline by "
-            "`GreedyGrowPipeline.from_core`, from the folder or repository with its `model_index.json`."
-        )
-    if name not in classes:
-        raise ValueError(
-            f"`core={str(path)!r}` holds a {name}; only {', '.join(classes)} and, of diffusers, {', '.join(CORE_CLASSES)} can be "
-            "grown."
-        )
-    return classes[config["_class_name"]], config, subfolder, commit
-
-
-def load_core(path: str | Path, **kwargs) -> ShallowUNet2DModel | GrowableUNet2DConditionModel:
-    """
-    Load a core or a grown model, with all of its weights, from a folder or Hub repository, alone or as the `unet` of a
-    pipeline. `kwargs` are passed to `from_pretrained`.
-
-    Raises:
-        `OSError`: if there is no model, a file is damaged, or weights have other shapes than the configuration says.
-        `ValueError`: if it is another kind of model, or weights are missing or left over.
-    """
-    model_class, _, kwargs["subfolder"], commit = find_core(path, **kwargs)
-    return load_complete(model_class, path, commit, **kwargs)
-
-
-def load_complete(model_class: type[ModelMixin], path: str | Path, commit: str | None, **kwargs) -> Any:
-    """
-    Load a model of a known class, with all of its weights, by `from_pretrained`, which gets `kwargs`. The errors are those of
-    [`load_core`].
-    """
-    try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, RuntimeError, ValueError, HTTPError) as error:
-        raise OSError(
-            f"`core={str(path)!r}` cannot be loaded: {type(error).__name__}: {error} Unless that is about an argument "
-            "of yours, its weights are missing, damaged or do not belong to its config.json: download or save it "
-            f"again.{hint_at_variant(error)}"
-        ) from error
-    # diffusers only warns about weights that a checkpoint lacks, and makes them random; a core must be complete.
-    problems = {name: names for name, names in info.items() if names}
-    if problems:
-        raise ValueError(f"`core={str(path)!r}` does not hold the weights that its config.json describes: {problems}.")
-    model._commit_hash = commit
-    return model

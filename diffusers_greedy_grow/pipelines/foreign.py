@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..flow import RectifiedFlow
 from ..hub.mixins import HubMixin, refuse_pickles
+from ..models.core_loading import load_complete
 from ..models.cores import CORE_CLASSES
-from ..models.growable_unet_2d_condition import load_complete
 
 
 if TYPE_CHECKING:  # importing these takes a second, which only those should wait who grow one

@@ -23,7 +23,7 @@ from ..hub.mixins import HubMixin
 from ..hub.publish import Push
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..models.blocks import check_sizes
-from ..models.growable_unet_2d_condition import check_unmodified, find_core
+from ..models.core_loading import check_unmodified, find_core
 from .foreign import ForeignPipeline, find_foreign
 from .inputs import InputsMixin
 from .lora import GreedyGrowLoraLoaderMixin

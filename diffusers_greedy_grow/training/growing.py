@@ -23,8 +23,8 @@ from transformers import (
 
 from .. import GreedyGrowPipeline, ShallowUNet2DModel
 from ..flow import detail_variance
+from ..models.core_loading import find_core, load_core
 from ..models.cores import adopt_core as make_foreign_core
-from ..models.growable_unet_2d_condition import find_core, load_core
 from ..pipelines.foreign import ForeignPipeline, describe_foreign
 from .arguments import DEFAULT_JOINT_STEPS, ModelArguments, TrainingArguments
 from .data.captioned import CaptionedImages
