@@ -202,7 +202,7 @@ def test_bad_arguments_of_images(folder, tmp_path, capsys):
     assert "a.jpg` is a file, but no PNG" in fail(capsys, *sample, "--out", touch(tmp_path / "a.jpg"))
     assert "a.png exists" in fail(capsys, *sample, "--out", touch(out))
     run(*sample, "--out", out, "--overwrite", *FAST)
-    assert '`--core_first much` must be "auto" or' in fail(
+    assert '`core_first` must be "auto" or a noise level, such as 0.8, but is 'much'' in fail(
         capsys, *sample, "--out", tmp_path / "b", "--core_first", "much"
     )
     assert "`--num_images 0`" in fail(capsys, *sample, "--out", tmp_path / "b", "--num_images", "0")
