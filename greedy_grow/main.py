@@ -53,7 +53,9 @@ def add_app(commands) -> None:
     app = commands.add_parser("app", help="Draw with a model in a browser.")
     app.add_argument("model", help="A pipeline: its folder, or its repository on the Hub.")
     add_loading(app)
-    app.add_argument("--lora", nargs="+", default=[], help="LoRA adapters to choose from: folders, files, repositories.")
+    app.add_argument(
+        "--lora", nargs="+", default=[], help="LoRA adapters to choose from: folders, files, repositories."
+    )
     app.add_argument("--host", help="The address to serve at, 0.0.0.0 for all. Default: 127.0.0.1, this machine only.")
     app.add_argument("--port", type=int, help="By default the first free one from 7860 on.")
     app.set_defaults(run="app.serving:run")

@@ -33,7 +33,7 @@ DELETE_CACHE = (3600, 86400)
 
 class Page:
     """
-    The page of a studio, `blocks`, to launch.
+    The page of a studio.
 
     Args:
         studio ([`Studio`]): The model.
@@ -59,6 +59,10 @@ class Page:
             self.blocks.unload(self.forget)
         self.blocks.queue(max_size=QUEUE_SIZE)
 
+    def launch(self, **kwargs: Any) -> tuple:
+        """Serve the page; see gradio's `Blocks.launch`."""
+        return self.blocks.launch(css=CSS, footer_links=[], run_history=False, max_file_size="20mb", **kwargs)
+
     # ------------------------------------------------------------------------------------------------------------------
     # What one sees
 
@@ -79,15 +83,18 @@ class Page:
             with gr.Tab("Text to image"):
                 tasks[TEXT] = gr.Button("Draw", variant="primary"), {}
             with gr.Tab("Image to image"):
-                self.image = add_image("Begin with")
+                self.image = add_image("Begin with", elem_id="begin")
                 strength = add_strength(0.8, "How much may change: 1 keeps nothing of the image.")
                 tasks[IMAGE] = gr.Button("Change", variant="primary"), {"image": self.image, "strength": strength}
             with gr.Tab("Inpainting"):
-                brush = gr.Brush(colors=[("#e03070", 0.6)], color_mode="fixed")
+                # In pixels of the image
+                size = max(self.studio.levels[-1] // 8, 1)
+                brush = gr.Brush(size, colors=[("#e03070", 0.6)], color_mode="fixed")
                 self.editor = gr.ImageEditor(
                     label="Paint over what is to be drawn again",
                     type="pil",
                     image_mode="RGBA",
+                    format="png",
                     sources=["upload", "clipboard"],
                     brush=brush,
                     layers=False,
@@ -108,7 +115,7 @@ class Page:
         inner, size = self.studio.pipeline.unet.sample_sizes[-2:]
         choices = [(f"make it smaller: {inner} px", False), (f"draw it in tiles, {size // inner} times larger", True)]
         own = {
-            "image": add_image(f"A small image, up to {inner} x {inner} pixels"),
+            "image": add_image(f"A small image, up to {inner} x {inner} pixels", elem_id="small"),
             "in_tiles": gr.Radio(choices, value=False, label="If the image is larger"),
             "strength": add_strength(1.0, "Below 1 leaves less to chance."),
             "exact": gr.Checkbox(label="Exact: averaged down, the result is the small image"),
@@ -135,7 +142,8 @@ class Page:
                     visible=len(studio.levels) > 1,
                 )
                 height, width = (
-                    gr.Number(size, label=side, precision=0, minimum=1, maximum=2 * size) for side in ("Height", "Width")
+                    gr.Number(size, label=side, precision=0, minimum=1, maximum=2 * size)
+                    for side in ("Height", "Width")
                 )
                 level.input(lambda one: (one, one), [level], [height, width], queue=False, api_visibility="private")
             scheduler = gr.Dropdown(studio.schedulers, value=studio.own_scheduler, label="Scheduler")
@@ -236,6 +244,9 @@ class Page:
             yield keep, "Starting", gr.DownloadButton(interactive=False), []
             for prediction in run.watch():
                 yield self.studio.to_image(prediction), f"Step {run.step} of {run.num_steps}", keep, keep
+            if run.is_stopped:
+                yield keep, describe_end(run), keep, keep
+                return
             with tempfile.TemporaryDirectory() as folder:  # gradio copies the file when it gets its name
                 image, levels = run.result()
                 path = str(self.studio.write(image, folder, run.settings))
@@ -247,10 +258,9 @@ class Page:
 
     def stop_run(self, request: gr.Request) -> str:
         run = self.runs.get(request.session_hash)
-        if run is None or run.future.done() and not run.is_stopped:
-            return "Nothing is running."
-        run.stop()
-        return f"Stopped after step {run.step} of {run.num_steps}." if run.step else "Stopped."
+        if run is not None:
+            run.stop()
+        return "Nothing is running." if run is None or not run.is_stopped else describe_end(run)
 
     def forget(self, request: gr.Request) -> None:
         self.runs.pop(request.session_hash, None)
@@ -260,8 +270,24 @@ class Page:
 # Parts of the page
 
 
-def add_image(label: str) -> gr.Image:
-    return gr.Image(label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], buttons=[])
+def add_image(label: str, elem_id: str) -> gr.Image:
+    """Add a place for an image. A file that is not one is taken away again, in words."""
+    image = gr.Image(
+        label=label, type="pil", image_mode=None, sources=["upload", "clipboard"], buttons=[], elem_id=elem_id
+    )
+    # Without gradio's `preprocess`, which would fail for such a file; and in the queue, as warnings are not shown without it.
+    image.upload(check_upload, [image], [image], preprocess=False, concurrency_limit=None, api_visibility="private")
+    return image
+
+
+def check_upload(data: dict[str, Any]) -> Any:
+    try:
+        with Image.open(data["path"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # Pillow's verification raises SyntaxErrors
+        gr.Warning("The file is not an image that can be read: choose a PNG, JPEG or WebP file.")
+        return None
+    return gr.skip()
 
 
 def add_strength(value: float, info: str) -> gr.Slider:
@@ -290,6 +316,8 @@ def warn(error: Exception) -> str:
 
 
 def describe_end(run: Run) -> str:
+    if run.is_stopped:
+        return f"Stopped after step {run.step} of {run.num_steps}." if run.step else "Stopped."
     text = f"Seed {run.settings.seed}: {run.num_steps} steps in {run.seconds:.1f} seconds."
     return f"{text} The prompts are longer than what the model reads." if run.is_truncated else text
 

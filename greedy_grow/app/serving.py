@@ -52,19 +52,12 @@ def serve(
     """
     check_gradio()
     studio = Studio(load(GreedyGrowPipeline, model, revision, dtype, device), model, revision)
-    from .page import CSS, Page
+    from .page import Page
 
     is_private = (host or os.environ.get("GRADIO_SERVER_NAME", HERE[0])) in HERE
     page = Page(studio, lora, takes_any_lora=is_private)
     try:
-        page.blocks.launch(
-            server_name=host,
-            server_port=port,
-            css=CSS,
-            footer_links=[],
-            run_history=False,
-            max_file_size="20mb",
-        )
+        page.launch(server_name=host, server_port=port)
     finally:
         studio.close()
 

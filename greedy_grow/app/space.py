@@ -58,7 +58,9 @@ def write_space(folder: str | Path, model: str, revision: str | None = None, lor
         raise ValueError(f"`{folder}` exists: name a folder that does not.")
     for name in (model, *lora):
         if Path(name).exists():
-            raise ValueError(f"`{name}` is a folder or file of this machine: publish it first, and name its repository.")
+            raise ValueError(
+                f"`{name}` is a folder or file of this machine: publish it first, and name its repository."
+            )
         validate_repo_id(name)
     GreedyGrowPipeline.load_config(model, revision=revision)
 

@@ -6,7 +6,6 @@
 import copy
 import math
 import queue
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -118,8 +117,8 @@ class Run:
         self.predictions: queue.SimpleQueue = queue.SimpleQueue()
 
     def stop(self) -> None:
-        """Let the run end after the step that it is in."""
-        self.is_stopped = True
+        """Let the run end after the step that it is in, unless it has ended."""
+        self.is_stopped = self.is_stopped or not self.future.done()
 
     def on_step_end(self, pipeline: GreedyGrowPipeline, step: int, timestep: Any, tensors: dict) -> dict:
         """Keep the clean image that a step predicts; `callback_on_step_end` of the pipelines."""
@@ -163,7 +162,9 @@ class Studio:
 
     def __init__(self, pipeline: GreedyGrowPipeline, name: str, revision: str | None = None):
         if pipeline.unet.config.cross_attention_dim is not None and pipeline.text_encoder is None:
-            raise ValueError(f"`{name}` has no text encoder, so it cannot read prompts: save it with the one it was trained with.")
+            raise ValueError(
+                f"`{name}` has no text encoder, so it cannot read prompts: save it with the one it was trained with."
+            )
         self.pipeline, self.name, self.revision = pipeline, name, revision
         self.has_text = pipeline.unet.config.cross_attention_dim is not None
         sizes = pipeline.unet.sample_sizes
@@ -250,7 +251,8 @@ class Studio:
         assert settings.image is not None  # `start` has checked it
         arguments |= {"strength": settings.strength, "image": ImageOps.fit(to_rgb(settings.image), (width, height))}
         if settings.task == INPAINT:
-            arguments["mask_image"] = ImageOps.fit(settings.mask, (width, height))  # type: ignore[type-var]
+            assert settings.mask is not None
+            arguments["mask_image"] = ImageOps.fit(settings.mask, (width, height))
         return arguments
 
     def make_upscaling_arguments(self, settings: Settings) -> dict[str, Any]:
@@ -261,7 +263,9 @@ class Studio:
             image.thumbnail((inner, inner))
         elif max(image.size) > TILES_PER_SIDE_MAX * inner:
             side = TILES_PER_SIDE_MAX * inner
-            raise ValueError(f"The image is {image.width} x {image.height} pixels, but tiles are drawn for at most {side} x {side}.")
+            raise ValueError(
+                f"The image is {image.width} x {image.height} pixels, but tiles are drawn for at most {side} x {side}."
+            )
         overlap = inner // 4 if settings.in_tiles else None
         return {"image": image, "strength": settings.strength, "exact": settings.exact, "tile_overlap": overlap}
 

@@ -16,7 +16,17 @@ from diffusers_greedy_grow import (
     GreedyGrowPipeline,
     GreedyGrowUpscalePipeline,
 )
-from greedy_grow.app.studio import IMAGE, INPAINT, SCHEDULERS, TEXT, UPSCALE, Settings, Studio, make_scheduler, read_mask
+from greedy_grow.app.studio import (
+    IMAGE,
+    INPAINT,
+    SCHEDULERS,
+    TEXT,
+    UPSCALE,
+    Settings,
+    Studio,
+    make_scheduler,
+    read_mask,
+)
 
 from ..testing_utils import make_core, make_grown, make_pipeline
 
