@@ -25,8 +25,6 @@ CSS = ".picture img { width: 100%; height: 100%; object-fit: contain; image-rend
 SEED_MAX = 2**31 - 1
 # How many runs may wait; gradio says so to those who come then.
 QUEUE_SIZE = 16
-# One at a time, whatever the task
-TURN = {"concurrency_id": "draw", "concurrency_limit": 1}
 # Hours and days, in seconds: how often to look for files that browsers no longer need, and their age
 DELETE_CACHE = (3600, 86400)
 
@@ -228,7 +226,8 @@ class Page:
             [self.picture, self.status, self.download, self.levels],
             api_visibility="private",
             show_progress_on=[self.status],
-            **TURN,
+            concurrency_id="draw",  # one run at a time, whatever the task
+            concurrency_limit=1,
         )
 
     def draw(self, task: str, values: dict[str, Any], session: str | None) -> Iterator[tuple]:
@@ -298,7 +297,10 @@ def read_settings(task: str, values: dict[str, Any]) -> Settings:
     """Return the settings from the values of the components by their names, with a random seed if there is none."""
     values = {**values}
     if (editor := values.pop("editor", None)) is not None:
-        values |= {"image": editor["background"], "mask": read_mask(editor["layers"])}
+        background = editor["background"]
+        if background is not None and background.getchannel("A").getbbox() is None:  # somebody painted on nothing
+            background = None
+        values |= {"image": background, "mask": read_mask(editor["layers"])}
     if values["seed"] is None:
         values["seed"] = random.randint(0, SEED_MAX)
     return Settings(task, **values)

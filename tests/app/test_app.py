@@ -7,10 +7,12 @@ import io
 import re
 import socket
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import SpaceCard
 from PIL import Image
 
 from diffusers_greedy_grow import GreedyGrowPipeline
@@ -29,6 +31,7 @@ from playwright.sync_api import expect  # noqa: E402
 
 import greedy_grow.main  # noqa: E402
 from greedy_grow.app.page import Page  # noqa: E402
+from greedy_grow.app.space import write_space  # noqa: E402
 from greedy_grow.app.studio import Studio  # noqa: E402
 
 
@@ -343,8 +346,19 @@ def test_a_space_serves_the_app(browser, pipeline, tmp_path, capsys, hub):
     command = ["space", tmp_path / "space", "--model", "owner/served"]
     greedy_grow.main.main([str(argument) for argument in command])
     assert "hf upload" in capsys.readouterr().out
+    card = SpaceCard.load(tmp_path / "space" / "README.md")
+    assert card.data.sdk == "gradio" and card.data.sdk_version == version("gradio")
+    assert card.data.app_file == "app.py" and card.data.models == ["owner/served"] and "# served" in card.text
+    requirements = (tmp_path / "space" / "requirements.txt").read_text()
+    assert requirements == f"diffusers-greedy-grow[app]=={version('diffusers-greedy-grow')}\n"
     with serve(tmp_path / "space" / "app.py") as (address, _):
         visitor = Visitor(browser, address)
         assert is_same(visitor.draw(seed=3), draw_directly(pipeline, 3))
         visitor.context.close()
     assert "exists" in fail(capsys, *command)
+    assert "publish it first" in fail(capsys, "space", tmp_path / "b", "--model", tmp_path)
+    assert "owner/nothing" in fail(capsys, "space", tmp_path / "b", "--model", "owner/nothing")
+    assert not (tmp_path / "b").exists()
+    write_space(tmp_path / "c", "owner/served", revision="main", lora=["owner/lora"])
+    code = (tmp_path / "c" / "app.py").read_text()
+    assert code.endswith("\nserve('owner/served', revision='main', lora=['owner/lora'])\n")
