@@ -117,7 +117,7 @@ class Page:
             "in_tiles": gr.Radio(choices, value=False, label="If the image is larger"),
             "strength": add_strength(1.0, "Below 1 leaves less to chance."),
             "exact": gr.Checkbox(label="Exact: averaged down, the result is the small image"),
-            "guidance_scale": gr.Slider(0, 15, 1.0, step=0.1, label="Guidance scale", info="1 means no guidance."),
+            "guidance_scale": gr.Slider(0, 15, 1.0, step=0.1, label="Guidance scale of upscaling"),
         }
         return gr.Button("Upscale", variant="primary"), own
 
