@@ -5,7 +5,6 @@
 
 import argparse
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,26 @@ def choose_device(name: str | None) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load(pipeline_class: type[GreedyGrowPipeline], args: argparse.Namespace) -> GreedyGrowPipeline:
+def load(
+    pipeline_class: type[GreedyGrowPipeline],
+    model: str,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> GreedyGrowPipeline:
+    """Load a pipeline, by default in the dtype that its weights are stored in."""
+    loaded = pipeline_class.from_pretrained(
+        model, revision=revision, dtype="auto" if dtype is None else getattr(torch, dtype)
+    )
+    return loaded.to(choose_device(device))
+
+
+def load_with_adapter(pipeline_class: type[GreedyGrowPipeline], args: argparse.Namespace) -> GreedyGrowPipeline:
     """Load the pipeline that the arguments name, with its adapter, on their device."""
-    dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
-    pipeline = pipeline_class.from_pretrained(args.model, revision=args.revision, dtype=dtype)
+    pipeline = load(pipeline_class, args.model, args.revision, args.dtype, args.device)
     if args.lora is not None:
         pipeline.load_lora_weights(args.lora)
-    return pipeline.to(choose_device(args.device))
+    return pipeline
 
 
 def name_files(args: argparse.Namespace, names: list[str]) -> list[Path]:
@@ -60,7 +72,6 @@ def save(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp.png")
     image.save(temporary, pnginfo=info)
     temporary.replace(path)
-    print(path)
 
 
 def first_seed(args: argparse.Namespace) -> int:
@@ -72,19 +83,24 @@ def collect_settings(args: argparse.Namespace, names: tuple[str, ...]) -> dict[s
     return {name: getattr(args, name) for name in (*shared, *names)}
 
 
+def read_core_first(text: str | None) -> float | str | None:
+    """Return the pipelines' argument `core_first` from what a user typed."""
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f'`core_first` must be "auto" or a noise level, such as 0.8, but is {text!r}.') from None
+
+
 def sample(args: argparse.Namespace) -> None:
     if args.num_images < 1:
         raise ValueError(f"`--num_images {args.num_images}` must be 1 or more.")
     prompts: list[str | None] = [prompt for prompt in args.prompts or [None] for _ in range(args.num_images)]
     seed = first_seed(args)
     paths = name_files(args, [f"{number:03d}-seed-{seed + number}" for number in range(len(prompts))])
-    core_first = args.core_first
-    if core_first not in (None, "auto"):
-        try:
-            core_first = float(core_first)
-        except ValueError:
-            raise ValueError(f'`--core_first {core_first}` must be "auto" or a noise level, such as 0.8.') from None
-    pipeline = load(GreedyGrowPipeline, args)
+    core_first = read_core_first(args.core_first)
+    pipeline = load_with_adapter(GreedyGrowPipeline, args)
     names = ("height", "width", "core_first", "guidance_resolution")
     settings = collect_settings(args, names)
     # One at a time: each file is there as soon as it is drawn, and does not depend on the others.
@@ -101,14 +117,13 @@ def sample(args: argparse.Namespace) -> None:
             generator=torch.Generator().manual_seed(seed + number),
         )
         save(output.images[0], path, {"prompt": prompt, "seed": seed + number, **settings})
+        print(path)
 
 
-def open_images(paths: list[str]) -> Iterator[Image.Image]:
-    """Yield images in RGB, upright and on white if they are transparent."""
-    for path in paths:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        yield Image.alpha_composite(white, image).convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, upright and on white if it is transparent."""
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def upscale(args: argparse.Namespace) -> None:
@@ -116,8 +131,8 @@ def upscale(args: argparse.Namespace) -> None:
     if len({*stems}) < len(stems):
         raise ValueError(f"The images {args.images} need different names, since the results get the same ones.")
     paths = name_files(args, stems)
-    images = list(open_images(args.images))
-    pipeline: Any = load(GreedyGrowUpscalePipeline, args)
+    images = [to_rgb(Image.open(path)) for path in args.images]
+    pipeline: Any = load_with_adapter(GreedyGrowUpscalePipeline, args)
     seed = first_seed(args)
     settings = collect_settings(args, ("prompt", "strength", "exact", "tile_overlap"))
     for number, (image, path) in enumerate(zip(images, paths)):
@@ -133,3 +148,4 @@ def upscale(args: argparse.Namespace) -> None:
             generator=torch.Generator().manual_seed(seed + number),
         )
         save(output.images[0], path, {"image": args.images[number], "seed": seed + number, **settings})
+        print(path)

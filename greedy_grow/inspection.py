@@ -18,18 +18,22 @@ from diffusers_greedy_grow.models.core_loading import find_core
 from diffusers_greedy_grow.training.plan import describe_parts
 
 
-def read_license(model: str, revision: str | None) -> str | None:
-    """Return the license in the card of a folder or repository, or None if there is none."""
+def find_card(model: str, revision: str | None) -> ModelCard | None:
+    """Return the card of a folder or repository, or None if there is none."""
     card = Path(model) / "README.md"
     if not Path(model).is_dir():
         try:
             card = Path(hf_hub_download(model, "README.md", revision=revision))
         except EntryNotFoundError:
             return None
-    if not card.exists():
+    return ModelCard.load(card) if card.exists() else None
+
+
+def read_license(model: str, revision: str | None) -> str | None:
+    """Return the license in the card of a folder or repository, or None if there is none."""
+    if (card := find_card(model, revision)) is None:
         return None
-    data = ModelCard.load(card).data
-    return data.get("license_name") or data.get("license")
+    return card.data.get("license_name") or card.data.get("license")
 
 
 def read_pipeline(model: str, revision: str | None) -> dict[str, Any]:
@@ -46,26 +50,30 @@ def table(rows: list[tuple]) -> str:
     return "\n".join("  ".join(str(value).ljust(width) for value, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def inspect(args: argparse.Namespace) -> None:
-    model_class, config, _, commit = find_core(args.model, revision=args.revision)
-    pipeline = read_pipeline(args.model, args.revision)
+def describe(name: str, revision: str | None) -> str:
+    """Describe a model or a pipeline, a folder or a repository, of which no weights are read."""
+    model_class, config, _, commit = find_core(name, revision=revision)
+    pipeline = read_pipeline(name, revision)
     with torch.device("meta"):  # no weights, but all of their shapes
         model: Any = model_class.from_config(config)
     where = f" at commit {commit}" if commit else ""
-    print(f"{args.model}{where}: a {pipeline.get('_class_name', model_class.__name__)}\n")
-    sizes = model.sample_sizes
-    print(f"resolutions   {', '.join(f'{size} px' for size in sizes)}")
-    for name, count in describe_parts(model).items():
-        print(f"{name:<13} {count / 1e6:.1f} M parameters")
+    lines = [f"{name}{where}: a {pipeline.get('_class_name', model_class.__name__)}\n"]
+    lines.append(f"resolutions   {', '.join(f'{size} px' for size in model.sample_sizes)}")
+    lines += [f"{part:<13} {count / 1e6:.1f} M parameters" for part, count in describe_parts(model).items()]
     width = config.get("cross_attention_dim")
     _, encoder = pipeline.get("text_encoder") or (None, None)
     text = "unconditional" if width is None else f"{width} channels, {encoder or 'no encoder inside'}"
-    print(f"text          {text}")
-    print(f"license       {read_license(args.model, args.revision) or 'none in its card'}")
+    lines.append(f"text          {text}")
+    lines.append(f"license       {read_license(name, revision) or 'none in its card'}")
     lineage = [describe_entry(entry) for entry in get_lineage(model)]
     if lineage:
         steps = sum(entry.get("steps", 0) for entry in get_lineage(model))
-        print(f"trained       {steps} steps\n")
-        print(table([("phase", "resolution", "trained", "steps", "images", "seed"), *lineage]))
+        lines.append(f"trained       {steps} steps\n")
+        lines.append(table([("phase", "resolution", "trained", "steps", "images", "seed"), *lineage]))
     else:
-        print("trained       unknown: its configuration has no lineage")
+        lines.append("trained       unknown: its configuration has no lineage")
+    return "\n".join(lines)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    print(describe(args.model, args.revision))

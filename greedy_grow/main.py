@@ -16,6 +16,7 @@ examples:
   greedy-grow data check my_images
   greedy-grow train --train_data_dir my_images --resolutions 32 128
   greedy-grow sample "a red circle" "a blue star" --model output/grown-128 --out images
+  greedy-grow app output/grown-128
   greedy-grow push output/grown-128 user/my-model
 
 Errors that you can mend end in one line and exit code 2. `eval "$(register-python-argcomplete greedy-grow)"` completes arguments
@@ -25,8 +26,12 @@ in bash and zsh, if argcomplete is installed: `pip install "diffusers-greedy-gro
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="A pipeline: its folder, or its repository on the Hub.")
-    parser.add_argument("--revision", help="The branch, tag or commit of the repository.")
     parser.add_argument("--lora", help="A LoRA adapter to load: its folder, file or repository.")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="The branch, tag or commit of the repository.")
     parser.add_argument("--device", help="Such as cuda, mps or cpu; by default the first of these that there is.")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="By default as the weights are stored."
@@ -42,6 +47,25 @@ def add_drawing(parser: argparse.ArgumentParser, guidance_scale: float) -> None:
     parser.add_argument(
         "--guidance_scale", type=float, default=guidance_scale, help="1 means no guidance. Default: %(default)s."
     )
+
+
+def add_app(commands) -> None:
+    app = commands.add_parser("app", help="Draw with a model in a browser.")
+    app.add_argument("model", help="A pipeline: its folder, or its repository on the Hub.")
+    add_loading(app)
+    app.add_argument(
+        "--lora", nargs="+", default=[], help="LoRA adapters to choose from: folders, files, repositories."
+    )
+    app.add_argument("--host", help="The address to serve at, 0.0.0.0 for all. Default: 127.0.0.1, this machine only.")
+    app.add_argument("--port", type=int, help="By default the first free one from 7860 on.")
+    app.set_defaults(run="app.serving:run")
+
+    space = commands.add_parser("space", help="Write a Hugging Face Space that serves the app.")
+    space.add_argument("folder", help="The folder to write, which must not exist.")
+    space.add_argument("--model", required=True, help="The pipeline's repository on the Hub.")
+    space.add_argument("--revision", help="The branch, tag or commit of the repository.")
+    space.add_argument("--lora", nargs="+", default=[], help="The repositories of LoRA adapters to choose from.")
+    space.set_defaults(run="app.space:run")
 
 
 def add_grow(commands) -> None:
@@ -137,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--revision", help="The branch, tag or commit of the repository.")
     inspect.set_defaults(run="inspection:inspect")
 
+    add_app(commands)
     add_grow(commands)
     add_push(commands)
     add_data(commands)

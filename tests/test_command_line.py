@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_help_does_not_wait_for_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "plan", "sample", "upscale", "inspect", "grow", "push", "data check", "data"]
+    "command", ["train", "plan", "sample", "upscale", "inspect", "app", "space", "grow", "push", "data check", "data"]
 )
 def test_every_command_is_in_a_help(command, capsys):
     *groups, name = command.split()
@@ -202,7 +203,7 @@ def test_bad_arguments_of_images(folder, tmp_path, capsys):
     assert "a.jpg` is a file, but no PNG" in fail(capsys, *sample, "--out", touch(tmp_path / "a.jpg"))
     assert "a.png exists" in fail(capsys, *sample, "--out", touch(out))
     run(*sample, "--out", out, "--overwrite", *FAST)
-    assert '`--core_first much` must be "auto" or' in fail(
+    assert '`core_first` must be "auto" or a noise level, such as 0.8' in fail(
         capsys, *sample, "--out", tmp_path / "b", "--core_first", "much"
     )
     assert "`--num_images 0`" in fail(capsys, *sample, "--out", tmp_path / "b", "--num_images", "0")
@@ -266,6 +267,14 @@ def test_the_card_is_shown_before_publishing(folder, capsys, monkeypatch, hub):
     assert GreedyGrowPipeline.from_pretrained("owner/pushed-by-command").unet.sample_sizes == (16, 32)
     assert "license" in fail(capsys, "push", folder, "owner/other", "--license", "mine", "--yes").lower()
     assert "is not a folder" in fail(capsys, "push", folder / "none", "owner/other", "--yes")
+
+
+@pytest.mark.skipif(find_spec("gradio") is not None, reason="gradio is installed; tests/app has the tests of the app")
+def test_the_app_needs_gradio(folder, capsys, tmp_path):
+    assert 'pip install "diffusers-greedy-grow[app]"' in fail(capsys, "app", folder)
+    assert 'pip install "diffusers-greedy-grow[app]"' in fail(
+        capsys, "space", tmp_path / "a", "--model", "owner/model"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

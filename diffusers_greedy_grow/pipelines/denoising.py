@@ -159,11 +159,15 @@ class DenoisingMixin:
         step: int,
         timestep: torch.Tensor,
         latents: torch.Tensor,
+        pred_original_sample: torch.Tensor,
         text: dict[str, torch.Tensor | None],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], bool]:
-        """Call a step callback. Return the latents and the text after it, and whether the text may have changed."""
+        """
+        Call a step callback. It sees the clean images `(B, C, H, W)` that the step predicted, too. Return the latents and the text
+        after it, and whether the text may have changed.
+        """
         before = self.get_text_state(text)
-        tensors = {"latents": latents, **text}
+        tensors = {"latents": latents, "pred_original_sample": pred_original_sample, **text}
         tensors |= callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
         new_text = {name: tensors[name] for name in TEXT_NAMES}
         after = self.get_text_state(new_text)
@@ -399,7 +403,9 @@ class DenoisingMixin:
 
                 if sampling.callback is not None:
                     names = sampling.callback_names
-                    latents, text, changed = self.run_callback(sampling.callback, names, visit, t, latents, text)
+                    latents, text, changed = self.run_callback(
+                        sampling.callback, names, visit, t, latents, pred_original_sample, text
+                    )
                     if changed:
                         texts = self.prepare_texts(text, sampling.at_core)
                 before = i

@@ -93,6 +93,7 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = [
         "latents",
+        "pred_original_sample",
         "prompt_embeds",
         "negative_prompt_embeds",
         "prompt_attention_mask",
@@ -427,8 +428,9 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
                 Called after each step as `callback(self, step, timestep, callback_kwargs)`. The tensors that it returns
                 under names in `_callback_tensor_inputs` replace the pipeline's.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
-                The tensors in `callback_kwargs`, from `_callback_tensor_inputs`. Callbacks of diffusers bring their own
-                list.
+                The tensors in `callback_kwargs`, from `_callback_tensor_inputs`. `pred_original_sample` is the clean image in
+                [-1, 1] that the step predicted, not clamped: a preview. Another one that the callback returns has no effect.
+                Callbacks of diffusers bring their own list.
             cross_attention_kwargs (`dict`, *optional*):
                 Arguments of the attention processors; `{"scale": 0.5}`, for example, scales the LoRA layers.
             guidance_stop (`float`, defaults to 0.8):

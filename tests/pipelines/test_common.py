@@ -181,7 +181,7 @@ def test_cfg(made):
 
 
 def test_callback_inputs(made):
-    """A callback can ask for each tensor in `_callback_tensor_inputs`, and the tensors that it returns replace them."""
+    """A callback can ask for each tensor in `_callback_tensor_inputs`, and the states and texts that it returns replace them."""
     names = GreedyGrowPipeline._callback_tensor_inputs
 
     def keep(pipe, step, timestep, tensors):

@@ -184,6 +184,21 @@ def test_callback(pipeline):
     assert not images.any()
 
 
+def test_a_callback_sees_the_clean_image_that_a_step_predicts(pipeline):
+    predicted = []
+
+    def look(pipe, step, timestep, tensors):
+        predicted.append(tensors["pred_original_sample"].clone())
+        return {"pred_original_sample": torch.zeros_like(predicted[-1])}  # without effect
+
+    names = ["pred_original_sample"]
+    image = draw(pipeline, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
+    assert len(predicted) == 4 and not torch.allclose(predicted[0], predicted[3], atol=1e-2)
+    # The last step of Euler's method ends at the image that it predicts.
+    torch.testing.assert_close(predicted[-1], image)
+    assert torch.equal(image, draw(pipeline))
+
+
 def test_callbacks_of_diffusers(pipeline):
     expected = draw(pipeline, PROMPTS[0], guidance_stop=0.5)
     callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
