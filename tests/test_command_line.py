@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_hub_download
 from PIL import Image
+from safetensors.torch import load_file
 
 import greedy_grow.main
 import greedy_grow.training
@@ -195,11 +197,27 @@ def test_images_with_a_transparent_ground_are_upscaled_on_white(folder, tmp_path
     assert np.asarray(large).min() == 255
 
 
+@pytest.mark.parametrize("mode", ["I;16", "CMYK"])
+def test_images_of_other_modes_are_upscaled(mode, folder, tmp_path):
+    """PIL alone would turn all grays of 16 bits above 255 white."""
+    gray = np.full((16, 16), 32896, np.uint16) if mode == "I;16" else np.full((16, 16), 128, np.uint8)
+    image = Image.fromarray(gray)
+    image = image if mode == "I;16" else image.convert("RGB").convert(mode)
+    image.save(tmp_path / "small.tiff")
+    run("upscale", tmp_path / "small.tiff", "--model", folder, "--exact", "--out", tmp_path / "large.png", *FAST)
+    assert abs(np.asarray(Image.open(tmp_path / "large.png")).mean() - 128) < 1
+
+
 def test_bad_arguments_of_images(folder, tmp_path, capsys):
     out = tmp_path / "a.png"
     sample = ["sample", "a", "--model", folder]
     assert "2 images: name a folder" in fail(capsys, "sample", "b", *sample[1:], "--out", out)
-    assert "a.jpg` is a file, but no PNG" in fail(capsys, *sample, "--out", touch(tmp_path / "a.jpg"))
+    assert "a.jpg` names a file that is not a PNG" in fail(capsys, *sample, "--out", touch(tmp_path / "a.jpg"))
+    assert "b.jpg` names a file that is not a PNG" in fail(capsys, *sample, "--out", tmp_path / "b.jpg")
+    assert "is not a folder that can be written" in fail(capsys, *sample, "--out", tmp_path / "a.jpg" / "b.png")
+    assert "is not a folder that can be written" in fail(capsys, *sample, "--out", tmp_path / "a.jpg" / "b")
+    assert "`--seed -1` must be from 0" in fail(capsys, *sample, "--out", tmp_path / "b", "--seed", "-1")
+    assert "`--device lamp` cannot be used" in fail(capsys, *sample, "--out", tmp_path / "b", "--device", "lamp")
     assert "a.png exists" in fail(capsys, *sample, "--out", touch(out))
     run(*sample, "--out", out, "--overwrite", *FAST)
     assert '`--core_first much` must be "auto" or' in fail(
@@ -266,6 +284,15 @@ def test_the_card_is_shown_before_publishing(folder, capsys, monkeypatch, hub):
     assert GreedyGrowPipeline.from_pretrained("owner/pushed-by-command").unet.sample_sizes == (16, 32)
     assert "license" in fail(capsys, "push", folder, "owner/other", "--license", "mine", "--yes").lower()
     assert "is not a folder" in fail(capsys, "push", folder / "none", "owner/other", "--yes")
+
+
+def test_published_weights_keep_their_dtype(tmp_path, hub):
+    make_pipeline().to(torch.bfloat16).save_pretrained(tmp_path)
+    for folder, name in ((tmp_path, "owner/half"), (tmp_path / "unet", "owner/half-unet")):
+        run("push", folder, name, "--license", "mit", "--yes")
+    weights = "diffusion_pytorch_model.safetensors"
+    for path in (hf_hub_download("owner/half", f"unet/{weights}"), hf_hub_download("owner/half-unet", weights)):
+        assert load_file(path)["conv_out.weight"].dtype == torch.bfloat16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
