@@ -24,7 +24,11 @@ def choose_device(name: str | None) -> str:
     if name is not None:
         try:
             torch.empty(1, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch was built without it, or has no such kind
+        except (
+            RuntimeError,
+            AssertionError,
+            NotImplementedError,
+        ) as error:  # torch was built without it, or has no such kind
             reason = str(error).splitlines()[0]
             raise ValueError(f"`--device {name}` cannot be used here: {reason}. Leave it out, or pass cpu.") from None
         return name
@@ -48,12 +52,16 @@ def name_files(args: argparse.Namespace, names: list[str]) -> list[Path]:
     Raises:
         `ValueError`: if one exists, or cannot be written there, or if several images would be written to one file.
     """
+    if not args.out:  # an empty variable of a shell
+        raise ValueError("`--out` is empty: name a PNG file or a folder.")
     out = Path(args.out)
     is_file = out.suffix.lower() == ".png"
     if is_file and len(names) > 1:
         raise ValueError(f"`--out {args.out}` is one file for {len(names)} images: name a folder.")
     if not is_file and (out.is_file() or (out.suffix.lower() in Image.registered_extensions() and not out.is_dir())):
-        raise ValueError(f"`--out {args.out}` names a file that is not a PNG: name a file that ends in .png, or a folder.")
+        raise ValueError(
+            f"`--out {args.out}` names a file that is not a PNG: name a file that ends in .png, or a folder."
+        )
     parent = next(folder for folder in ((out / "a").absolute().parents)[is_file:] if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"`--out {args.out}`: {parent} is not a folder that can be written to. Name another one.")

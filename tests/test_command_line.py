@@ -216,6 +216,7 @@ def test_bad_arguments_of_images(folder, tmp_path, capsys):
     assert "b.jpg` names a file that is not a PNG" in fail(capsys, *sample, "--out", tmp_path / "b.jpg")
     assert "is not a folder that can be written" in fail(capsys, *sample, "--out", tmp_path / "a.jpg" / "b.png")
     assert "is not a folder that can be written" in fail(capsys, *sample, "--out", tmp_path / "a.jpg" / "b")
+    assert "`--out` is empty" in fail(capsys, *sample, "--out", "")
     assert "`--seed -1` must be from 0" in fail(capsys, *sample, "--out", tmp_path / "b", "--seed", "-1")
     assert "`--device lamp` cannot be used" in fail(capsys, *sample, "--out", tmp_path / "b", "--device", "lamp")
     assert "a.png exists" in fail(capsys, *sample, "--out", touch(out))
@@ -286,6 +287,12 @@ def test_the_card_is_shown_before_publishing(folder, capsys, monkeypatch, hub):
     assert "is not a folder" in fail(capsys, "push", folder / "none", "owner/other", "--yes")
 
 
+def test_without_a_network(folder, capsys, hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    command = ["push", folder, "owner/unreachable", "--license", "mit", "--yes"]
+    assert "The network cannot be reached: " in fail(capsys, *command)
+
+
 def test_published_weights_keep_their_dtype(tmp_path, hub):
     make_pipeline().to(torch.bfloat16).save_pretrained(tmp_path)
     for folder, name in ((tmp_path, "owner/half"), (tmp_path / "unet", "owner/half-unet")):
@@ -316,14 +323,14 @@ def test_data_are_checked(tmp_path, capsys):
     ):
         lines.append(json.dumps({"file_name": f"{name}.png", "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    run("data", "check", folder, "--contact_sheet", tmp_path / "sheet.png", "--num_shown", "10")
+    run("data", "check", folder, "--contact_sheet", tmp_path / "new" / "sheet.png", "--num_shown", "10")
     out = capsys.readouterr().out
     assert "42 different images to train on, 2 held out" in out
     assert "broken.png" in out and "empty.png" in out and "the caption is empty" in out
     assert "training: 40 images would be used, 2 rows or captions are broken" in out
     assert "nearly.png" in out and "005.png" in out and "2 images are nearly the same as others" in out
     assert "words in each: 1 to 6, median 3" in out and "wide" in out and "which would be enlarged" in out
-    sheet = Image.open(tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width > 8 * 128 and sheet.height > 2 * 128
 
 
