@@ -170,6 +170,7 @@ def draw_contact_sheet(rows: Dataset, count: int, path: Path) -> int:
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.png")
     sheet.save(temporary)
     temporary.replace(path)

@@ -4,7 +4,9 @@
 """`greedy-grow sample` and `greedy-grow upscale`."""
 
 import argparse
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,22 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GreedyGrowUpscalePipeline
+from diffusers_greedy_grow.training.data.images import convert_to_srgb, open_image
+from diffusers_greedy_grow.training.data.rows import BrokenRow
 
 
 def choose_device(name: str | None) -> str:
+    """Return the device of a name, or the best one. Raise a `ValueError` if there is no such device."""
     if name is not None:
+        try:
+            torch.empty(1, device=name)
+        except (
+            RuntimeError,
+            AssertionError,
+            NotImplementedError,
+        ) as error:  # torch was built without it, or has no such kind
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"`--device {name}` cannot be used here: {reason}. Leave it out, or pass cpu.") from None
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -29,10 +43,11 @@ def load(
     device: str | None = None,
 ) -> GreedyGrowPipeline:
     """Load a pipeline, by default in the dtype that its weights are stored in."""
+    chosen = choose_device(device)
     loaded = pipeline_class.from_pretrained(
         model, revision=revision, dtype="auto" if dtype is None else getattr(torch, dtype)
     )
-    return loaded.to(choose_device(device))
+    return loaded.to(chosen)
 
 
 def load_with_adapter(pipeline_class: type[GreedyGrowPipeline], args: argparse.Namespace) -> GreedyGrowPipeline:
@@ -48,14 +63,21 @@ def name_files(args: argparse.Namespace, names: list[str]) -> list[Path]:
     Return the files to write, one per name: `args.out` itself for a single image, or else in that folder.
 
     Raises:
-        `ValueError`: if one exists, or if several images would be written to one file.
+        `ValueError`: if one exists, or cannot be written there, or if several images would be written to one file.
     """
+    if not args.out:  # an empty variable of a shell
+        raise ValueError("`--out` is empty: name a PNG file or a folder.")
     out = Path(args.out)
     is_file = out.suffix.lower() == ".png"
     if is_file and len(names) > 1:
         raise ValueError(f"`--out {args.out}` is one file for {len(names)} images: name a folder.")
-    if not is_file and out.is_file():
-        raise ValueError(f"`--out {args.out}` is a file, but no PNG: name a file that ends in .png, or a folder.")
+    if not is_file and (out.is_file() or (out.suffix.lower() in Image.registered_extensions() and not out.is_dir())):
+        raise ValueError(
+            f"`--out {args.out}` names a file that is not a PNG: name a file that ends in .png, or a folder."
+        )
+    parent = next(folder for folder in ((out / "a").absolute().parents)[is_file:] if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"`--out {args.out}`: {parent} is not a folder that can be written to. Name another one.")
     paths = [out] if is_file else [out / f"{name}.png" for name in names]
     if not args.overwrite and (existing := [str(path) for path in paths if path.exists()]):
         raise ValueError(f"{existing[0]} exists: name another `--out`, or pass `--overwrite`.")
@@ -75,6 +97,8 @@ def save(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
 
 
 def first_seed(args: argparse.Namespace) -> int:
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        raise ValueError(f"`--seed {args.seed}` must be from 0 to below 2 ** 63.")
     return random.randrange(2**31) if args.seed is None else args.seed
 
 
@@ -122,8 +146,20 @@ def sample(args: argparse.Namespace) -> None:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image in RGB, upright and on white if it is transparent."""
-    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = ImageOps.exif_transpose(image)
+    # Not from CMYK to RGBA at once, which PIL cannot convert
+    image = (image if image.has_transparency_data else image.convert("RGB")).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def open_images(paths: list[str]) -> Iterator[Image.Image]:
+    """Yield images as training reads them: in RGB, upright, in sRGB, and on white if they are transparent."""
+    for path in paths:
+        try:
+            opened = open_image({"bytes": None, "path": path})
+        except BrokenRow as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}.") from error
+        yield to_rgb(convert_to_srgb(opened, lambda reason: None))
 
 
 def upscale(args: argparse.Namespace) -> None:
@@ -131,9 +167,8 @@ def upscale(args: argparse.Namespace) -> None:
     if len({*stems}) < len(stems):
         raise ValueError(f"The images {args.images} need different names, since the results get the same ones.")
     paths = name_files(args, stems)
-    images = [to_rgb(Image.open(path)) for path in args.images]
+    images, seed = list(open_images(args.images)), first_seed(args)
     pipeline: Any = load_with_adapter(GreedyGrowUpscalePipeline, args)
-    seed = first_seed(args)
     settings = collect_settings(args, ("prompt", "strength", "exact", "tile_overlap"))
     for number, (image, path) in enumerate(zip(images, paths)):
         output = pipeline(

@@ -70,7 +70,9 @@ def add_app(commands) -> None:
 
 def add_grow(commands) -> None:
     parser = commands.add_parser("grow", help="Grow a model by one stage, without training it.")
-    parser.add_argument("core", help="A core, grown model or pipeline: its folder, or its repository on the Hub.")
+    parser.add_argument(
+        "core", help="A pipeline around a core or grown model: its folder, or its repository on the Hub."
+    )
     parser.add_argument("--sample_size", type=int, required=True, help="The new resolution in pixels.")
     parser.add_argument("--out", required=True, help="The folder for the grown pipeline, which must not exist.")
     parser.add_argument(

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_hub_download
 from PIL import Image
+from safetensors.torch import load_file
 
 import greedy_grow.main
 import greedy_grow.training
@@ -196,11 +198,28 @@ def test_images_with_a_transparent_ground_are_upscaled_on_white(folder, tmp_path
     assert np.asarray(large).min() == 255
 
 
+@pytest.mark.parametrize("mode", ["I;16", "CMYK"])
+def test_images_of_other_modes_are_upscaled(mode, folder, tmp_path):
+    """PIL alone would turn all grays of 16 bits above 255 white."""
+    gray = np.full((16, 16), 32896, np.uint16) if mode == "I;16" else np.full((16, 16), 128, np.uint8)
+    image = Image.fromarray(gray)
+    image = image if mode == "I;16" else image.convert("RGB").convert(mode)
+    image.save(tmp_path / "small.tiff")
+    run("upscale", tmp_path / "small.tiff", "--model", folder, "--exact", "--out", tmp_path / "large.png", *FAST)
+    assert abs(np.asarray(Image.open(tmp_path / "large.png")).mean() - 128) < 1
+
+
 def test_bad_arguments_of_images(folder, tmp_path, capsys):
     out = tmp_path / "a.png"
     sample = ["sample", "a", "--model", folder]
     assert "2 images: name a folder" in fail(capsys, "sample", "b", *sample[1:], "--out", out)
-    assert "a.jpg` is a file, but no PNG" in fail(capsys, *sample, "--out", touch(tmp_path / "a.jpg"))
+    assert "a.jpg` names a file that is not a PNG" in fail(capsys, *sample, "--out", touch(tmp_path / "a.jpg"))
+    assert "b.jpg` names a file that is not a PNG" in fail(capsys, *sample, "--out", tmp_path / "b.jpg")
+    assert "is not a folder that can be written" in fail(capsys, *sample, "--out", tmp_path / "a.jpg" / "b.png")
+    assert "is not a folder that can be written" in fail(capsys, *sample, "--out", tmp_path / "a.jpg" / "b")
+    assert "`--out` is empty" in fail(capsys, *sample, "--out", "")
+    assert "`--seed -1` must be from 0" in fail(capsys, *sample, "--out", tmp_path / "b", "--seed", "-1")
+    assert "`--device lamp` cannot be used" in fail(capsys, *sample, "--out", tmp_path / "b", "--device", "lamp")
     assert "a.png exists" in fail(capsys, *sample, "--out", touch(out))
     run(*sample, "--out", out, "--overwrite", *FAST)
     assert '`core_first` must be "auto" or a noise level, such as 0.8' in fail(
@@ -277,6 +296,21 @@ def test_the_app_needs_gradio(folder, capsys, tmp_path):
     )
 
 
+def test_without_a_network(folder, capsys, hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    command = ["push", folder, "owner/unreachable", "--license", "mit", "--yes"]
+    assert "The network cannot be reached: " in fail(capsys, *command)
+
+
+def test_published_weights_keep_their_dtype(tmp_path, hub):
+    make_pipeline().to(torch.bfloat16).save_pretrained(tmp_path)
+    for folder, name in ((tmp_path, "owner/half"), (tmp_path / "unet", "owner/half-unet")):
+        run("push", folder, name, "--license", "mit", "--yes")
+    weights = "diffusion_pytorch_model.safetensors"
+    for path in (hf_hub_download("owner/half", f"unet/{weights}"), hf_hub_download("owner/half-unet", weights)):
+        assert load_file(path)["conv_out.weight"].dtype == torch.bfloat16
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -298,14 +332,14 @@ def test_data_are_checked(tmp_path, capsys):
     ):
         lines.append(json.dumps({"file_name": f"{name}.png", "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    run("data", "check", folder, "--contact_sheet", tmp_path / "sheet.png", "--num_shown", "10")
+    run("data", "check", folder, "--contact_sheet", tmp_path / "new" / "sheet.png", "--num_shown", "10")
     out = capsys.readouterr().out
     assert "42 different images to train on, 2 held out" in out
     assert "broken.png" in out and "empty.png" in out and "the caption is empty" in out
     assert "training: 40 images would be used, 2 rows or captions are broken" in out
     assert "nearly.png" in out and "005.png" in out and "2 images are nearly the same as others" in out
     assert "words in each: 1 to 6, median 3" in out and "wide" in out and "which would be enlarged" in out
-    sheet = Image.open(tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width > 8 * 128 and sheet.height > 2 * 128
 
 

@@ -5,15 +5,19 @@
 
 import copy
 import inspect
+import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import torch.nn as nn
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
+from safetensors import safe_open
 
 from .publish import Push
 from .references import FETCH_ARGUMENTS, FETCHING, REFERENCE, lies_in
@@ -22,6 +26,7 @@ from .weights import refuse_offloaded
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
 PUSH_ARGUMENTS = {"repo_id", "commit_message", "private", "token", "create_pr", "revision"}
 
 
@@ -37,7 +42,8 @@ class HubMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any):
         """
-        Load as diffusers does, but only from safetensors.
+        Load as diffusers does, but only from safetensors. `dtype="auto"` keeps the dtype that weights are stored in: of all
+        components of a pipeline, and of a model in a local folder.
 
         Raises:
             `ValueError`: if `use_safetensors` is false, or the configuration has entries that the class does not know.
@@ -48,6 +54,11 @@ class HubMixin:
         # Without this, diffusers falls back to pickled weights.
         if not folder.is_dir() or any(folder.rglob("*.bin")):
             kwargs["use_safetensors"] = True
+        if kwargs.get("dtype") == "auto" and not issubclass(cls, ModelMixin):
+            kwargs["dtype"] = {"default": "auto"}  # diffusers would replace "auto" itself by float32
+        for name in ("dtype", "torch_dtype"):
+            if kwargs.get(name) == "auto" and (stored := find_dtype(folder / (kwargs.get("subfolder") or ""))):
+                kwargs[name] = stored
         # A model that refers to its core fetches it as it is fetched itself, also if it is part of a pipeline.
         fetching = {name: kwargs[name] for name in FETCH_ARGUMENTS if kwargs.get(name) is not None}
         if found := re.match(r"(.+)[/\\]models--[^/\\]+[/\\]snapshots[/\\]", str(folder)):
@@ -266,6 +277,18 @@ class HubMixin:
         if not core_is_loaded:
             arguments["revision"] = None
         return Push(**arguments)
+
+
+def find_dtype(folder: Path) -> torch.dtype | None:
+    """Return the dtype of most of the numbers in a folder's safetensors, or None if there are no floats."""
+    counts: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                weights = file.get_slice(name)
+                counts[weights.get_dtype()] += math.prod(weights.get_shape())
+    found = [DTYPES[name] for name, _ in counts.most_common() if name in DTYPES]
+    return found[0] if found else None
 
 
 def refuse_pickles(use_safetensors: bool | None) -> None:

@@ -157,8 +157,10 @@ def describe(image: Any) -> str:
 
 def to_tensor(image: torch.Tensor | np.ndarray) -> torch.Tensor:
     """Return an array or a tensor as a tensor in float32."""
-    # Arrays that were flipped have negative strides, which torch does not know.
-    return torch.as_tensor(image if isinstance(image, torch.Tensor) else image.copy(), dtype=torch.float32)
+    if isinstance(image, torch.Tensor):
+        return image.to(torch.float32)
+    # A new array: torch knows no negative strides, as flipped ones have, and not the floats of other byte orders or widths.
+    return torch.from_numpy(np.array(image, dtype=np.float32, order="C"))
 
 
 def image_size(image: Any) -> tuple[int, int]:

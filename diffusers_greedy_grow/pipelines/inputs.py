@@ -7,6 +7,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.guiders import BaseGuidance
@@ -144,13 +145,19 @@ class InputsMixin(DenoisingMixin):
         guider,
         guidance_resolution,
         output_type,
+        callback_on_step_end,
         callback_on_step_end_tensor_inputs,
+        cross_attention_kwargs,
     ) -> None:
         """Raise a `ValueError` that names the argument at fault among those that say how to sample; see `__call__`."""
         shift_name(self.scheduler)  # another one may have been set
         if timesteps is None and (not isinstance(num_inference_steps, INTEGER) or num_inference_steps < 1):
             raise ValueError(f"`num_inference_steps={num_inference_steps}` must be a positive integer.")
         if timesteps is not None:
+            if isinstance(timesteps, (torch.Tensor, np.ndarray)):
+                timesteps = timesteps.tolist()
+            if not isinstance(timesteps, (list, tuple)) or not all(isinstance(one, NUMBER) for one in timesteps):
+                raise ValueError(f"`timesteps={timesteps!r}` must be a list of numbers, from at most 1000 to above 0.")
             falling = all(later < earlier for earlier, later in zip(timesteps, timesteps[1:]))
             if not len(timesteps) or not falling or not 0 < timesteps[-1] <= timesteps[0] <= 1000:
                 raise ValueError(f"`timesteps={list(timesteps)}` must be decreasing, from at most 1000 to above 0.")
@@ -163,10 +170,20 @@ class InputsMixin(DenoisingMixin):
                     f"`timesteps={list(timesteps)}` must begin at {1000 * FIRST_SIGMA_MIN:.0f} or above, since the image begins as "
                     "pure noise. To begin below, pass `latents` of that noise level."
                 )
-        if not isinstance(guidance_scale, NUMBER) or not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale={guidance_scale}` must be a number; 1 means no guidance.")
+        check_guidance_scale(guidance_scale)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f'`output_type={output_type!r}` is unknown: pass "pil", "np", "pt" or "latent".')
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end={callback_on_step_end!r}` must be a function or None.")
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r}` must be a list of names from "
+                f"{self._callback_tensor_inputs}."
+            )
+        if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
+            raise ValueError(
+                f'`cross_attention_kwargs={cross_attention_kwargs!r}` must be a dictionary, such as {{"scale": 0.5}}, or None.'
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -238,7 +255,8 @@ class InputsMixin(DenoisingMixin):
         batch_size = 1 if isinstance(prompt, str) else len(prompt)
         negative_prompt = negative_prompt or ""
         negatives = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
-        if not isinstance(negatives, list) or len(negatives) != batch_size:
+        is_list = isinstance(negatives, list) and all(isinstance(text, str) for text in negatives)
+        if not is_list or len(negatives) != batch_size:
             raise ValueError(
                 f"`negative_prompt` must be a string or a list of {batch_size} strings, one for each prompt, but is "
                 f"{negative_prompt!r}."
@@ -250,6 +268,13 @@ class InputsMixin(DenoisingMixin):
     ) -> None:
         """Raise a `ValueError` if prompts that are encoded already do not fit the model or each other."""
         width = self.unet.config.cross_attention_dim
+        for name, tensor in (
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+            ("prompt_attention_mask", prompt_attention_mask),
+            ("negative_prompt_attention_mask", negative_prompt_attention_mask),
+        ):
+            check_tensor(name, tensor)
         if prompt_embeds.ndim != 3 or prompt_embeds.shape[-1] != width:
             raise ValueError(
                 f"`prompt_embeds` must be of shape (batch, tokens, {width}) but is of shape {tuple(prompt_embeds.shape)}."
@@ -278,9 +303,16 @@ class InputsMixin(DenoisingMixin):
         if not isinstance(num_images_per_prompt, INTEGER) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt={num_images_per_prompt}` must be a positive integer.")
         batch_size *= num_images_per_prompt
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(
+                f"`generator={generator!r}` must be a torch.Generator, a list of them or None: pass "
+                "`torch.Generator().manual_seed(0)`."
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` is a list of {len(generator)}, but {batch_size} images are to be drawn.")
         shape = (batch_size, self.unet.config.in_channels, height, width)
+        check_tensor("latents", latents)
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` must be of shape {shape} but is of shape {tuple(latents.shape)}.")
 
@@ -329,7 +361,9 @@ class InputsMixin(DenoisingMixin):
             guider,
             guidance_resolution,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            cross_attention_kwargs,
         )
         level = self.find_level(height, width) if level is None else level
         handover_sigmas = get_handover_sigmas(core_first, self.unet, self.config.detail_variances, level)
@@ -423,3 +457,15 @@ class InputsMixin(DenoisingMixin):
         first = (num_inference_steps - steps) * scheduler.order
         begin(scheduler, first)
         return first
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raise a `ValueError` unless an optional argument is a tensor or None."""
+    if tensor is not None and not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor but is a {type(tensor).__name__}: convert it.")
+
+
+def check_guidance_scale(guidance_scale: Any) -> None:
+    """Raise a `ValueError` unless this is a finite number."""
+    if not isinstance(guidance_scale, NUMBER) or not math.isfinite(guidance_scale):
+        raise ValueError(f"`guidance_scale={guidance_scale!r}` must be a number; 1 means no guidance.")

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..hub.mixins import refuse_pickles
 from .denoising import TEXT_NAMES, Sampling
 from .images import count_prompts, list_images, prepare_images
-from .inputs import InputsMixin
+from .inputs import InputsMixin, check_guidance_scale
 from .lora import GreedyGrowLoraLoaderMixin
 from .pipeline_greedy_grow import GreedyGrowPipeline
 from .pipeline_greedy_grow_inpaint import PROCESSOR, list_inpainting, prepare_inpainting
@@ -269,6 +269,7 @@ class GreedyGrowTextEncoderStep(GreedyGrowStep):
     def run(self, components: GreedyGrowModularPipeline, block_state: BlockState) -> None:
         components.check_loaded("text_encoder", "tokenizer")
         components.check_texts(block_state.prompt, block_state.negative_prompt)
+        check_guidance_scale(block_state.guidance_scale)
         encoded = components.encode_prompt(
             block_state.prompt,
             do_classifier_free_guidance=block_state.guidance_scale > 1 or components.guider is not None,

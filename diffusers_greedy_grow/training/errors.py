@@ -7,6 +7,7 @@ import errno
 import sys
 from collections.abc import Callable
 
+from huggingface_hub.errors import HTTPError
 from tqdm.auto import tqdm
 
 
@@ -49,6 +50,8 @@ def describe(error: BaseException) -> str | None:
         )
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return join_lines(error) or type(error).__name__
+    if isinstance(error, HTTPError):  # not an OSError if there was no answer
+        return f"The network cannot be reached: {join_lines(error) or type(error).__name__}. Try again later."
     return None
 
 

@@ -126,6 +126,17 @@ def test_from_pipe_with_a_dtype_casts_the_shared_components(made):
         GreedyGrowPipeline.from_pipe(made, torch_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stored_dtype_is_kept_on_request(made, dtype, tmp_path):
+    """diffusers would load all in float32."""
+    made.to(dtype).save_pretrained(tmp_path)
+    loaded = type(made).from_pretrained(tmp_path, dtype="auto")
+    assert loaded.unet.dtype == loaded.text_encoder.dtype == dtype
+    for options in ({"pretrained_model_name_or_path": tmp_path / "unet"}, {"subfolder": "unet"}):
+        model = type(made.unet).from_pretrained(**{"pretrained_model_name_or_path": tmp_path, **options}, dtype="auto")
+        assert model.dtype == dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inference_no_nan(made, dtype):
     made.to(dtype)

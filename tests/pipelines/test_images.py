@@ -41,6 +41,12 @@ def test_floats_of_any_width_are_read(dtype, grown):
         torch.testing.assert_close(flipped, to_tensor(image).flip(-1), atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [">f4", "longdouble"])
+def test_floats_that_torch_does_not_know_are_read(dtype, grown):
+    array = np.asarray(make_image()).astype(dtype) / 255
+    torch.testing.assert_close(give_back(grown, array), to_tensor(make_image()), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("as_array", [True, False])
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "bool"])
 def test_integers_are_refused_also_if_they_are_small(dtype, as_array, grown):

@@ -367,6 +367,7 @@ def test_progress_bars(grown, capfd):
         ({"prompt": PROMPT, "height": 33}, "`height=33` and `width=32` must be positive multiples"),
         ({}, "Pass either `prompt` or `prompt_embeds`"),
         ({"negative_prompt": "bad"}, "Required input 'prompt' is missing"),
+        ({"prompt": PROMPT, "guidance_scale": "4"}, "`guidance_scale='4'` must be a number"),
         ({"prompt": 3}, "`prompt` must be a string or a list of strings but is 3"),
         ({"prompt": PROMPT, "mask_image": Image.new("L", (32, 32))}, "Required input 'image' is missing"),
         ({"prompt": PROMPT, "image": make_image().convert("L")}, "`image` is in mode 'L'"),

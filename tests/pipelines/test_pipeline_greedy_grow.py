@@ -940,6 +940,16 @@ def test_variances_must_be_positive(pipeline, variances):
         ({"core_first": 1.5}, r"`core_first=1.5` must be \"auto\", a noise level in \(0, 1\], or None"),
         ({"core_first": "full"}, "`core_first='full'` must be"),
         ({"core_first": True}, "`core_first=True` must be"),
+        ({"generator": 5}, "`generator=5` must be a torch.Generator, a list of them or None"),
+        ({"generator": [torch.Generator(), 5]}, "`generator=.* must be a torch.Generator"),
+        ({"latents": np.zeros((2, 3, 16, 16))}, "`latents` must be a torch.Tensor but is a ndarray"),
+        ({"prompt": None, "prompt_embeds": EMBEDS.numpy()}, "`prompt_embeds` must be a torch.Tensor but is a ndarray"),
+        ({"negative_prompt": ["a", None]}, r"`negative_prompt` must be .*\['a', None\]"),
+        ({"timesteps": 900.0}, "`timesteps=900.0` must be a list of numbers"),
+        ({"timesteps": ["900"]}, r"`timesteps=\['900'\]` must be a list of numbers"),
+        ({"callback_on_step_end": "print"}, "`callback_on_step_end='print'` must be a function"),
+        ({"callback_on_step_end_tensor_inputs": None}, "`callback_on_step_end_tensor_inputs=None` must be a list"),
+        ({"cross_attention_kwargs": 0.5}, "`cross_attention_kwargs=0.5` must be a dictionary"),
     ],
 )
 def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
