@@ -67,7 +67,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         in_channels, out_channels, patch_size, hidden_size, num_layers, num_attention_heads, mlp_ratio:
             The core's configuration; see [`ShallowUNet2DModel`].
         cross_attention_dim, dropout, crop_conditioning:
-            The same.
+            More of the core's configuration; see [`ShallowUNet2DModel`].
         core_config (`dict`, *optional*), core_process (`dict`, *optional*):
             A core of another class: the name of the class, one of diffusers', with its configuration, and the process that it
             was trained on. With them, the core's configuration above says what the stages need to know of that core, and
