@@ -201,3 +201,11 @@ def test_a_subclass_loads_what_its_base_has_saved(tmp_path):
 def test_a_path_of_a_folder_that_does_not_exist(loader, tmp_path):
     with pytest.raises((OSError, ValueError), match="no-such-folder"):
         loader.from_pretrained(tmp_path / "no-such-folder")
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_damaged_weights_of_any_dtype(dtype, tmp_path):
+    make_core().save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged!" * 8)
+    with pytest.raises(OSError):
+        ShallowUNet2DModel.from_pretrained(tmp_path, dtype=dtype)

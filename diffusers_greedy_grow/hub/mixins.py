@@ -3,6 +3,7 @@
 
 """The base class of models and pipelines for safe loading, saving and publishing."""
 
+import contextlib
 import copy
 import inspect
 import math
@@ -17,7 +18,7 @@ import torch.nn as nn
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .publish import Push
 from .references import FETCH_ARGUMENTS, FETCHING, REFERENCE, lies_in
@@ -283,7 +284,8 @@ def find_dtype(folder: Path) -> torch.dtype | None:
     """Return the dtype of most of the numbers in a folder's safetensors, or None if there are no floats."""
     counts: Counter[str] = Counter()
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
+        # Loading says what is wrong with a damaged file.
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
             for name in file.keys():
                 weights = file.get_slice(name)
                 counts[weights.get_dtype()] += math.prod(weights.get_shape())
