@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.image_processor import InpaintProcessor, PipelineImageInput
+from diffusers.image_processor import InpaintProcessor, PipelineImageInput, VaeImageProcessor
 from diffusers.utils import replace_example_docstring
 from PIL import Image
 
@@ -202,6 +202,7 @@ def prepare_inpainting(
     given: tuple[Any, Any] = resize_tensors(images, *size), resize_tensors(masks, *size)
     if padding_mask_crop is not None:
         given = images[0], masks[0]
+        check_region(padding_mask_crop, masks[0], *size)
     clean, mask, overlay = processor.preprocess(*given, *size, padding_mask_crop)
     clean, mask = repeat_images(clean, sampling), repeat_images(mask, sampling)  # type: ignore[arg-type]
     noise = pipeline.prepare_latents(sampling, latents)
@@ -233,6 +234,17 @@ def check_crop(padding: Any, images: list[Any], masks: list[Any], output_type: s
         )
     if masks[0].getbbox() is None:
         raise ValueError("`mask_image` is black everywhere: there is nothing to draw around which to crop.")
+
+
+def check_region(padding: int, mask: Image.Image, height: int, width: int) -> None:
+    """Raise a `ValueError` if the part around a mask has less than a pixel on a side when it is scaled to a height and width."""
+    left, top, right, bottom = VaeImageProcessor.get_crop_region(mask, width, height, pad=padding)
+    sides = right - left, bottom - top
+    if min(sides) * max(height, width) < max(sides):
+        raise ValueError(
+            f"`padding_mask_crop={padding}` cuts {sides[0]} x {sides[1]} pixels out of `image`, which are too narrow for {width} x "
+            f"{height}: pass a smaller one, or None."
+        )
 
 
 def check_jumps(jump_length: Any, jump_n_sample: Any, core_first: Any) -> None:

@@ -533,3 +533,16 @@ def test_a_core_cannot_upscale():
     pipeline = GreedyGrowUpscalePipeline(**make_pipeline(make_core()).components)
     with pytest.raises(ValueError, match="`unet` has no growth stage"):
         run(pipeline, make_image(8), PROMPT)
+
+
+@pytest.mark.parametrize("size", [(200, 5), (5, 200)])
+def test_a_crop_that_is_too_narrow_to_be_drawn(size, as_task):
+    mask = Image.new("L", size, 0)
+    mask.putpixel((size[0] // 2, size[1] // 2), 255)
+    pipeline, options = as_task(GreedyGrowInpaintPipeline), {"num_inference_steps": 1}
+    with pytest.raises(
+        ValueError, match=rf"`padding_mask_crop=100` cuts {size[0]} x {size[1]} pixels .* too narrow for 32 x 32"
+    ):
+        pipeline("a square", Image.new("RGB", size), mask, padding_mask_crop=100, **options)
+    drawn = pipeline("a square", Image.new("RGB", size), mask, padding_mask_crop=2, **options).images[0]
+    assert drawn.size == size
