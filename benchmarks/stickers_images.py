@@ -15,20 +15,19 @@ trained on in any style, each above the real one. They are drawn by lot. With `-
 
 import argparse
 import random
-import tempfile
 from pathlib import Path
 
 import torch
 from datasets import load_dataset
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
 
 from benchmarks.evaluate import draw_images
 from benchmarks.stickers_scorer import StickersScorer, describe, score_images
 from benchmarks.tables import write_json
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.data.images import to_pixel_values
-from diffusers_greedy_grow.training.samples import draw_grid
+from diffusers_greedy_grow.training.files import save_image
+from diffusers_greedy_grow.training.samples import make_grid, stack_grids
 from diffusers_greedy_grow.training.setup import has_native_bfloat16
 
 
@@ -48,24 +47,15 @@ def choose(data: Path, split: str, count: int, resolution: int) -> tuple[list[st
 def show(blocks: list[tuple[list[str], torch.Tensor, torch.Tensor]], path: Path) -> None:
     """Write blocks of captions, drawn and real images below each other, [`COLUMNS`] in a row."""
     grids = []
-    with tempfile.TemporaryDirectory() as folder:
-        for captions, drawn, real in blocks:
-            for i in range(0, len(captions), COLUMNS):
-                row = slice(i, i + COLUMNS)
-                rows = {
-                    name: VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images[row]))
-                    for name, images in (("drawn", drawn), ("real", real))
-                }
-                draw_grid(rows, captions[row], Path(folder, "grid.png"))
-                grids.append(Image.open(Path(folder, "grid.png")).copy())
-    whole = Image.new("RGB", (max(grid.width for grid in grids), sum(grid.height for grid in grids)), "white")
-    top = 0
-    for grid in grids:
-        whole.paste(grid, (0, top))
-        top += grid.height
-    temporary = path.with_suffix(".tmp.png")
-    whole.save(temporary)
-    temporary.replace(path)
+    for captions, drawn, real in blocks:
+        for i in range(0, len(captions), COLUMNS):
+            row = slice(i, i + COLUMNS)
+            rows = {
+                name: VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images[row]))
+                for name, images in (("drawn", drawn), ("real", real))
+            }
+            grids.append(make_grid(rows, captions[row]))
+    save_image(stack_grids(grids), path)
 
 
 def main(argv: list[str] | None = None) -> None:

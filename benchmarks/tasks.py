@@ -31,7 +31,6 @@ from PIL import Image
 
 from benchmarks.cascade import draw_cascade
 from benchmarks.evaluate import GUIDANCE_SCALE, load_held_out, make_noise, score
-from benchmarks.swd import sliced_wasserstein
 from benchmarks.tables import (
     Row,
     add_report_arguments,
@@ -101,6 +100,12 @@ def split(*parts: Any, size: int = 8) -> list[tuple[Any, ...]]:
     return [tuple(part[i : i + size] for part in parts) for i in range(0, len(parts[0]), size)]
 
 
+def format_distances(scores: dict[str, float]) -> Row:
+    """Return the column of the distances at all levels, from what `score` returns."""
+    levels = {name.removeprefix("swd_"): value for name, value in scores.items() if name.startswith("swd_")}
+    return {"SWD " + " / ".join(levels): " / ".join(f"{value:.0f}" for value in levels.values())}
+
+
 def measure_upscaling(
     pipeline: GreedyGrowUpscalePipeline,
     captions: list[str],
@@ -126,12 +131,12 @@ def measure_upscaling(
     for name, enlarge in ways.items():
         drawn[name] = images = enlarge()
         error = (pool(images, scale) - small).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
-        levels, scores = sliced_wasserstein(images, real), score(images, captions, real)
+        scores = score(images, captions, real)
         rows.append(
             {
                 "enlarged by": name,
                 "PSNR, dB": f"{(-10 * error.log10()).mean():.1f}",
-                "SWD " + " / ".join(map(str, levels)): " / ".join(f"{value:.0f}" for value in levels.values()),
+                **format_distances(scores),
                 "shapes": f"{scores['shape']:.2f}",
                 "textures": f"{scores['texture']:.2f}",
             }
@@ -213,11 +218,10 @@ def measure_guiders(args: argparse.Namespace) -> None:
     for name, scales in strengths.items():
         guider = FrequencyDecoupledGuidance(scales, stop=0.8)
         scores = score(run(pipeline, split(captions), bfloat16, guider=guider), captions, real)
-        levels = {key.removeprefix("swd_"): value for key, value in scores.items() if key.startswith("swd_")}
         rows.append(
             {
                 "guidance": name,
-                "SWD " + " / ".join(levels): " / ".join(f"{value:.0f}" for value in levels.values()),
+                **format_distances(scores),
                 "shapes": f"{scores['shape']:.2f}",
                 "textures": f"{scores['texture']:.2f}",
             }

@@ -22,6 +22,7 @@ from benchmarks.evaluate import load_held_out, make_noise
 from benchmarks.tables import ROOT
 from benchmarks.tasks import to_pil
 from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.training.parsing import parse_channels
 from diffusers_greedy_grow.training.samples import draw_grid
 from diffusers_greedy_grow.training.setup import has_native_bfloat16
 
@@ -53,8 +54,7 @@ def collect(args: argparse.Namespace, captions: list[str]) -> dict[str, list[Ima
     good = GreedyGrowPipeline.from_pretrained(args.grown)
     size, inner = good.unet.config.sample_size, good.unet.sample_sizes[0]
     rows = {"good": draw(good, captions)}
-    channels = tuple(int(part) for part in CHANNELS.split(","))
-    rows["just grown"] = draw(GreedyGrowPipeline.from_core(args.core, size, channels), captions)
+    rows["just grown"] = draw(GreedyGrowPipeline.from_core(args.core, size, parse_channels(CHANNELS)), captions)
 
     resolutions = ["--resolutions", str(inner), str(size)]
     stage = ["--detail_steps", str(args.steps), "--joint_steps", "0", "--train_batch_size", "16"]

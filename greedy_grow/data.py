@@ -4,9 +4,7 @@
 """`greedy-grow data check`."""
 
 import argparse
-import json
 import statistics
-import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +14,11 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.images import convert_to_srgb, open_image
-from diffusers_greedy_grow.training.data.rows import BrokenRow, BrokenRows, is_good, list_captions, name_row
+from diffusers_greedy_grow.training.data.rows import BrokenRow, check_caption, is_good, list_captions, name_row
 from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
-from diffusers_greedy_grow.training.samples import draw_grid
+from diffusers_greedy_grow.training.files import save_image
+from diffusers_greedy_grow.training.samples import make_grid, stack_grids
 
 
 # Of a thumbnail to compare images by, and the mean difference of gray levels below which two images count as copies
@@ -50,19 +48,6 @@ class Findings:
     thumbnails: list[np.ndarray] = field(default_factory=list)
 
 
-def read_broken_captions(rows: Dataset, split: str) -> list[tuple[str, str]]:
-    """Return the captions that training would leave out, by name and reason."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "broken.jsonl"
-        try:
-            CaptionedImages(rows, 8, broken=BrokenRows(path, max_share=1.0))
-        except ValueError:  # no row has a caption: each of them is in the file
-            pass
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines]
-    return [(f"{split} {line['row']}", line["reason"]) for line in found]
-
-
 def find_copies(thumbnails: np.ndarray, names: list[str]) -> list[list[str]]:
     """
     Return groups of images that are nearly the same. Those with the same signs of brightness differences are compared by their
@@ -88,22 +73,28 @@ def find_copies(thumbnails: np.ndarray, names: list[str]) -> list[list[str]]:
 
 def check_split(rows: Dataset, split: str) -> Findings:
     """Read all rows of a split as training does."""
-    findings = Findings(broken=read_broken_captions(rows, split))
+    findings, broken_images = Findings(), []
     for index, row in enumerate(tqdm(rows, desc=f"Reading {split}", disable=None)):
-        captions = [caption for caption in list_captions(row["text"]) if is_good(caption)]
-        name = f"{split} {name_row(f'row {index} of {len(rows)}', row)}"
+        place, captions = f"{split} row {index} of {len(rows)}", []
+        for caption in dict.fromkeys(list_captions(row["text"])):
+            try:
+                captions.append(check_caption(caption))
+            except BrokenRow as error:
+                findings.broken.append((name_row(place, {**row, "text": caption}), str(error)))
         if not captions:
             continue
+        name = name_row(place, row)
         try:
             image = open_image(row["image"])
         except BrokenRow as error:
-            findings.broken.append((name, str(error)))
+            broken_images.append((name, str(error)))
             continue
         findings.names.append(name)
         findings.sizes.append(image.size)
         findings.captions += [len(caption.split()) for caption in captions]
         small = convert_to_srgb(image, lambda reason: None).convert("RGB")
         findings.thumbnails.append(np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)))
+    findings.broken += broken_images
     return findings
 
 
@@ -159,21 +150,9 @@ def draw_contact_sheet(rows: Dataset, count: int, path: Path) -> int:
             captions.append(good[0])
     if not images:
         raise ValueError("There is no image to show in a contact sheet.")
-    with tempfile.TemporaryDirectory() as folder:
-        strips = []
-        for start in range(0, len(images), COLUMNS):
-            part = slice(start, start + COLUMNS)
-            draw_grid({str(start): images[part]}, captions[part], Path(folder) / "strip.png")
-            strips.append(Image.open(Path(folder) / "strip.png").convert("RGB"))
-    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
+    parts = [slice(start, start + COLUMNS) for start in range(0, len(images), COLUMNS)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    temporary.replace(path)
+    save_image(stack_grids([make_grid({str(part.start): images[part]}, captions[part]) for part in parts]), path)
     return len(images)
 
 

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffusers_greedy_grow import GreedyGrowPipeline, GreedyGrowUpscalePipeline
 from diffusers_greedy_grow.training.data.images import convert_to_srgb, open_image
 from diffusers_greedy_grow.training.data.rows import BrokenRow
+from diffusers_greedy_grow.training.files import save_image
 
 
 def choose_device(name: str | None) -> str:
@@ -24,11 +25,7 @@ def choose_device(name: str | None) -> str:
     if name is not None:
         try:
             torch.empty(1, device=name)
-        except (
-            RuntimeError,
-            AssertionError,
-            NotImplementedError,
-        ) as error:  # torch was built without it, or has no such kind
+        except (RuntimeError, AssertionError) as error:  # torch was built without it, or has no such kind
             reason = str(error).splitlines()[0]
             raise ValueError(f"`--device {name}` cannot be used here: {reason}. Leave it out, or pass cpu.") from None
         return name
@@ -91,9 +88,7 @@ def save(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
         if value is not None:
             info.add_itxt(name, str(value))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.png")
-    image.save(temporary, pnginfo=info)
-    temporary.replace(path)
+    save_image(image, path, pnginfo=info)
 
 
 def first_seed(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from diffusers_greedy_grow.hub.cards import make_card
 from diffusers_greedy_grow.hub.upload import check_license
 from diffusers_greedy_grow.models.core_loading import load_core
 from diffusers_greedy_grow.training.files import save_pipeline
+from diffusers_greedy_grow.training.parsing import parse_channels
 
 
 def grow(args: argparse.Namespace) -> None:
@@ -20,14 +21,12 @@ def grow(args: argparse.Namespace) -> None:
     if out.exists():
         raise ValueError(f"`--out {args.out}` exists: name a folder that does not.")
     try:
-        channels = tuple(int(part) for part in args.block_out_channels.split(","))
+        channels = parse_channels(args.block_out_channels)
     except ValueError:
         raise ValueError(
             f"`--block_out_channels {args.block_out_channels}` must be integers with commas between them, such as 128,256."
         ) from None
-    grown = GreedyGrowPipeline.from_core(
-        args.core, args.sample_size, channels, init=args.init, **({"revision": args.revision} if args.revision else {})
-    )
+    grown = GreedyGrowPipeline.from_core(args.core, args.sample_size, channels, init=args.init, revision=args.revision)
     save_pipeline(grown, out)
     print(f"{out}: {' -> '.join(map(str, grown.unet.sample_sizes))} px. The new stage is untrained.")
 

@@ -22,7 +22,7 @@ from diffusers_greedy_grow import (
 )
 from greedy_grow.main import build_parser
 
-from .testing_utils import make_core, make_grown, make_pipeline
+from .testing_utils import make_core, make_grown, make_pipeline, run_blocks
 
 
 ROOT = Path(__file__).parents[1]
@@ -31,13 +31,6 @@ PAGES = sorted(ROOT.glob("docs/*.md"))
 
 def code_of(page: str) -> list[str]:
     return re.findall("```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-
-
-def run(blocks: list[str]) -> dict:
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "docs", "exec"), names)
-    return names
 
 
 def test_every_block_of_code_is_in_a_test():
@@ -50,7 +43,7 @@ def test_sampling(tmp_path, monkeypatch):
     pipe = make_pipeline(make_grown(sample_size=64), shift=4.0)
     pipe.register_to_config(detail_variances=[0.03])
     pipe.save_pretrained("output/grown-64")
-    names = run(code_of("sampling.md"))
+    names = run_blocks(code_of("sampling.md"))
     assert names["core_image"].size == (16, 16) and names["image"].size == names["large"].size == (64, 64)
     half, image = (names[name].crop((0, 0, 32, 64)) for name in ("half", "image"))
     assert half.tobytes() == image.tobytes()
@@ -60,7 +53,7 @@ def test_sampling(tmp_path, monkeypatch):
 def test_your_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_pipeline(make_core()).save_pretrained("output/mine/grown-128")
-    run(code_of("your_images.md"))
+    run_blocks(code_of("your_images.md"))
     assert Image.open("cat.png").size == (16, 16)
 
 
@@ -108,4 +101,4 @@ def test_examples_of_docstrings(documented, tmp_path, monkeypatch):
         Image.new("RGB", (size, size), "white").save(f"{name}.png")
     lines = re.findall(r"^ *>>> (.*)$", documented.__doc__, re.MULTILINE)
     assert len(lines) > 3
-    run(["\n".join(lines)])
+    run_blocks(["\n".join(lines)])

@@ -18,7 +18,7 @@ from diffusers_greedy_grow.training.arguments import DataArguments, LoraArgument
 from diffusers_greedy_grow.training.parsing import parse_buckets
 from diffusers_greedy_grow.training.plan import check_buckets
 
-from .testing_utils import draw_one, make_core, make_grown, make_pipeline
+from .testing_utils import draw_one, make_core, make_grown, make_pipeline, run_blocks
 
 
 ROOT = Path(__file__).parents[1]
@@ -30,13 +30,6 @@ README, TRAINING_README = ((ROOT / page).read_text() for page in PAGES[:2])
 def code_of(text: str, title: str) -> list[str]:
     (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     return re.findall("```python\n(.*?)```", section.replace('"user/', '"owner/'), re.DOTALL)
-
-
-def run(blocks: list[str]) -> dict:
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    return names
 
 
 @pytest.fixture
@@ -61,7 +54,7 @@ def test_readme_code(published):
     titles = ("Quickstart", "Grow and publish", "Other tasks and sizes", "Sample fast")
     quickstart, grow, tasks, fast = (code_of(README, title) for title in titles)
     assert len(quickstart) == len(grow) == len(tasks) == len(fast) == 1
-    run(quickstart + grow + tasks + fast)
+    run_blocks(quickstart + grow + tasks + fast)
     assert (published / "circle.png").exists() and (published / "soft.png").exists()
     assert DiffusionPipeline.from_pretrained("owner/shapes-256").unet.sample_sizes == (16, 32, 256)
     assert "license: apache-2.0" in Path(HfApi().hf_hub_download("owner/shapes-256", "README.md")).read_text(
@@ -73,7 +66,7 @@ def test_readme_code(published):
 def test_training_readme_code(published, hub):
     publish, lora = code_of(TRAINING_README, "Publish"), code_of(TRAINING_README, "LoRA")
     assert len(publish) == len(lora) == 1
-    names = run(publish + lora)
+    names = run_blocks(publish + lora)
     assert type(names["pipe"]) is GreedyGrowPipeline
     assert type(names["core"].unet) is ShallowUNet2DModel
     assert any("/api/models/owner/shapes-64-copy/commit" in request for request in hub.requests)

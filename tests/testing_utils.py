@@ -88,6 +88,14 @@ def draw_one(pipeline: GreedyGrowPipeline, **kwargs) -> torch.Tensor:
     return pipeline("a small blue square", latents=noise, num_inference_steps=3, output_type="pt", **kwargs).images
 
 
+def run_blocks(blocks: list[str]) -> dict:
+    """Run blocks of code of a page one after the other, and return their names."""
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "page", "exec"), names)
+    return names
+
+
 def run_in_a_shell(command: str) -> None:
     """With the `hf` of this environment."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -320,6 +320,11 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
         return (*self.config.inner_sample_sizes, self.config.sample_size)
 
     @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """Those of the `sample_sizes` at which the model predicts images: with `init="random"` the core draws none of its own."""
+        return self.sample_sizes if self.stages[0].preserves else self.sample_sizes[1:]
+
+    @property
     def side_multiple(self) -> int:
         """The number that must divide both sides of a state: as many cells of the outermost grid as the core needs."""
         return self.core.side_multiple * self.config.sample_size // self.config.inner_sample_sizes[0]

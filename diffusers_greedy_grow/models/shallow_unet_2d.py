@@ -166,6 +166,11 @@ class ShallowUNet2DModel(HubMixin, AdapterMixin, ModelMixin, AttentionMixin, Con
         return (self.config.sample_size,)
 
     @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """The resolutions at which the model predicts images, as in a grown model: its own."""
+        return self.sample_sizes
+
+    @property
     def side_multiple(self) -> int:
         """The number that must divide both sides of a state: `patch_size`."""
         return self.config.patch_size

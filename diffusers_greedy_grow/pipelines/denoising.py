@@ -459,11 +459,8 @@ class DenoisingMixin:
         Return the clean images `(B, C, h, w)` that the levels inside predicted in the last step, by their resolution. If a
         guider acted on it, they are those for the prompt: some guiders remember sizes and steps.
         """
-        sizes = self.unet.sample_sizes[: sampling.level]
-        if self.unet.config.get("init") == "random":
-            sizes = sizes[1:]  # the core draws no image
         inner_images = {}
-        for size, image in zip(sizes, sampling.inner_images):
+        for size, image in zip(self.unet.image_sizes, sampling.inner_images):
             if len(image) > sampling.batch_size:
                 pred, negative_pred = image.chunk(2)
                 image = pred if self._guider is not None else self.guide(pred, negative_pred)

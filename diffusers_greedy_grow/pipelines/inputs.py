@@ -117,9 +117,7 @@ class InputsMixin(DenoisingMixin):
         """
         sizes = self.unet.sample_sizes
         # What a cell of the core's grid covers, by the size of each level, the outermost first
-        cells = {size: self.unet.side_multiple * size // sizes[-1] for size in reversed(sizes)}
-        if self.unet.config.get("init") == "random":
-            del cells[sizes[0]]  # that core draws no images of its own
+        cells = {size: self.unet.side_multiple * size // sizes[-1] for size in reversed(self.unet.image_sizes)}
         nearest, fits = sizes[-1], False
         if all(isinstance(side, INTEGER) and side > 0 for side in (height, width)):
             # Rounded: the logarithms of 1/4 and 4 may differ in their last digit.

@@ -141,9 +141,7 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         Raises:
             `ValueError`: if the model has no stages, or the image does not fit.
         """
-        inner = list(self.unet.sample_sizes[:-1])
-        if self.unet.config.get("init") == "random":
-            inner = inner[1:]  # the core draws no image that another one could take the place of
+        inner = list(self.unet.image_sizes[:-1])
         if not inner:
             raise ValueError("`unet` has no growth stage that adds detail to a smaller image: load a grown model.")
         largest = max(size)

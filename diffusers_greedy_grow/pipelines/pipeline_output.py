@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the pipelines return."""
+"""The output of the pipelines."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -6,14 +6,23 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def save_image(image: Image.Image, path: Path, **kwargs: Any) -> None:
+    """Replace an image. `kwargs` are arguments of PIL's `save`."""
+    temporary = path.with_suffix(f".tmp{path.suffix}")
+    image.save(temporary, **kwargs)
     temporary.replace(path)
 
 

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..flow import descend
 from ..pipelines import GreedyGrowPipeline
 from .arguments import LoopArguments
+from .files import save_image
 from .labels import LINE_HEIGHT, draw_lines, wrap
 from .phases import Phase
 from .run import Run
@@ -120,14 +121,18 @@ class Samples:
 
 
 def draw_grid(rows: dict[str, list[Image.Image]], captions: list[str], path: str | Path) -> None:
+    """Write a grid to the PNG `path`. The other arguments are those of [`make_grid`]."""
+    save_image(make_grid(rows, captions), Path(path))
+
+
+def make_grid(rows: dict[str, list[Image.Image]], captions: list[str]) -> Image.Image:
     """
-    Write a grid: one row of images per entry of `rows`, with its name on the left, and the captions below. All images have
+    Return a grid: one row of images per entry of `rows`, with its name on the left, and the captions below. All images have
     the size of the largest, at least 128 pixels per side, and are enlarged without smoothing.
 
     Args:
         rows (`dict[str, list[Image.Image]]`): For each row's name, one square image per caption.
         captions (`list[str]`): Printed under the columns.
-        path (`str` or `Path`): The PNG to write.
     """
     image_size = max(128, *(image.width for images in rows.values() for image in images))
     texts = [wrap(caption, image_size - 2, CAPTION_LINES) for caption in captions]
@@ -144,6 +149,14 @@ def draw_grid(rows: dict[str, list[Image.Image]], captions: list[str], path: str
             grid.paste(image, (margin + column * (image_size + gap), top))
     for column, text in enumerate(texts):
         draw_lines(grid, margin + column * (image_size + gap) + 1, height - lines * LINE_HEIGHT - gap, text)
-    temporary = Path(path).with_suffix(".tmp.png")
-    grid.save(temporary)
-    temporary.replace(path)
+    return grid
+
+
+def stack_grids(grids: list[Image.Image]) -> Image.Image:
+    """Return grids below one another, on white."""
+    whole = Image.new("RGB", (max(grid.width for grid in grids), sum(grid.height for grid in grids)), "white")
+    top = 0
+    for grid in grids:
+        whole.paste(grid, (0, top))
+        top += grid.height
+    return whole

@@ -167,9 +167,7 @@ class Studio:
             )
         self.pipeline, self.name, self.revision = pipeline, name, revision
         self.has_text = pipeline.unet.config.cross_attention_dim is not None
-        sizes = pipeline.unet.sample_sizes
-        # A core inside `init="random"` draws no images of its own.
-        self.levels = sizes[1:] if pipeline.unet.config.get("init") == "random" else sizes
+        self.levels = pipeline.unet.image_sizes
         own = next((name for name, (kind, *_) in SCHEDULERS.items() if type(pipeline.scheduler) is kind), None)
         self.own_scheduler = own or type(pipeline.scheduler).__name__
         self.schedulers = list(dict.fromkeys([self.own_scheduler, *SCHEDULERS]))

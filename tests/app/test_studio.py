@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the app draws, without a page."""
+"""The drawings of the app, without a page."""
 
 import numpy as np
 import pytest

@@ -50,7 +50,7 @@ def test_group_offloading_with_disk(model_and_inputs, offload_type, tmp_path):
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_weights_on_the_disk_are_not_saved(offload_type, tmp_path):
-    """What a group leaves in memory between two calls are no weights: diffusers would save whatever is there."""
+    """The memory of a group holds no weights between two calls: diffusers would save whatever is there."""
     model = make_grown()
     blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "adapter")
