@@ -92,6 +92,10 @@ class PixelUNet(UNet2DConditionModel):
     def sample_sizes(self) -> tuple[int, ...]:
         return (self.config.sample_size,)
 
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        return self.sample_sizes
+
     def forward(
         self,
         sample: torch.Tensor,
