@@ -85,6 +85,10 @@ def add_grow(commands) -> None:
 
 def add_push(commands) -> None:
     parser = commands.add_parser("push", help="Publish a pipeline or model on the Hub, after showing its card.")
+    parser.description = (
+        "Publish a pipeline or model on the Hub, after showing its card. License, datasets, results and images are those of the "
+        "card that training has written beside the model, unless they are given."
+    )
     parser.add_argument("folder", help="The folder of the pipeline or model.")
     parser.add_argument("repo_id", help="The repository, such as user/my-model.")
     parser.add_argument("--license", help="The Hub's identifier of a license, such as apache-2.0.")

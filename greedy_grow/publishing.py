@@ -6,10 +6,11 @@
 import argparse
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.hub.cards import make_card
+from diffusers_greedy_grow.hub.cards import read_card, write_card
 from diffusers_greedy_grow.hub.upload import check_license
 from diffusers_greedy_grow.models.core_loading import load_core
 from diffusers_greedy_grow.training.files import save_pipeline
@@ -43,9 +44,12 @@ def load(folder: str) -> Any:
 def push(args: argparse.Namespace) -> None:
     check_license(args.license)
     pushed = load(args.folder)
-    card = {"license": args.license, "datasets": args.datasets}
-    shown = make_card(pushed, args.repo_id, samples=args.samples, core=args.core, **card)
-    print(f"The card of {args.repo_id}:\n\n{shown.content}\n")
+    given = {"license": args.license, "datasets": args.datasets, "samples": args.samples}
+    card = read_card(Path(args.folder)) | {name: value for name, value in given.items() if value is not None}
+    with TemporaryDirectory() as folder:
+        write_card(Path(folder), pushed, args.repo_id, core=args.core, **card)
+        shown = Path(folder, "README.md").read_text(encoding="utf-8")
+    print(f"The card of {args.repo_id}:\n\n{shown}\n")
     if not args.yes:
         if not sys.stdin.isatty():
             raise ValueError("Nobody is there to answer: pass `--yes` to publish without a question.")
@@ -57,7 +61,6 @@ def push(args: argparse.Namespace) -> None:
         private=args.private or None,
         revision=args.revision,
         create_pr=args.create_pr,
-        samples=args.samples,
         core=args.core,
         **card,
     )

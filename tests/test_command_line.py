@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import EvalResult, HfApi, ModelCard, constants, hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 
 import greedy_grow.main
 import greedy_grow.training
 from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.hub.cards import write_card
 
 from .data_utils import make_image, write_image_folder
 from .testing_utils import make_core, make_grown, make_pipeline
@@ -286,6 +287,28 @@ def test_the_card_is_shown_before_publishing(folder, capsys, monkeypatch, hub):
     assert GreedyGrowPipeline.from_pretrained("owner/pushed-by-command").unet.sample_sizes == (16, 32)
     assert "license" in fail(capsys, "push", folder, "owner/other", "--license", "mine", "--yes").lower()
     assert "is not a folder" in fail(capsys, "push", folder / "none", "owner/other", "--yes")
+
+
+def test_what_the_folders_card_says_is_published_with_the_model(tmp_path, capsys, hub):
+    """A downloaded card may name any file, but only images of its own folder are uploaded."""
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "image.png")
+    results = [EvalResult("text-to-image", "shapes", "Shapes", "accuracy", 0.81, metric_name="shape")]
+    gallery = [("a blue square", Image.open(tmp_path / "image.png"))]
+    images = {"samples": tmp_path / "image.png", "curves": tmp_path / "image.png", "gallery": gallery}
+    write_card(tmp_path / "model", pipeline, "owner/before", license="mit", eval_results=results, **images)
+    text = (tmp_path / "model" / "README.md").read_text()
+    more = text.replace("widget:\n", "widget:\n- text: a secret\n  output:\n    url: ../image.png\n")
+    (tmp_path / "model" / "README.md").write_text(more)
+    assert more != text
+
+    run("push", tmp_path / "model", "owner/with-card", "--license", "apache-2.0", "--yes")
+    card, files = ModelCard.load("owner/with-card"), hub.files("owner/with-card")
+    assert card.data.license == "apache-2.0" and card.data.eval_results == results
+    assert [entry["text"] for entry in card.data.widget] == ["a blue square"]
+    assert {"samples.png", "curves.png", "images/0.png"} <= files.keys() and "images/1.png" not in files
+    assert "owner/before" not in card.content and card.content.strip() in capsys.readouterr().out
 
 
 @pytest.mark.skipif(find_spec("gradio") is not None, reason="gradio is installed; tests/app has the tests of the app")

@@ -3,6 +3,7 @@
 
 """Publishing and loading with the real client, against a Hub on the loopback interface that fails on demand."""
 
+import io
 import logging
 import re
 import shutil
@@ -17,6 +18,7 @@ from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, FlowMatchEuler
 from huggingface_hub import EvalResult, HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
+from PIL import Image
 from safetensors import SafetensorError
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
@@ -388,8 +390,10 @@ def test_a_card_is_complete(hub, tmp_path):
     grown = GreedyGrowPipeline.from_core("owner/card-core", 32, block_out_channels=(8,))
     grid = tmp_path / "grid.png"
     grown.image_processor.postprocess(2 * draw_one(grown) - 1)[0].save(grid)
+    image = Image.new("RGB", (8, 8), "red")
+    more = {"gallery": [('a "red" square: plain', image), ("a heart", image)], "curves": grid}
     grown.push_to_hub(
-        "owner/card", license="apache-2.0", datasets=["owner/shapes"], eval_results=results, samples=grid
+        "owner/card", license="apache-2.0", datasets=["owner/shapes"], eval_results=results, samples=grid, **more
     )
     card = ModelCard.load("owner/card")
     card.validate()
@@ -402,9 +406,32 @@ def test_a_card_is_complete(hub, tmp_path):
         f"| grown from `owner/card-core` at `{revision[:12]}`, `init='preserve'` | 32 |",
         "| Captioned shapes | texture | 0.7 |",
         "![Samples](samples.png)",
+        "<Gallery />",
+        "![Losses by phase](curves.png)",
+        "@article{vasconcelos2024greedy",
     ):
         assert text in card.text, text
-    assert hub.files("owner/card")["samples.png"] == grid.read_bytes()
+    files = hub.files("owner/card")
+    assert files["samples.png"] == files["curves.png"] == grid.read_bytes()
+    assert [(entry["text"], entry["output"]["url"]) for entry in card.data.widget] == [
+        ('a "red" square: plain', "images/0.png"),
+        ("a heart", "images/1.png"),
+    ]
+    assert Image.open(io.BytesIO(files["images/1.png"])).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "argument,message",
+    [
+        ({"gallery": ["a heart"]}, r"`gallery` must hold pairs .* has 'a heart'"),
+        ({"gallery": [("a heart", "heart.png")]}, "`gallery` must hold pairs"),
+        ({"curves": "none.png"}, "`curves='none.png'` is not a file"),
+    ],
+)
+def test_images_that_are_none_are_refused_before_anything_else(argument, message, hub):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline().push_to_hub("owner/no-images", **argument)
+    assert not HfApi().repo_exists("owner/no-images")
 
 
 @pytest.mark.parametrize(

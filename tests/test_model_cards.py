@@ -68,6 +68,8 @@ def test_the_text_is_what_a_push_writes(path, monkeypatch):
         license=found.data.license,
         eval_results=found.data.eval_results,
         samples="samples.png",
+        gallery={entry["output"]["url"]: entry["text"] for entry in found.data.get("widget") or []},
+        curves="curves.png" if (path.parent / "curves.png").exists() else None,
         tag=path.parent.name,
     )
     assert str(found) == str(card)

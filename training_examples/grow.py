@@ -383,14 +383,15 @@ def finish_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline) -
     """Save the pipeline of a phase, draw its samples and its losses, score and publish it. Return the scores, if any."""
     run, args, data_args = session.run, session.args, session.data_args
     samples, publisher = session.samples, session.publisher
-    folder, grid, scores = run.output_dir / phase.name, run.output_dir / "samples.png", {}
+    folder, scores = run.output_dir / phase.name, {}
     save_pipeline(pipeline, folder)
     pipeline.to(run.accelerator.device)
-    distances = session.nearest.draw(phase, samples.add_row(phase, pipeline))
+    drawn = samples.add_row(phase, pipeline)
+    distances = session.nearest.draw(phase, drawn)
     if distances:
         run.log(phase, phase.steps, **distances)
     draw_losses(run.metrics_path, run.output_dir / "loss.png")
-    logger.info(f"{phase.name} is done: {folder}, images in {grid}.")
+    logger.info(f"{phase.name} is done: {folder}, images in {run.output_dir / 'samples.png'}.")
     if data_args.on_shapes and data_args.num_scored_images:
         captions = session.data.validation.captions[: data_args.num_scored_images]
         images = samples.draw(pipeline, captions)
@@ -398,9 +399,8 @@ def finish_phase(session: Session, phase: Phase, pipeline: GreedyGrowPipeline) -
         run.log(phase, phase.steps, **{f"score_{name}": value for name, value in scores.items()})
     repo_id = publisher.repo_id if publisher is not None else args.hub_model_id or str(folder)
     tag = phase.name if args.push_to_hub else None
-    write_phase_card(
-        folder, pipeline, repo_id, grid, run.metrics_path, scores, data_args, license=args.hub_license, tag=tag
-    )
+    gallery = list(zip(samples.captions, drawn))
+    write_phase_card(folder, pipeline, repo_id, gallery, scores, data_args, license=args.hub_license, tag=tag)
     if publisher is not None:
         publisher.push_phase(phase.name, folder)
     return scores

@@ -4,12 +4,15 @@
 """Model cards of models, pipelines and adapters. Their text is in `templates/`."""
 
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
+from PIL import Image
 from yaml import YAMLError
 
 from .lineage import get_lineage
@@ -17,6 +20,7 @@ from .references import find_core_source
 
 
 TEMPLATES = Path(__file__).parent / "templates"
+GALLERY = "images"  # the folder of a card's single images
 TAGS = ["diffusers", "diffusers-greedy-grow", "greedy-growing", "pixel-space", "flow-matching"]
 
 
@@ -27,6 +31,8 @@ def make_card(
     datasets: list[str] | None = None,
     eval_results: list[EvalResult] | None = None,
     samples: str | None = None,
+    gallery: dict[str, str] = {},
+    curves: str | None = None,
     tag: str | None = None,
     core: str = "copy",
 ) -> ModelCard:
@@ -43,8 +49,10 @@ def make_card(
             Identifiers of the Hub.
         eval_results (`list[EvalResult]`, *optional*):
             Results for the metadata and for a table.
-        samples (`str`, *optional*):
-            The file name of an image in the repository, which the card shows.
+        samples (`str`, *optional*), curves (`str`, *optional*):
+            The file names of a grid of samples and of a plot of the losses in the repository, which the card shows.
+        gallery (`dict[str, str]`, defaults to `{}`):
+            The prompts of single images, by the images' file names in the repository. The Hub shows them first.
         tag (`str`, *optional*):
             The tag of the repository that the card describes and loads.
         core (`str`, defaults to `"copy"`):
@@ -68,6 +76,7 @@ def make_card(
         datasets=datasets,
         eval_results=eval_results or None,
         model_name=name if eval_results else None,
+        widget=[{"text": prompt, "output": {"url": file}} for file, prompt in gallery.items()] or None,
         **licensed,
         **relation,
     )
@@ -87,6 +96,8 @@ def make_card(
         lineage=[describe_entry(entry) for entry in lineage],
         results=[(result.dataset_name, result.metric_name, result.metric_value) for result in eval_results or []],
         samples=samples,
+        has_gallery=bool(gallery),
+        curves=curves,
         core=describe_core(model),
         core_is_referred_to=core == "reference",
         has_license_of_core=license is None and bool(licensed),
@@ -146,16 +157,71 @@ def describe_entry(entry: dict[str, Any]) -> tuple:
     return tuple(row.values())
 
 
-def write_card(folder: Path, pushed, repo_id: str, samples: str | Path | None = None, **card: Any) -> None:
+def write_card(
+    folder: Path,
+    pushed,
+    repo_id: str,
+    samples: str | Path | None = None,
+    gallery: Iterable[tuple[str, Image.Image]] = (),
+    curves: str | Path | None = None,
+    **card: Any,
+) -> None:
     """
-    Write the card of `pushed` into the folder that holds it, and copy the image `samples` beside it.
+    Write the card of `pushed` into the folder that holds it, and its images beside it.
 
-    `card` are more arguments of [`make_card`].
+    Args:
+        folder (`Path`), pushed, repo_id (`str`):
+            The folder, what it holds, and the repository that it is published to.
+        samples (`str` or `Path`, *optional*), curves (`str` or `Path`, *optional*):
+            The files of a grid of samples and of a plot of the losses.
+        gallery (`Iterable[tuple[str, Image.Image]]`, defaults to `()`):
+            Prompts and their images.
+        card:
+            More arguments of [`make_card`].
     """
-    if samples is not None:
-        card["samples"] = "samples" + Path(samples).suffix
-        shutil.copy(samples, folder / card["samples"])
+    for name, source in (("samples", samples), ("curves", curves)):
+        if source is not None:
+            card[name] = name + Path(source).suffix
+            shutil.copy(source, folder / card[name])
+    card["gallery"] = {}
+    for index, (prompt, image) in enumerate(gallery):
+        file = f"{GALLERY}/{index}.png"
+        (folder / GALLERY).mkdir(exist_ok=True)
+        image.save(folder / file)
+        card["gallery"][file] = prompt
     make_card(pushed, repo_id, **card).save(folder / "README.md")
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """
+    Return what the card in a folder says that its model does not: `license`, `datasets`, `eval_results`, `samples`, `gallery` and
+    `curves`, as [`HubMixin.push_to_hub`] takes them. Only the card of a folder that training or a push has written is read:
+    otherwise the dictionary is empty.
+    """
+    try:
+        card = ModelCard.load(folder / "README.md")
+    except (OSError, ValueError, YAMLError):
+        return {}
+    if not set(TAGS) <= set(card.data.tags or []):
+        return {}
+    found = {name: card.data.get(name) for name in ("license", "datasets", "eval_results")}
+    if card.data.get("license_name"):
+        del found[
+            "license"
+        ]  # one that the Hub does not know, which is the core's: [`find_license`] finds it with its name
+    for name in ("samples", "curves"):
+        if match := re.search(rf"!\[.*\]\(({name}\.\w+)\)", card.text):
+            found[name] = folder / match[1]
+    # No other files: a downloaded card may name any.
+    gallery = [(prompt, url) for prompt, url in read_gallery(card) if re.fullmatch(rf"{GALLERY}/\d+\.png", url)]
+    found["gallery"] = [(prompt, Image.open(folder / url)) for prompt, url in gallery]
+    return {name: value for name, value in found.items() if value}
+
+
+def read_gallery(card: ModelCard) -> list[tuple[str, str]]:
+    """Return the prompts and the files or addresses of the images in a card's gallery. Examples without an image are left out."""
+    entries = [entry for entry in card.data.get("widget") or [] if isinstance(entry.get("output"), dict)]
+    return [(str(entry.get("text", "")), str(entry["output"].get("url"))) for entry in entries]
 
 
 def make_lora_card(

@@ -18,6 +18,7 @@ import torch.nn as nn
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import unwrap_module
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from .publish import Push
@@ -223,7 +224,8 @@ class HubMixin:
             core (`str`, defaults to `"copy"`):
                 As for `save_pretrained`. With `"reference"`, the core must be on the Hub.
             card:
-                `license`, `datasets` and `eval_results` as for [`make_card`].
+                `license`, `datasets` and `eval_results` as for [`make_card`]; `gallery`, a list of prompts and their images,
+                `[("a red heart", image), ...]`, which the Hub shows first; `curves`, the file of a plot of the losses.
 
         Returns:
             `str`: The address of the commit, or of the pull request.
@@ -235,10 +237,17 @@ class HubMixin:
                 files.
         """
         warn_of_pickles(safe_serialization)
-        if unknown := sorted(card.keys() - {"license", "datasets", "eval_results"}):
+        if unknown := sorted(card.keys() - {"license", "datasets", "eval_results", "gallery", "curves"}):
             raise TypeError(f"{unknown} are not arguments of `push_to_hub`.")
-        if samples is not None and not Path(samples).is_file():
-            raise ValueError(f"`samples={str(samples)!r}` is not a file.")
+        for name, path in (("samples", samples), ("curves", card.get("curves"))):
+            if path is not None and not Path(path).is_file():
+                raise ValueError(f"`{name}={str(path)!r}` is not a file.")
+        for entry in card.get("gallery", ()):
+            if not isinstance(entry, tuple) or [isinstance(*part) for part in zip(entry, (str, Image.Image))] != [
+                True,
+                True,
+            ]:
+                raise ValueError(f'`gallery` must hold pairs such as `("a red heart", image)`, but has {entry!r}.')
         self.check_weights()
         saved = self if core == "copy" else self.refer(core, is_published=True)
         push = Push(repo_id, commit_message, private, token, create_pr, revision)

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 from huggingface_hub import EvalResult, HfApi
 from huggingface_hub.utils import disable_progress_bars
+from PIL import Image
 
 from ..hub.cards import write_card
 from ..hub.lineage import get_lineage
@@ -108,29 +109,28 @@ def write_phase_card(
     folder: Path,
     pipeline: GreedyGrowPipeline,
     repo_id: str,
-    samples: Path,
-    metrics_path: Path,
+    gallery: list[tuple[str, Image.Image]],
     scores: dict[str, float],
     data_args: DataArguments,
     license: str | None,
     tag: str | None,
 ) -> None:
     """
-    Write the card of a finished phase: what the pipeline is, its held-out loss and scores, and its samples.
+    Write the card of a finished phase: what the pipeline is, its held-out loss and scores, its samples and the run's losses.
 
     Args:
-        folder (`Path`): The phase's pipeline folder; its name is the phase's.
+        folder (`Path`): The phase's pipeline folder; its name is the phase's, and the run's metrics and images lie beside it.
         pipeline ([`GreedyGrowPipeline`]): The pipeline.
         repo_id (`str`): Where the pipeline is or will be published.
-        samples (`Path`): The sample grid.
-        metrics_path (`Path`): `metrics.jsonl` of the run.
+        gallery (`list[tuple[str, Image.Image]]`): The phase's samples with their captions.
         scores (`dict[str, float]`): The shapes scorer's shares, if any.
         data_args (`DataArguments`): What was trained on.
         license (`str`, *optional*), tag (`str`, *optional*): See [`~hub.cards.make_card`].
     """
     datasets = [name for name in (data_args.dataset_name, data_args.high_res_dataset_name) if name is not None]
     held_out = data_args.high_res_dataset_name if data_args.has_high_res_data else data_args.dataset_name
-    lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]
+    run = folder.parent
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line for line in lines if line["phase"] == folder.name and "val_loss" in line]
     best_step = get_lineage(pipeline.unet)[-1].get("best_step")  # if not the last weights were kept
     losses = [line for line in losses if best_step in (None, line["step"])]
@@ -141,7 +141,9 @@ def write_phase_card(
         folder,
         pipeline,
         repo_id,
-        samples,
+        run / "samples.png",
+        gallery,
+        run / "loss.png",
         license=license,
         datasets=datasets or None,
         eval_results=[

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from diffusers_greedy_grow import GreedyGrowPipeline
-from diffusers_greedy_grow.hub.cards import make_card
+from diffusers_greedy_grow.hub.cards import make_card, read_gallery
 
 from ..inspection import find_card
 
@@ -27,5 +27,8 @@ def read_card(pipeline: GreedyGrowPipeline, name: str, revision: str | None) -> 
     """
     card = find_card(name, revision) or make_card(pipeline, name)
     where = name if Path(name).is_dir() else f"{constants.ENDPOINT}/{name}/resolve/{revision or 'main'}"
-    images = [f"{where}/{path}" for path in IMAGE.findall(card.text)]
-    return IMAGE.sub("", card.text), [image for image in images if "://" in image or Path(image).is_file()]
+    paths = [url for _, url in read_gallery(card)] + IMAGE.findall(card.text)
+    images = [path if "://" in path else f"{where}/{path}" for path in paths]
+    return IMAGE.sub("", card.text).replace("<Gallery />", ""), [
+        image for image in images if "://" in image or Path(image).is_file()
+    ]

@@ -4,6 +4,8 @@
 
 """Runs that publish their phases with the real client, to the loopback Hub."""
 
+import io
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,9 +13,11 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
+from PIL import Image
 from safetensors.torch import load
 
 from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow.hub.cards import read_gallery
 from diffusers_greedy_grow.hub.lineage import get_lineage
 
 from ..testing_utils import run_in_a_shell
@@ -70,10 +74,18 @@ def test_every_phase_is_published(hub, data, tmp_path):
         "| grown-16-detail | 16 | the new stage | 6 | 24 | 0 |",
         "| grown-16 | 16 | everything | 6 | 24 | 0 |",
         "![Samples](samples.png)",
+        "![Losses by phase](curves.png)",
+        "<Gallery />",
         "This card describes the tag `grown-16`",
     ):
         assert text in card.text, text
-    assert hub.files(repo_id)["samples.png"] == (output_dir / "samples.png").read_bytes()
+    files = hub.files(repo_id)
+    assert files["samples.png"] == (output_dir / "samples.png").read_bytes()
+    assert files["curves.png"] == (output_dir / "loss.png").read_bytes()
+    for index, (prompt, url) in enumerate(read_gallery(card)):
+        row = Image.open(output_dir / "samples" / "grown-16.png").crop((16 * index, 0, 16 * (index + 1), 16))
+        assert prompt == json.loads(Image.open(output_dir / "samples" / "grown-16.png").info["captions"])[index]
+        assert Image.open(io.BytesIO(files[url])).tobytes() == row.tobytes()
     pipeline = DiffusionPipeline.from_pretrained(repo_id, revision="core")
     assert type(pipeline) is GreedyGrowPipeline and pipeline.unet.sample_sizes == (8,)
     assert [entry["phase"] for entry in get_lineage(pipeline.unet)] == ["core"]
