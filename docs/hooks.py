@@ -26,6 +26,7 @@ PATTERNS = (
     "diffusers_greedy_grow/flow.py",
     "docs/*.md",
     "model_cards/**/*.*",
+    "notebooks/*.ipynb",
     "training_examples/**/*.*",
 )
 

@@ -61,6 +61,9 @@ class GroupNorm(nn.GroupNorm):
     """Group norm that returns the dtype of its input, for the same reason as [`LayerNorm`]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cpu" and not x.requires_grad and torch.is_grad_enabled():
+            # Of a frozen core: in channels_last, the backward pass of torch 2.13 on CPUs writes to the gradient that is not there.
+            x = x.contiguous()
         weight, bias = cast(x.dtype, self.weight, self.bias)
         with without_autocast(x.device.type):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)

@@ -43,3 +43,12 @@ def test_residual_blocks_have_them():
     sample, temb = torch.randn(1, 24, 4, 4), torch.randn(1, 8)
     with torch.device("meta"), torch.no_grad():  # runs are planned on the meta device, which has no autocast
         assert residual_block(24, 40, 8)(sample.to("meta"), temb.to("meta")).shape == (1, 40, 4, 4)
+
+
+def test_the_features_of_a_frozen_core_may_be_in_channels_last():
+    """As they are for images that were made of arrays. Without the copy, the process ends in the backward pass."""
+    norm, x = GroupNorm(4, 8), torch.randn(2, 8, 4, 4)
+    expected = torch.autograd.grad(norm(x.clone().requires_grad_()).square().sum(), list(norm.parameters()))
+    norm(x.to(memory_format=torch.channels_last)).square().sum().backward()
+    for parameter, gradient in zip(norm.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
