@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 WEIGHTINGS = ("velocity", "clean", "sigmoid", "sigma_sqrt", "cosmap")
 # The optimizers; see `training.optimizer`.
 OPTIMIZERS = ("muon", "adamw")
+# What torch.compile compiles, and what accelerate's `TorchDynamoPlugin` needs for that.
+COMPILATION: dict[str, dict[str, bool]] = {
+    "blocks": {"use_regional_compilation": True, "fullgraph": False},
+    "model": {"use_regional_compilation": False, "fullgraph": True},
+}
 # The precisions to compute in.
 PRECISIONS = ("no", "bf16", "fp16")
 # The steps of a joint phase around a core of our own.
@@ -284,6 +289,12 @@ class LoopArguments:
         default=None,
         metadata={
             "help": "Attention backend of diffusers, such as _native_cudnn or _native_math. By default, torch chooses."
+        },
+    )
+    compile: str | None = field(
+        default=None,
+        metadata={
+            "help": 'What torch.compile compiles, once per phase: "blocks", the repeated blocks of the model, which takes a minute or two; or "model", all that trains as one graph, which takes longer. By default, it is what `accelerate launch` is configured for.'
         },
     )
     mixed_precision: str | None = field(

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import DynamoBackend
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -134,6 +135,9 @@ class TrainingLoop:
         self.run, self.phase, self.args, self.interrupt = run, phase, args, interrupt
         self.tokenizer, self.offload_ema = tokenizer, offload_ema
         self.accelerator = accelerator = run.accelerator
+        if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            # Graphs of the last phase count against dynamo's limit, and other sizes than theirs would compile for any size.
+            torch.compiler.reset()
         optimizer, lr_scheduler = make_optimizer(args, groups, phase.steps)
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(module, optimizer, lr_scheduler)
         # Frozen parameters need no moving average.

@@ -24,6 +24,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from .arguments import (
+    COMPILATION,
     DEFAULT_JOINT_STEPS,
     OPTIMIZERS,
     PATHS,
@@ -356,6 +357,7 @@ def check_library_choices(parser: HfArgumentParser, loop: TrainingArguments | Lo
         # `piecewise_constant` needs a schedule of its own, which no argument can give.
         "lr_scheduler": [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
         "attention_backend": [backend.value for backend in AttentionBackendName],
+        "compile": list(COMPILATION),
         "report_to": LoggerType.list(),
     }
     for name, values in choices.items():

@@ -14,11 +14,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    set_seed,
+)
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from .arguments import LoopArguments
+from .arguments import COMPILATION, LoopArguments
 
 
 logger = get_logger(__name__)
@@ -29,11 +35,16 @@ def set_up(args: LoopArguments) -> Accelerator:
     Return the `Accelerator` for a run's arguments and those of `accelerate launch`. Also print log lines above the progress
     bars, and seed all random generators.
     """
-    output_dir = Path(args.output_dir)
+    output_dir, dynamo_plugin = Path(args.output_dir), None
+    if args.compile is not None:
+        # Sizes are few, and known: one per bucket, for training and for the last batch of held-out images.
+        dynamo_plugin = TorchDynamoPlugin(backend="inductor", dynamic=False, **COMPILATION[args.compile])
+        torch._dynamo.config.recompile_limit = 64
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.report_to,
+        dynamo_plugin=dynamo_plugin,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
         step_scheduler_with_optimizer=False,  # it would step once per process

@@ -125,15 +125,29 @@ def test_the_resolved_config_makes_the_same_run(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerate_compiles_the_blocks(finished, data, tmp_path):
+@pytest.mark.parametrize(
+    "options,compiled",
+    [(["--dynamo_use_regional_compilation"], "blocks.py"), (["--dynamo_use_fullgraph"], "trained_model.py")],
+    ids=["blocks", "model"],
+)
+def test_accelerate_compiles(options, compiled, finished, data, tmp_path):
+    """The whole model is one graph in each phase, of the phase's own size."""
     done = launch_script(
         GROW, grow_flags(tmp_path / "output", train_data_dir=data),
-        options=["--dynamo_backend", "eager", "--dynamo_use_regional_compilation"], TORCH_LOGS="dynamo",
+        options=["--dynamo_backend", "eager", *options], TORCH_LOGS="dynamo",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-9000:]
-    assert "start tracing forward" in done.stdout and "blocks.py" in done.stdout
+    assert re.search(rf"start tracing forward .*{re.escape(compiled)}", done.stdout)
     for name in ("core", "grown-16-detail", "grown-16"):
         assert_same_weights(tmp_path / "output" / name, finished[0] / name)
+
+
+@pytest.mark.slow
+def test_compile(data, tmp_path):
+    arguments = {"core_steps": 2, "detail_steps": 0, "joint_steps": 0, "train_data_dir": data, "compile": "model"}
+    done = launch_script(GROW, grow_flags(tmp_path / "output", **arguments), TORCH_LOGS="dynamo,graph_code")
+    assert done.returncode == 0, done.stdout[-9000:]
+    assert re.search(r"start tracing forward .*trained_model.py", done.stdout) and "compile_fx" in done.stdout
 
 
 def test_gradient_accumulation_follows_the_large_batch(data, tmp_path):
