@@ -8,8 +8,9 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_greedy_grow import GreedyGrowPipeline
+from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
 
 from ..testing_utils import draw_one, make_core
 
@@ -95,6 +96,27 @@ def test_compile_repeated_blocks_without_text():
     torch.compiler.reset()
     made.unet.compile_repeated_blocks(backend="aot_eager")
     assert made(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("ways", [{}, {"core_first": 0.6}, {"guidance_resolution": "core"}], ids=str)
+def test_the_whole_model_compiles(made, ways):
+    """As one graph per kind of step: with and without the text's keys and values, and with or without the stages."""
+    if isinstance(made.unet, ShallowUNet2DModel) and ways:
+        pytest.skip("for a grown model")
+
+    def draw(prompt: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return made(prompt, num_inference_steps=4, generator=generator, output_type="pt", **ways).images
+
+    expected = draw("a small blue square")
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    made.unet.compile(fullgraph=True, dynamic=False, backend=counter)
+    assert torch.equal(draw("a small blue square"), expected)
+    graphs = counter.frame_count
+    assert 0 < graphs <= 4
+    draw("a large red circle")
+    assert counter.frame_count == graphs
 
 
 @pytest.mark.slow
