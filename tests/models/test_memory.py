@@ -116,7 +116,9 @@ def test_disk_offload_with_safetensors(kind, tmp_path):
     loaded = type(model).from_pretrained(
         tmp_path / "model",
         device_map="auto",
-        max_memory={"cpu": compute_module_sizes(model)[""] * 3 // 4},  # by half, accelerate 1.14 would use the disk only
+        max_memory={
+            "cpu": compute_module_sizes(model)[""] * 3 // 4
+        },  # by half, accelerate 1.14 would use the disk only
         offload_folder=tmp_path / "offload",
     )
     assert "disk" in loaded.hf_device_map.values()
