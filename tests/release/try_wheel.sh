@@ -51,7 +51,7 @@ greedy-grow sample "a red square" --model output/grown-32 --out sample.png --num
 python -c 'from PIL import Image; image = Image.open("sample.png"); image.load(); assert image.size == (32, 32), image.size'
 
 echo "== app"
-PYTHONUNBUFFERED=1 greedy-grow app output/grown-32 > app.log 2>&1 &
+PYTHONUNBUFFERED=1 timeout 300 greedy-grow app output/grown-32 > app.log 2>&1 &
 app=$!
 until address=$(grep --only-matching "http://[0-9.:]*" app.log); do
   kill -0 "$app" || { cat app.log >&2; exit 1; }
