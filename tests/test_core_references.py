@@ -257,7 +257,9 @@ def test_a_referred_core_in_eight_bits(tmp_path):
         grown.save_pretrained(tmp_path / where, core=where)
     copied, referred = (
         GrowableUNet2DConditionModel.from_pretrained(
-            tmp_path / where, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), dtype=torch.float32
+            tmp_path / where,
+            quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2)),
+            dtype=torch.float32,
         )
         for where in ("copy", "reference")
     )
@@ -273,7 +275,7 @@ def test_a_referred_core_in_eight_bits(tmp_path):
     again = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "again", dtype=torch.float32)
     assert torch.equal(again(*inputs).sample, referred(*inputs).sample)
     by_hand = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "reference")
-    torchao.quantize_(by_hand, torchao.Int8WeightOnlyConfig())
+    torchao.quantize_(by_hand, torchao.Int8WeightOnlyConfig(version=2))
     with pytest.raises(ValueError, match="compares the core with the files .* has weights of the type Int8Tensor"):
         by_hand.save_pretrained(tmp_path / "by hand", core="reference")
 

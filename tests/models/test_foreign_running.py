@@ -153,7 +153,7 @@ def test_eight_bits(tmp_path):
         model, inputs = make(family)
         expected = model(**inputs).sample
         model.save_pretrained(tmp_path / "model")
-        config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+        config = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
         loaded = GrowableUNet2DConditionModel.from_pretrained(
             tmp_path / "model", quantization_config=config, dtype=torch.float32
         )

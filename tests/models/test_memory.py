@@ -116,7 +116,8 @@ def test_disk_offload_with_safetensors(kind, tmp_path):
     loaded = type(model).from_pretrained(
         tmp_path / "model",
         device_map="auto",
-        max_memory={"cpu": compute_module_sizes(model)[""] // 2},
+        # With half of it, accelerate before 1.15 would put all parts of one kind on the disk, and refuse that.
+        max_memory={"cpu": compute_module_sizes(model)[""] * 3 // 4},
         offload_folder=tmp_path / "offload",
     )
     assert "disk" in loaded.hf_device_map.values()

@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 
 def eight_bits() -> TorchAoConfig:
-    return TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    return TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
 
 
 def load(folder, dtype=torch.float32):
@@ -84,7 +84,7 @@ def test_a_quantized_core_is_not_grown(folder):
         with pytest.raises(ValueError, match="`core` cannot be grown: it is quantized, by a `quantization_config`"):
             GrowableUNet2DConditionModel.from_core(core, 64, block_out_channels=(8,), **arguments)
     by_hand = AutoModel.from_pretrained(str(folder), subfolder="unet")
-    torchao.quantize_(by_hand, torchao.Int8WeightOnlyConfig())
+    torchao.quantize_(by_hand, torchao.Int8WeightOnlyConfig(version=2))
     with pytest.raises(ValueError, match="`core` cannot be grown: it has weights of the type Int8Tensor"):
         GrowableUNet2DConditionModel.from_core(by_hand, 64, block_out_channels=(8,))
     config = PipelineQuantizationConfig(quant_mapping={"unet": eight_bits()})
@@ -96,7 +96,7 @@ def test_a_quantized_core_is_not_grown(folder):
 
 def test_a_pipeline_is_grown_around_a_quantized_text_encoder(folder):
     """Which may be larger than the core."""
-    encoder_bits = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    encoder_bits = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
     config = PipelineQuantizationConfig(quant_mapping={"text_encoder": encoder_bits})
     grown = GreedyGrowPipeline.from_core(folder, 64, block_out_channels=(8,), quantization_config=config)
     assert quantized(grown.text_encoder) and not quantized(grown.unet)

@@ -14,7 +14,7 @@ from .launching import grow_flags, run
 
 
 def pytest_configure(config):
-    launching.warning_filters[:] = config.getini("filterwarnings")
+    launching.warning_filters[:] = [*config.getini("filterwarnings"), *(config.getoption("pythonwarnings") or [])]
 
 
 @pytest.fixture(scope="session")
