@@ -55,6 +55,7 @@ MODELS: dict[str, tuple[int, int, int, int, int, int, tuple[int, ...], int]] = {
     "16 -> 128": (16, 2, 128, 6, 2, 128, (24, 32, 64, 96), 4),
     "64 -> 512": (64, 4, 512, 8, 8, 512, (64, 128, 256), 1),
     "64 -> 256": (64, 4, 1024, 12, 16, 256, (128, 256), 4),
+    "8 -> 16": (8, 2, 32, 1, 1, 16, (8,), 1),  # to rehearse
     "64 -> 1024": (64, 4, 1024, 12, 16, 1024, (64, 128, 256, 512), 1),
 }
 TIME_NOTE = """
@@ -107,19 +108,21 @@ def build_pipeline(
 
 
 @functools.cache
-def load(folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | None = None) -> GreedyGrowPipeline:
+def load(
+    folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | None = None, backend: str = "inductor"
+) -> GreedyGrowPipeline:
     """Load a saved pipeline as an arm runs it."""
     pipeline = GreedyGrowPipeline.from_pretrained(folder, dtype=dtype).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     if compile_mode:
         # Arms that share a pipeline have batches of two sizes; each is compiled for its own, as when it runs alone.
-        pipeline.unet.compile_repeated_blocks(mode=compile_mode, dynamic=False)
+        pipeline.unet.compile_repeated_blocks(mode=compile_mode, backend=backend, dynamic=False)
     return pipeline
 
 
 def load_arm(folder: str, settings: dict[str, Any]) -> tuple[GreedyGrowPipeline, dict[str, Any]]:
     """Return the pipeline of an arm, and its remaining settings, which are for [`sample`]."""
-    of_load = {name: settings[name] for name in ("dtype", "compile_mode") if name in settings}
+    of_load = {name: settings[name] for name in ("dtype", "compile_mode", "backend") if name in settings}
     return load(folder, **of_load), {name: value for name, value in settings.items() if name not in of_load}
 
 
@@ -187,7 +190,10 @@ def measure_time(args: argparse.Namespace) -> list[Row]:
         load.cache_clear()
         pipeline, prompts = build_pipeline(*MODELS[name])
         latents = make_noise(len(prompts), pipeline.unet.config.sample_size).to(DEVICE)
-        arms = list_arms(not args.together)
+        arms = {arm: settings for arm, settings in list_arms(not args.together).items() if arm in (args.arms or {arm})}
+        for settings in arms.values():
+            if "compile_mode" in settings:
+                settings["backend"] = args.backend or "inductor"
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         with tempfile.TemporaryDirectory() as folder:
             pipeline.save_pretrained(folder)
@@ -274,6 +280,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS)[:2], choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--together", action="store_true", help="Time: leave out what each way brings alone.")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(list_arms()),
+        help="Time: the arms, the plain loop among them; all by default.",
+    )
+    parser.add_argument(
+        "--backend", help="Time: the backend of torch.compile, inductor by default; eager compiles nothing."
+    )
     parser.add_argument("--pipeline", help="Images: a trained pipeline, to score its images.")
     parser.add_argument("--data", help="Images: the folder of captioned images that the pipeline was trained on.")
     parser.add_argument("--num_images", type=int, default=96)

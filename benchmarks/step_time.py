@@ -8,6 +8,7 @@ parameters: same machine, batch, resolution and text, measured in turn.
 
     python -m benchmarks.step_time                  # 64, 128 and 256 px
     python -m benchmarks.step_time --resolutions 256 --hidden_size 1024 --num_layers 12 --channels 128 256   # for a GPU
+    python -m benchmarks.step_time --compiled       # with compiled blocks
     python -m benchmarks.step_time --core           # the core alone: its share of the machine's matrix-product peak
     python -m benchmarks.step_time --quick
     python -m benchmarks.step_time --report         # reports and plots from the records
@@ -63,15 +64,27 @@ class Size:
     factor: int = 4
 
 
+STEP_NOTE = (
+    "*its step / ours*: time relative to our model's at the same resolution; median, smallest and largest. *share of peak*: of "
+    "the rate of one large matrix product in bfloat16."
+)
 CORE_NOTE = "Peak: one large matrix product, timed in turn with the steps. Rates: median, smallest and largest."
 REPORTS = {
-    "step_time": (
-        "What does a step cost? Full tables",
-        "*its step / ours*: time relative to our model's at the same resolution; median, smallest and largest. *share of "
-        "peak*: of the rate of one large matrix product in bfloat16.",
-    ),
+    "step_time": ("What does a step cost? Full tables", STEP_NOTE),
+    "step_time_compiled": ("What does a step cost, compiled? Full tables", STEP_NOTE),
     "step_time_core": ("How much of the machine's peak does the core reach? Full tables", CORE_NOTE),
     "step_time_core_compiled": ("How much of the peak does the core reach, compiled? Full tables", CORE_NOTE),
+}
+# The dense bfloat16 TFLOP/s of data sheets, by a part of the device's name; the first that fits counts.
+PEAKS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H200 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
+    "L40S": 362,
+    "4090": 165,
 }
 CORE_COLUMNS = ("dtype", "hidden size", "share of peak")
 SIZE = Size()  # `main` sets it from the flags
@@ -141,11 +154,32 @@ def build_dit(resolution: int, width: int) -> DiTTransformer2DModel:
     )
 
 
+def build_transformer(resolution: int, width: int) -> ShallowUNet2DModel:
+    """Build a plain transformer on large patches of the image, as JiT is, with as many tokens as our core."""
+    heads = max(1, SIZE.hidden_size // 64)
+    return ShallowUNet2DModel(
+        sample_size=resolution,
+        patch_size=resolution // GRID,
+        hidden_size=heads * ((width + 3) // 4 * 4),
+        num_layers=SIZE.num_layers,
+        num_attention_heads=heads,
+        cross_attention_dim=TEXT_DIM,
+    )
+
+
 PEERS = {
     "UNet2DConditionModel": build_unet_2d_condition,
     "UNet2DModel": build_unet_2d,
     "DiTTransformer2DModel": build_dit,
+    "plain transformer": build_transformer,
 }
+# Our model trains in three phases; the joint one is the first here.
+OURS = ("ours", "ours, detail phase", "ours, core phase", "ours, 8 x 8 tokens")
+
+
+def resolution_of(name: str, resolution: int) -> int:
+    """Return the resolution at which a model trains."""
+    return resolution // SIZE.factor if name == "ours, core phase" else resolution
 
 
 def build(name: str, resolution: int) -> torch.nn.Module:
@@ -153,6 +187,8 @@ def build(name: str, resolution: int) -> torch.nn.Module:
     torch.manual_seed(0)
     if name.startswith("ours"):
         model = build_ours(resolution, grid=8 if "8 x 8" in name else GRID)
+        if "core phase" in name:
+            return model.core
         if "detail" in name:
             model.freeze_core()
         return model
@@ -275,7 +311,7 @@ def measure_memory(name: str, resolution: int, batch_size: int) -> float:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         with torch.device("cuda"):
-            steps = Steps(build(name, resolution), resolution, batch_size, torch.device("cuda"))
+            steps = Steps(build(name, resolution), resolution_of(name, resolution), batch_size, torch.device("cuda"))
         for _ in range(2):
             steps.train()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
@@ -304,7 +340,7 @@ def print_memory(name: str, resolution: int, batch_size: int) -> None:
 
     thread = Thread(target=watch)
     thread.start()
-    steps = Steps(build(name, resolution), resolution, batch_size, torch.device("cpu"))
+    steps = Steps(build(name, resolution), resolution_of(name, resolution), batch_size, torch.device("cpu"))
     for _ in range(2):
         steps.train()
     done.set()
@@ -317,50 +353,81 @@ def resident() -> int:
     return resource.getpagesize() * int(open("/proc/self/statm", encoding="utf-8").read().split()[1])
 
 
+def find_peak(device: torch.device) -> float | None:
+    """Return the operations per second in bfloat16 that a GPU's data sheet names, or None for a device that is not in `PEAKS`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def compile_model(model: torch.nn.Module, backend: str) -> None:
+    """Compile a model's repeated blocks, as diffusers does, or the whole model if it names none."""
+    torch._dynamo.config.recompile_limit = 64  # all models of a comparison share it
+    if model._repeated_blocks:
+        model.compile_repeated_blocks(backend=backend, dynamic=False)
+    else:
+        model.compile(backend=backend, dynamic=False)
+
+
+def time_steps(
+    steps: dict[str, Steps], repeats: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
+    """Return the seconds of each model's training steps and sampling steps, and the rates of large matrix products between them."""
+    train: dict[str, list[float]] = {name: [] for name in steps}
+    sample: dict[str, list[float]] = {name: [] for name in steps}
+    peaks = []
+    for repeat in range(repeats + 1):  # the first one warms up
+        for name, own in steps.items():
+            seconds = time_call(own.train), time_call(own.sample)
+            if repeat:
+                train[name].append(seconds[0])
+                sample[name].append(seconds[1])
+        if repeat:
+            peaks.append(matmul_peak(device, torch.bfloat16))
+    return train, sample, peaks
+
+
 def compare_models(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Return one row per resolution and model."""
     rows: list[Row] = []
+    data_sheet = find_peak(device)
     for resolution in args.resolutions:
-        names = ["ours", "ours, detail phase", "ours, 8 x 8 tokens", *PEERS]
+        names = args.models or [*OURS, *PEERS]
+        sizes = {name: resolution_of(name, resolution) for name in names}
         with torch.device("meta"):
-            flops = {name: count_flops(build(name, resolution), resolution) for name in names}
-        memory = {name: measure_memory(name, resolution, args.batch_size) for name in names}
+            flops = {name: count_flops(build(name, resolution), sizes[name]) for name in names}
+        memory = {}
+        if not args.without_memory:
+            memory = {name: measure_memory(name, resolution, args.batch_size) for name in names}
         with device:
-            steps = {name: Steps(build(name, resolution), resolution, args.batch_size, device) for name in names}
-        train: dict[str, list[float]] = {name: [] for name in names}
-        sample: dict[str, list[float]] = {name: [] for name in names}
-        peaks = []
-        for repeat in range(args.repeats + 1):  # the first one warms up
-            for name in names:
-                seconds = time_call(steps[name].train), time_call(steps[name].sample)
-                if repeat:
-                    train[name].append(seconds[0])
-                    sample[name].append(seconds[1])
-            if repeat:
-                peaks.append(matmul_peak(device, torch.bfloat16))
+            steps = {name: Steps(build(name, resolution), sizes[name], args.batch_size, device) for name in names}
+        if args.compiled:
+            for own in steps.values():
+                compile_model(own.model, args.backend or "inductor")
+        train, sample, peaks = time_steps(steps, args.repeats, device)
         print(
             f"{resolution} px, matrix products in bfloat16, TFLOP/s: {spread([p / 1e12 for p in peaks])}", flush=True
         )
         for name in names:
-            middle = statistics.median(train[name])
-            shares = [flops[name] * args.batch_size / own / peak for own, peak in zip(train[name], peaks)]
-            ratios = [peer / ours for ours, peer in zip(train["ours"], train[name])]
-            sampling_ratios = [peer / ours for ours, peer in zip(sample["ours"], sample[name])]
-            rows.append(
-                {
-                    "px": resolution,
-                    "model": name,
-                    "parameters": f"{steps[name].model.num_parameters() / 1e6:.2f} M",
-                    "GFLOP per image": f"{flops[name] / 1e9:.2f}",
-                    "training images/s": f"{args.batch_size / middle:.1f}",
-                    "its step / ours": spread(ratios),
-                    "sampling step, images/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
-                    "its sampling step / ours": spread(sampling_ratios),
-                    "share of peak": f"{statistics.median(shares):.1%}",
-                    "memory MB": f"{memory[name]:.0f}",
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
+            rates = [flops[name] * args.batch_size / seconds for seconds in train[name]]
+            row: Row = {
+                "px": resolution,
+                "model": name,
+                "parameters": f"{steps[name].model.num_parameters() / 1e6:.2f} M",
+                "GFLOP per image": f"{flops[name] / 1e9:.2f}",
+                "training images/s": f"{args.batch_size / statistics.median(train[name]):.1f}",
+                "its step / ours": spread([peer / ours for ours, peer in zip(train[names[0]], train[name])]),
+                "sampling step, images/s": f"{args.batch_size / statistics.median(sample[name]):.1f}",
+                "its sampling step / ours": spread(
+                    [peer / ours for ours, peer in zip(sample[names[0]], sample[name])]
+                ),
+                "share of peak": f"{statistics.median(rate / peak for rate, peak in zip(rates, peaks)):.1%}",
+            }
+            if data_sheet is not None:
+                row["MFU by data sheet"] = f"{statistics.median(rates) / data_sheet:.1%}"
+            if memory:
+                row["memory MB"] = f"{memory[name]:.0f}"
+            rows.append(row)
+            print(json.dumps(row), flush=True)
         del steps
     return rows
 
@@ -387,7 +454,7 @@ def measure_core(args: argparse.Namespace, device: torch.device) -> list[Row]:
             model = build_core(hidden_size).to(device)
             if args.compiled:
                 torch.compiler.reset()  # or graphs of earlier sizes would count against dynamo's limit
-                model.compile_repeated_blocks()
+                model.compile_repeated_blocks(backend=args.backend or "inductor")
             inputs = make_inputs(64, args.batch_size, device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -400,16 +467,18 @@ def measure_core(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
             step()  # warms up
             times, peaks = zip(*[(time_call(step), matmul_peak(device, dtype)) for _ in range(args.repeats)])
-            rows.append(
-                {
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "hidden size": hidden_size,
-                    "peak TFLOP/s": spread([peak / 1e12 for peak in peaks]),
-                    "step TFLOP/s": spread([flops / seconds / 1e12 for seconds in times]),
-                    "share of peak": f"{statistics.median(flops / own / peak for own, peak in zip(times, peaks)):.0%}",
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
+            row: Row = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "hidden size": hidden_size,
+                "peak TFLOP/s": spread([peak / 1e12 for peak in peaks]),
+                "step TFLOP/s": spread([flops / seconds / 1e12 for seconds in times]),
+                "share of peak": f"{statistics.median(flops / own / peak for own, peak in zip(times, peaks)):.0%}",
+            }
+            data_sheet = find_peak(device)
+            if data_sheet is not None:
+                row["MFU by data sheet"] = f"{flops / statistics.median(times) / data_sheet:.0%}"
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     return rows
 
 
@@ -445,7 +514,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--core", action="store_true", help="Measure the core alone.")
-    parser.add_argument("--compiled", action="store_true", help="Measure the core with compiled blocks.")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=[*OURS, *PEERS],
+        help="The models to compare, all by default. Times are relative to the first.",
+    )
+    parser.add_argument("--compiled", action="store_true", help="Compile the models' blocks.")
+    parser.add_argument("--backend", help="The backend of torch.compile, inductor by default; eager compiles nothing.")
+    parser.add_argument(
+        "--without_memory", action="store_true", help="Leave out the memory, which takes as long as the time."
+    )
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
     return parser.parse_args(argv)
@@ -467,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.quick:
             print(markdown(rows))
             return
-        name = "step_time_core" + "_compiled" * args.compiled if args.core else "step_time"
+        name = "step_time" + "_core" * args.core + "_compiled" * args.compiled
         keep_rows(args.results_dir / f"{name}.json", rows, "dtype" if args.core else "px", args)
     write_reports(make_reports(args))
     draw_plots(args.results_dir)

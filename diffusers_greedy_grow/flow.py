@@ -305,7 +305,7 @@ class VariancePreserving:
     def enter(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the state of this process in a state of ours, and its fractional timestep; see [`RectifiedFlow.enter`]."""
         scale = torch.sqrt((1 - sigma) ** 2 + sigma**2)
-        table = torch.from_numpy(self.log_ratios).to(sigma.device, sigma.dtype)
+        table = torch.from_numpy(self.log_ratios).to(sigma.device, sigma.dtype, non_blocking=True)
         log_ratio = torch.logit(sigma).clamp(table[0], table[-1])
         above = torch.searchsorted(table, log_ratio).clamp(1, len(table) - 1)
         low, high = table[above - 1], table[above]

@@ -3,6 +3,7 @@
 
 """The layers that the core and the growth stages are built from."""
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,11 +13,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_embed
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -207,8 +216,59 @@ class TextInputs:
 # Attention
 
 
+# The backends of diffusers that raise an error if they get a mask
+WITHOUT_MASKS = frozenset(
+    {
+        "flash",
+        "flash_hub",
+        "flash_4_hub",
+        "_flash_3",
+        "_flash_3_hub",
+        "aiter_fa2_hub",
+        "_native_flash",
+        "_native_xla",
+        "sage",
+        "sage_hub",
+        "sage_blackwell_hub",
+        "_sage_qk_int8_pv_fp8_cuda",
+        "_sage_qk_int8_pv_fp8_cuda_sm90",
+        "_sage_qk_int8_pv_fp16_cuda",
+        "_sage_qk_int8_pv_fp16_triton",
+    }
+)
+
+
+@functools.cache
+def warn_of_masks(name: str) -> None:
+    """Warn once per backend that attention to text does not use it."""
+    logger.warning(
+        f"The attention backend {name!r} takes no mask, which text with padding needs: attention to the text uses 'native', and "
+        f"only attention between image tokens {name!r}."
+    )
+
+
+def find_backend(
+    backend: AttentionBackendName | None, attention_mask: torch.Tensor | None
+) -> AttentionBackendName | None:
+    """
+    Return the backend that computes attention with such a mask: torch's own instead of a `backend` that takes none. None means the
+    backend that is active in diffusers, in the argument and in the result.
+    """
+    if attention_mask is None:
+        return backend
+    name = (backend or _AttentionBackendRegistry.get_active_backend()[0]).value
+    if name not in WITHOUT_MASKS:
+        return backend
+    if not torch.compiler.is_compiling():
+        warn_of_masks(name)
+    return AttentionBackendName.NATIVE
+
+
 class GreedyGrowAttnProcessor:
-    """Attention through diffusers' dispatch, to image tokens or to text; see [`GreedyGrowAttention`]."""
+    """
+    Attention through diffusers' dispatch, to image tokens or to text; see [`GreedyGrowAttention`]. Where a backend takes no mask,
+    attention to text uses torch's own.
+    """
 
     _attention_backend = None
     _parallel_config = None
@@ -244,7 +304,7 @@ class GreedyGrowAttnProcessor:
             key,
             value,
             attn_mask=attention_mask,
-            backend=self._attention_backend,
+            backend=find_backend(self._attention_backend, attention_mask),
             parallel_config=self._parallel_config,
         )
         hidden_states = attn.to_out[0](hidden_states.flatten(2, 3))

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..flow import add_noise, high_band, unshift_sigma, velocity_from_clean
 from ..models.blocks import TextCache
 from .pipeline_output import GreedyGrowPipelineOutput
-from .schedules import check_schedule, shift_name, start_scheduler, step_arguments
+from .schedules import check_schedule, restart, shift_name, start_scheduler, step_arguments
 
 
 # The tensors of the text, as `encode_prompt` returns them and step callbacks see them
@@ -34,7 +34,7 @@ class Sampling:
         device (`torch.device`), generator: Where they are drawn, and the source of all noise.
         scheduler ([`SchedulerMixin`]): The pipeline's, or at an inner level one with that level's shift.
         timesteps (`torch.Tensor`): All timesteps of the schedule; an order of 2 has two per step.
-        schedule (`dict`): The arguments that set the scheduler's timesteps again.
+        start (`dict`): The scheduler's state before the first step, see [`copy_state`].
         first (`int`): The index of the timestep to begin at.
         num_stages (`list[int]`): How many growth stages take part at each timestep.
         text (`dict`): The encoded prompts, by [`TEXT_NAMES`].
@@ -53,7 +53,7 @@ class Sampling:
     generator: torch.Generator | list[torch.Generator] | None
     scheduler: Any
     timesteps: torch.Tensor
-    schedule: dict[str, Any]
+    start: dict[str, Any]
     first: int
     num_stages: list[int]
     text: dict[str, torch.Tensor | None]
@@ -175,12 +175,12 @@ class DenoisingMixin:
 
     def prepare_timesteps(
         self, scheduler: Any, num_inference_steps: int, timesteps: list[float] | None, device: torch.device
-    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, int]:
         """
         Set a scheduler's timesteps.
 
         Returns:
-            The timesteps, the number of steps, and the arguments that set the same timesteps again.
+            The timesteps, and the number of steps.
 
         Raises:
             `ValueError`: if the scheduler draws no good images with its settings, or changes the `timesteps` that were asked for.
@@ -197,7 +197,7 @@ class DenoisingMixin:
                 f"`scheduler` changes `timesteps={list(timesteps)}` to {made.tolist()}: pass `num_inference_steps`, or a scheduler "
                 "that has its shift in its config, no `shift_terminal`, and no sigmas of its own, such as Karras'."
             )
-        return made, num_inference_steps, schedule
+        return made, num_inference_steps
 
     def draw_noise(self, sampling: Sampling) -> torch.Tensor:
         """Draw noise `(B, C, height, width)`. It becomes the image, so it is in float32 whatever the model runs in."""
@@ -268,7 +268,7 @@ class DenoisingMixin:
         """
         sizes = self.unet.sample_sizes
         detail = high_band(pred_original_sample, sizes[sampling.level] // sizes[num_stages_before])
-        start_scheduler(sampling.scheduler, sampling.schedule, latents.device, step)
+        restart(sampling.scheduler, sampling.start, step)
         return latents + (1 - sigma) * detail
 
     def predict(
@@ -423,10 +423,10 @@ class DenoisingMixin:
             latents (`torch.Tensor` of shape `(B, C, H, W)`): The states.
             index (`int`), earlier (`int`): The index of the noise level that they have, and of that to return to.
         """
-        low, high = (sampling.scheduler.sigmas[i].to(latents.device) for i in (index, earlier))
+        low, high = (sampling.scheduler.sigmas[i].to(latents.device, non_blocking=True) for i in (index, earlier))
         scale = (1 - high).clamp(min=0) / (1 - low)
         missing = (high**2 - (scale * low) ** 2).clamp(min=0).sqrt()
-        start_scheduler(sampling.scheduler, sampling.schedule, latents.device, earlier)
+        restart(sampling.scheduler, sampling.start, earlier)
         return scale * latents + missing * self.draw_noise(sampling)
 
     def finish(

@@ -22,6 +22,7 @@ from .schedules import (
     INTEGER,
     NUMBER,
     begin,
+    copy_state,
     count_stages,
     get_handover_sigmas,
     grow_scheduler,
@@ -373,9 +374,7 @@ class InputsMixin(DenoisingMixin):
         scheduler, sizes = self.scheduler, self.unet.sample_sizes
         if level < len(sizes) - 1:
             scheduler = grow_scheduler(scheduler, sizes[-1], sizes[level])
-        scheduled, num_inference_steps, schedule = self.prepare_timesteps(
-            scheduler, num_inference_steps, timesteps, device
-        )
+        scheduled, num_inference_steps = self.prepare_timesteps(scheduler, num_inference_steps, timesteps, device)
         first = self.find_first(scheduler, strength, num_inference_steps)
         num_stages = self.prepare_stages(scheduler, scheduled, handover_sigmas, core_first)
         return Sampling(
@@ -387,7 +386,7 @@ class InputsMixin(DenoisingMixin):
             generator=generator,
             scheduler=scheduler,
             timesteps=scheduled,
-            schedule=schedule,
+            start=copy_state(scheduler),
             first=first,
             num_stages=num_stages,
             text=self.prepare_text(num_images_per_prompt, device, **prompts),

@@ -210,7 +210,7 @@ def prepare_inpainting(
     def keep(state: torch.Tensor, index: int) -> torch.Tensor:
         if padding_mask_crop is not None and index == len(sampling.timesteps) - 1:
             return state  # the overlay mixes the image with the given one, at the given one's resolution
-        sigma = sampling.scheduler.sigmas[index + 1].to(state.device)
+        sigma = sampling.scheduler.sigmas[index + 1].to(state.device, non_blocking=True)
         kept = pipeline.add_noise_to_image(sampling, clean, noise, sigma, sampling.num_stages[index])
         return torch.lerp(kept, state, mask)
 

@@ -3,6 +3,7 @@
 
 """Which schedulers and noise levels fit, and the denoising steps at which growth stages join."""
 
+import copy
 import inspect
 import math
 from itertools import accumulate
@@ -108,23 +109,40 @@ def step_arguments(
 
 
 def start_scheduler(
-    scheduler: SchedulerMixin, schedule: dict[str, Any], device: torch.device | str, step: int = 0
+    scheduler: SchedulerMixin, schedule: dict[str, Any], device: torch.device | str
 ) -> tuple[torch.Tensor, int]:
     """
-    Set a scheduler's timesteps and let it begin at a step, without a history.
+    Set a scheduler's timesteps and let it begin at the first, without a history.
 
     Args:
         scheduler ([`SchedulerMixin`]): The scheduler.
         schedule (`dict`): The arguments of diffusers' `retrieve_timesteps`.
         device (`torch.device` or `str`): The device of the timesteps.
-        step (`int`): The index of the first timestep to come.
 
     Returns:
         All timesteps, and the number of steps.
     """
     timesteps, num_inference_steps = retrieve_timesteps(scheduler, device=device, **schedule)
-    begin(scheduler, step)
+    begin(scheduler, 0)
     return timesteps, num_inference_steps
+
+
+def copy_state(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Return the state of a scheduler whose timesteps are set and that has made no step yet, for [`restart`]."""
+    return copy.deepcopy({name: value for name, value in vars(scheduler).items() if name != "_internal_dict"})
+
+
+def restart(scheduler: SchedulerMixin, start: dict[str, Any], step: int) -> None:
+    """
+    Let a scheduler begin again, without a history. To set its timesteps again would do the same, but waits for the GPU.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): The scheduler.
+        start (`dict`): What [`copy_state`] returned for it.
+        step (`int`): The index of the first timestep to come.
+    """
+    vars(scheduler).update(copy.deepcopy(start))
+    begin(scheduler, step)
 
 
 def begin(scheduler: SchedulerMixin, step: int) -> None:

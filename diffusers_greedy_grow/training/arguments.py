@@ -288,7 +288,8 @@ class LoopArguments:
     attention_backend: str | None = field(
         default=None,
         metadata={
-            "help": "Attention backend of diffusers, such as _native_cudnn or _native_math. By default, torch chooses."
+            "help": "Attention backend of diffusers, such as _native_cudnn, _native_math or flash. By default, torch chooses. It also "
+            "computes attention to the text where a backend takes no mask."
         },
     )
     compile: str | None = field(

@@ -102,14 +102,19 @@ class Draws:
 
 
 class DrawnImages(torch.utils.data.Dataset):
-    """Training images as a draw shows them: the rows of [`CaptionedImages`] for pairs (image, draw), with `index` and `draw`."""
+    """Training images as a draw shows them: the rows of [`CaptionedImages`] for pairs (image, draw), with the pair as `visit`."""
 
     def __init__(self, images: CaptionedImages, draws: Draws):
         self.images, self.draws = images, draws
 
     def __getitem__(self, pair: tuple[int, int]) -> dict:
         index, number = pair
-        return {**self.images[index, self.draws.key(index, number)], "index": index, "draw": number}
+        return {**self.images[index, self.draws.key(index, number)], "visit": f"{index} {number}"}
+
+
+def read_visits(batch: dict) -> list[tuple[int, int]]:
+    """Return the pairs (image, draw) of a batch. They are text in it: loaders move numbers to the GPU, and to read them there waits."""
+    return [(int(index), int(number)) for index, number in (visit.split() for visit in batch["visit"])]
 
 
 def find_read_draws(images: CaptionedImages, draws: Draws, num_steps: int, images_per_step: int) -> np.ndarray:
@@ -308,11 +313,11 @@ class CorePredictions(torch.utils.data.Dataset):
         limit = torch.finfo(IMAGE_DTYPE).max
         if not (image.isfinite().all() and features.isfinite().all()):
             raise FloatingPointError(
-                f"The core's predictions are not finite for the images {batch['index'].tolist()}: try `mixed_precision` bf16 or no."
+                f"The core's predictions are not finite for the images {[index for index, _ in read_visits(batch)]}: try `mixed_precision` bf16 or no."
             )
         image, features = image.clamp(-limit, limit).to(IMAGE_DTYPE).cpu(), features.to(FEATURES_DTYPE).cpu()
         with self.naming_the_folder(), open(self.unfinished_path, "r+b") as file:
-            for i, (index, number) in enumerate(zip(batch["index"].tolist(), batch["draw"].tolist())):
+            for i, (index, number) in enumerate(read_visits(batch)):
                 start = self.layout.start(index, number)
                 file.seek(start + DIGEST_BYTES)
                 for values in (image[i], features[i]):
@@ -422,11 +427,14 @@ class CachedObjective(FlowObjective):
         )
 
     def draw(self, batch, shape, step, place):
-        return self.draws(batch["index"].tolist(), batch["draw"].tolist(), shape, self.accelerator.device)
+        indices, numbers = zip(*read_visits(batch))
+        return self.draws([*indices], [*numbers], shape, self.accelerator.device)
 
     def condition(self, batch, dropped):
         device = self.accelerator.device
-        core_output = tuple(batch[name].to(device).float() for name in ("core_image", "core_features"))
+        core_output = tuple(
+            batch[name].to(device, non_blocking=True).float() for name in ("core_image", "core_features")
+        )
         return {**super().condition(batch, dropped), "core_output": core_output}
 
 
@@ -501,7 +509,7 @@ def compute_missing(
     bar = tqdm(total=len(missing), desc=f"{phase.name}, core", disable=not accelerator.is_main_process)
     for batch in load_pairs(predictions, missing, phase.batch_size, num_workers):
         predictions.write(batch, *predict(unet, objective, batch))
-        bar.update(len(batch["index"]))
+        bar.update(len(batch["visit"]))
         if interrupt.signal is not None:
             break
     bar.close()

@@ -30,7 +30,7 @@ from .arguments import LoopArguments
 from .checkpoints import Progress, load_checkpoint, save_checkpoint, sorted_checkpoints
 from .data.streaming import StreamLoader
 from .ema import BestAverage, averaged
-from .guard import GradientGuard
+from .guard import GradientGuard, JudgedStep, NumberOnItsWay
 from .objective import FlowObjective, LossMeter
 from .optimizer import make_optimizer
 from .phases import Phase
@@ -144,6 +144,11 @@ class TrainingLoop:
         self.named_parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [parameter for _, parameter in self.named_parameters]
         self.guard = GradientGuard(args.spike_factor, args.max_skipped_steps)
+        self.judged: JudgedStep | None = None  # the step that is not noted yet
+        # Where torch's fused optimizers heed `found_inf`. The scaler of float16 has one of its own, and waits for it in any case.
+        self.device_decides = accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda")
+        # A GPU is given the next step before the host asks about this one, so that it is never idle.
+        self.notes_late = accelerator.device.type == "cuda"
         self.loader: Iterable[dict] = ()
         self.step, self.data_state = 0, None
         if checkpoint is None:
@@ -205,7 +210,8 @@ class TrainingLoop:
 
     def take_step(self, sigma: torch.Tensor) -> None:
         """
-        Clip the gradients and take an optimizer step, if the guard accepts them.
+        Clip the gradients and take an optimizer step, which changes nothing if the guard rejects them. The device decides that by
+        itself; on a GPU, the host learns of it at the next step.
 
         Args:
             sigma (`torch.Tensor` of shape `(B,)`): The batch's noise levels, for the error.
@@ -213,22 +219,43 @@ class TrainingLoop:
         Raises:
             `FloatingPointError`: if the guard rejects too many steps in a row. The message says what to do.
         """
-        accelerator, name = self.accelerator, self.phase.name
+        accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
-        norm = gather(norm).item()
+        norm = gather(norm).float()
+        self.note_step()  # the one before: what is a usual norm depends on it
+        rejected = self.guard.judge(norm)
+        self.judged = JudgedStep(self.step + 1, NumberOnItsWay(norm), sigma)
+        if self.device_decides:
+            self.optimizer.optimizer.found_inf = rejected
+            self.optimizer.step()
+            if not self.notes_late:
+                self.note_step()
+        elif self.note_step():
+            self.optimizer.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
+
+    def note_step(self) -> bool:
+        """
+        Let the guard note the last step, if it has not yet. Return whether that step was taken.
+
+        Raises:
+            `FloatingPointError`: if the guard has rejected too many steps in a row. The message says what to do.
+        """
+        step, self.judged = self.judged, None
+        if step is None:
+            return not self.guard.skipped_in_a_row
+        norm, name = step.norm.read(), self.phase.name
         try:
             accepted = self.guard.accept(norm)
         except FloatingPointError as error:
-            levels = ", ".join(f"{level:.3f}" for level in sigma.tolist())
+            levels = ", ".join(f"{level:.3f}" for level in step.sigma.tolist())
             raise FloatingPointError(
-                f"{name} stops at step {self.step + 1}: {error} This batch had the noise levels {levels}. {self.find_remedy()}"
+                f"{name} stops at step {step.number}: {error} This batch had the noise levels {levels}. {self.find_remedy()}"
             ) from error
-        if accepted:
-            self.optimizer.step()
-            return
-        logger.warning(f"{name}: step {self.step + 1} is skipped, its gradient has the norm {norm:.3g}.")
-        if accelerator.scaler is not None:
-            accelerator.scaler.update()  # to a smaller scale, if this one was too large for float16
+        if not accepted:
+            logger.warning(f"{name}: step {step.number} is skipped, its gradient has the norm {norm:.3g}.")
+        return accepted
 
     def check_weights(self) -> None:
         """
@@ -265,11 +292,12 @@ class TrainingLoop:
         times = (10, args.logging_steps, args.validation_steps, args.checkpointing_steps)
         interrupted = self.interrupt.noted(self.accelerator, ask=last or any(number % steps == 0 for steps in times))
         # No checkpoint while steps are skipped: what made them bad may be in the weights.
-        saves = (number % args.checkpointing_steps == 0 and not self.guard.skipped_in_a_row) or last
+        saves = (number % args.checkpointing_steps == 0 and self.note_step()) or last
         return Step(number, last, number % args.logging_steps == 0 or last or interrupted, saves, interrupted)
 
     def means(self) -> dict[str, float]:
         """Return the metrics since the last call: losses, gradient norms, learning rate, speed, memory and time left."""
+        self.note_step()
         images_per_step = self.run.images_per_step(self.phase)
         rate = self.clock.lap_rate(self.step)
         means = {
@@ -303,6 +331,7 @@ class TrainingLoop:
 
     def save(self) -> Path:
         """Save a checkpoint. Called on all processes."""
+        self.note_step()
         metrics = self.run.metrics_path
         progress = Progress(
             phase=self.phase.name,
@@ -330,7 +359,7 @@ class TrainingLoop:
         Save an interrupted run, and say how to resume it. Does not save while steps are skipped, if there is an earlier
         checkpoint: what made them bad may be in the weights.
         """
-        earlier = sorted_checkpoints(self.run.checkpoints) if self.guard.skipped_in_a_row else []
+        earlier = [] if self.note_step() else sorted_checkpoints(self.run.checkpoints)
         if earlier:
             saved = f"not saved, since its last {self.guard.skipped_in_a_row} steps were skipped: the last checkpoint is {earlier[-1]}"
         else:

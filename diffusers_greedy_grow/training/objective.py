@@ -205,7 +205,7 @@ class FlowObjective:
         """Return the arguments of the model for a batch besides its state; `dropped` says whose captions are left empty."""
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch["caption"])]
         # Which part of its image each is, for a model that is told.
-        crops = {"crop": batch["crop"].to(self.accelerator.device)} if "crop" in batch else {}
+        crops = {"crop": batch["crop"].to(self.accelerator.device, non_blocking=True)} if "crop" in batch else {}
         return {**self.encode(captions), **crops}
 
 

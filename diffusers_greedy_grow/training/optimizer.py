@@ -108,11 +108,16 @@ class Muon(torch.optim.Optimizer):
     That is what `torch.optim.Muon` does with `adjust_lr_fn="match_rms_adamw"`. This one takes matrices of a shape together,
     which takes half of the time for small ones on a CPU, and gathers matrices that FSDP has sharded.
 
+    As with torch's fused optimizers, an attribute `found_inf`, `torch.Tensor` of shape `()`, turns a step into one that changes
+    nothing if it is 1, whatever the gradients are. The host need not know its value.
+
     Args:
         groups (`list[dict]`): Parameter groups with `params`, `lr` and `muon`; see [`split_for_muon`].
         lr (`float`), weight_decay (`float`): The defaults of all groups.
         betas (`tuple[float, float]`), fused (`bool`): Arguments of AdamW.
     """
+
+    found_inf: torch.Tensor | None = None
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], weight_decay: float, fused: bool):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
@@ -129,6 +134,7 @@ class Muon(torch.optim.Optimizer):
         # Loading a state replaces both, and AdamW must use the new ones.
         self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self.adamw.state = self.state
+        self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
         for group in self.param_groups:
             if group["muon"]:
@@ -145,13 +151,22 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         momenta = {parameter: self.state[parameter]["momentum_buffer"] for parameter in parameters}
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            # A step that is rejected neither changes the momentum, nor decays the weights, nor adds to them.
+            rejected = self.found_inf.bool()
+            for parameter, gradient in gradients.items():
+                gradient.copy_(torch.where(rejected, momenta[parameter], gradient))
+            kept = torch.where(rejected, 1.0, kept)
         torch._foreach_lerp_(list(momenta.values()), list(gradients.values()), 1 - MOMENTUM)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, kept)
         dtype = newton_schulz_dtype(parameters[0].device)
         for batch in batches_of_a_shape(parameters):
             updates = [gradients[p].lerp(momenta[p], MOMENTUM).to(dtype) for p in batch]  # Nesterov's momentum
             # Every process orthogonalizes all matrices, as with DDP: then nothing needs to be sent back.
             whole = orthogonalize(torch.stack([gather(update).flatten(1) for update in updates]))
+            if self.found_inf is not None:
+                whole.mul_(1 - self.found_inf)
             scale = 0.2 * math.sqrt(max(whole.shape[1:]))
             for parameter, update in zip(batch, whole.reshape(-1, *batch[0].shape)):
                 parameter.add_(scatter_as(update, like=parameter), alpha=-group["lr"] * scale)

@@ -5,6 +5,8 @@
 
 import torch
 
+from .text.captions import run_text_encoder
+
 
 class TrainedModel(torch.nn.Module):
     """
@@ -30,7 +32,6 @@ class TrainedModel(torch.nn.Module):
         **kwargs,
     ):
         if self.text_encoder is not None:
-            assert encoder_attention_mask is not None
-            attention_mask = encoder_attention_mask.long()
-            encoder_hidden_states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+            assert input_ids is not None and encoder_attention_mask is not None
+            encoder_hidden_states = run_text_encoder(self.text_encoder, input_ids, encoder_attention_mask)
         return self.unet(sample, timestep, encoder_hidden_states, encoder_attention_mask, **kwargs)

@@ -3,14 +3,24 @@
 
 """Attention through diffusers' dispatch, with the test names of diffusers' own suite."""
 
+import inspect
+import logging
+import re
+
 import pytest
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 
-from diffusers_greedy_grow.models.blocks import GreedyGrowAttnProcessor, get_image_rotary_emb, rotate
+from diffusers_greedy_grow.models.blocks import (
+    WITHOUT_MASKS,
+    GreedyGrowAttnProcessor,
+    get_image_rotary_emb,
+    rotate,
+    warn_of_masks,
+)
 
-from ..testing_utils import TEXT_DIM, make_core
+from ..testing_utils import TEXT_DIM, make_core, make_inputs
 
 
 def attentions(model) -> list[AttentionModuleMixin]:
@@ -106,6 +116,62 @@ def test_an_unknown_backend_is_refused(either):
     model, _ = either
     with pytest.raises(ValueError, match="flush"):
         model.set_attention_backend("flush")
+
+
+def test_the_backends_without_masks_are_those_that_refuse_them():
+    """By the code of the installed diffusers."""
+    refusing = {
+        name.value
+        for name, function in _AttentionBackendRegistry._backends.items()
+        if re.search(r"raise ValueError\(.*`attn_mask` is not", inspect.getsource(function))
+    }
+    assert "_native_flash" in refusing and refusing == WITHOUT_MASKS
+
+
+@torch.no_grad()
+def test_attention_to_text_falls_back_where_a_backend_takes_no_mask(model_and_inputs, caplog, monkeypatch):
+    """It says so once. Attention between image tokens, and to text without a mask, uses the backend."""
+    warn_of_masks.cache_clear()
+    monkeypatch.setattr(logging.getLogger("diffusers_greedy_grow"), "propagate", True)
+    model, inputs = model_and_inputs
+    model.double()  # in float32, random weights would enlarge rounding differences between backends
+    inputs["sample"] = inputs["sample"].double()
+    expected = model(**inputs).sample
+    used = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def note(*args, attn_mask=None, **kwargs):
+        # Torch's own choice may be plain products; the flash backend may not.
+        used.append((attn_mask is not None, torch.backends.cuda.math_sdp_enabled()))
+        return attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    with attention_backend("_native_flash"):
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+    with attention_backend("native"):
+        model.set_attention_backend("_native_flash")  # which also becomes the active one
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+        reads_text = "encoder_attention_mask" in inputs
+        assert set(used) == {(False, False), *[(True, True)] * reads_text}
+        assert caplog.text.count("The attention backend '_native_flash' takes no mask") == int(reads_text)
+        used.clear()
+        model(**{name: value for name, value in inputs.items() if name != "encoder_attention_mask"})
+        assert set(used) == {(False, False)}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_fallback_does_not_break_the_graph():
+    model, inputs = make_core(), make_inputs()
+    model.double()
+    inputs["sample"] = inputs["sample"].double()
+    expected = model(**inputs).sample
+    with attention_backend("native"):
+        model.set_attention_backend("_native_flash")
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**inputs).sample, expected, atol=1e-5, rtol=1e-4)
+        torch.compiler.reset()
 
 
 @torch.no_grad()

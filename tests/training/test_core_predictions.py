@@ -29,6 +29,7 @@ from diffusers_greedy_grow.training.core_predictions import (
     check_caching,
     check_space,
     predict,
+    read_visits,
 )
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.images import normalize
@@ -135,7 +136,7 @@ def test_the_loss_is_that_without_the_cache(kind, pipeline, interrupt, tmp_path)
         actual = objective(pipeline.unet, batch, step, step)
         assert calls == []
         x0 = normalize(batch["pixel_values"])
-        noise, sigma, dropped = objective.draws(batch["index"].tolist(), batch["draw"].tolist(), x0.shape, x0.device)
+        noise, sigma, dropped = objective.draw(batch, x0.shape, step, 0)
         conditions = FlowObjective.condition(objective, batch, dropped)
         expected = flow_loss(pipeline.unet, x0, noise, sigma, 2, "clean", **conditions)
         assert sum(calls) == 4
@@ -155,7 +156,7 @@ def test_the_loss_is_that_without_the_cache(kind, pipeline, interrupt, tmp_path)
 def test_the_draws(pipeline, interrupt, tmp_path):
     """Each epoch shows another draw of each image. Draws have their own noise, levels and captions, of the usual distribution."""
     objective, predictions = cache(pipeline, make_images(), tmp_path, interrupt)
-    visits = [pair for batch in load(predictions, 6) for pair in zip(batch["index"].tolist(), batch["draw"].tolist())]
+    visits = [pair for batch in load(predictions, 6) for pair in read_visits(batch)]
     assert len(visits) == 24  # four epochs
     assert all(sorted(visits[i : i + 6]) == [(index, i // 6 % 2) for index in range(6)] for i in range(0, 24, 6))
     captions = {predictions.rows[index, number]["caption"] for index in range(6) for number in range(2)}
@@ -176,7 +177,7 @@ def test_draws_that_no_step_reads_are_not_computed(buckets, pipeline, interrupt,
     phase = replace(PHASE, steps=2)  # eight visits of six images
     _, predictions = cache(pipeline, make_images(buckets=buckets), tmp_path, interrupt, num_draws=20, phase=phase)
     batches = load(predictions, num_steps=2)
-    visits = {pair for batch in batches for pair in zip(batch["index"].tolist(), batch["draw"].tolist())}
+    visits = {pair for batch in batches for pair in read_visits(batch)}
     assert sum(calls) == len(visits) == 8 and {number for _, number in visits} == {0, 1}
     # A longer phase reads more.
     _, predictions = cache(pipeline, make_images(buckets=buckets), tmp_path, interrupt, num_draws=20)

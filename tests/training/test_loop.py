@@ -63,6 +63,27 @@ def test_rejected_gradients_skip_the_step_and_then_stop_the_run(tmp_path, caplog
         loop.take_step(torch.tensor([0.25]))
 
 
+def test_a_gpu_learns_of_rejected_gradients_one_step_later(tmp_path, caplog):
+    """But takes none of them, and no later than when a checkpoint is due or metrics are."""
+    loop = make_loop(tmp_path, max_skipped_steps=1, checkpointing_steps=2)
+    loop.notes_late = True
+    (parameter,) = loop.parameters
+    parameter.grad = torch.full((1, 1), math.nan)
+    loop.take_step(torch.tensor([0.25]))
+    assert parameter.item() == 0 and not loop.guard.skipped_steps
+    loop.step = 2
+    assert not loop.describe_step().saves and "core: step 1 is skipped" in caplog.text
+    parameter.grad = torch.full((1, 1), math.nan)
+    loop.take_step(torch.tensor([0.5]))
+    assert parameter.item() == 0
+    judged = loop.judged
+    for notice in (loop.save, loop.means, loop.leave, lambda: loop.take_step(torch.tensor([0.75]))):
+        loop.guard.skipped_in_a_row, loop.judged = 1, judged
+        with pytest.raises(FloatingPointError, match="core stops at step 3: .* for 2 steps in a row.* levels 0.500"):
+            notice()
+    assert parameter.item() == 0
+
+
 def test_a_phase_does_not_end_with_weights_that_are_not_finite(tmp_path):
     loop = make_loop(tmp_path)
     loop.check_weights()

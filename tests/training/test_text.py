@@ -23,6 +23,7 @@ from diffusers_greedy_grow.training.text import embeddings as embeddings_module
 from diffusers_greedy_grow.training.text.captions import (
     CaptionEncoder,
     encode_captions,
+    run_text_encoder,
     tokenize_captions,
     warn_of_truncated_captions,
 )
@@ -55,6 +56,22 @@ def test_small_text_encoder(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     assert again(captions)["input_ids"] == tokenizer(captions)["input_ids"]
+
+
+def test_the_text_encoder_gets_a_mask_that_it_need_not_read():
+    """The embeddings are those of the usual mask, bit for bit, with padding and without."""
+    tokenizer = train_small_tokenizer(CAPTIONS)
+    encoder = build_small_text_encoder(tokenizer, hidden_size=64).eval()
+    assert encoder.config._attn_implementation == "sdpa"
+    masks = []
+    encoder.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    for captions in (CAPTIONS, CAPTIONS[:1]):
+        tokens = tokenizer(captions, padding=True, return_tensors="pt")
+        expected = encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        actual = run_text_encoder(encoder, tokens["input_ids"], tokens["attention_mask"].bool())
+        assert torch.equal(actual, expected) and masks[-1].ndim == 4
 
 
 def test_words_outweigh_what_is_around_them():

@@ -3,7 +3,7 @@
 
 """
 Take steps of Muon under FSDP2 on two processes, and check that they are those of whole weights, also after a checkpoint was
-loaded. `test_cluster.py` launches it.
+loaded, and that a rejected step changes nothing. `test_cluster.py` launches it.
 """
 
 import sys
@@ -37,11 +37,15 @@ model, optimizer, lr_scheduler = accelerator.prepare(sharded, *made[1])
 assert len(find_matrices(whole)) == 24 and all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
 
 
-def take_step(seed: int) -> list[torch.Tensor]:
-    """Train on the same batch in both processes, and return the whole parameters."""
+def take_step(seed: int, rejected: bool = False) -> list[torch.Tensor]:
+    """Train on the same batch in both processes, and return the whole parameters. The gradients of a rejected step are NaN."""
     inputs = make_inputs(seed=seed)
     sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
     accelerator.backward(model(sample, timestep, **inputs).sample.square().mean())
+    if rejected:
+        for parameter in sharded.parameters():
+            parameter.grad.mul_(float("nan"))
+    optimizer.optimizer.found_inf = torch.tensor(float(rejected))
     optimizer.step()
     optimizer.zero_grad()
     return [gather(parameter.detach()).clone() for parameter in sharded.parameters()]
@@ -60,6 +64,7 @@ for seed in (0, 1):
         torch.testing.assert_close(other, parameter.detach(), atol=tolerance, rtol=0, msg=name)
 
 accelerator.save_state(sys.argv[1])
+assert all(torch.equal(a, b) for a, b in zip(take_step(2, rejected=True), parameters))
 expected = take_step(2)
 take_step(3)
 restore_state(accelerator, sys.argv[1])

@@ -79,8 +79,22 @@ def encode_captions(
     """Return `encoder_hidden_states` and `encoder_attention_mask` of `captions`, as the pipeline makes them for prompts."""
     tokens = tokenize_captions(pipeline, captions, device)
     mask = tokens["encoder_attention_mask"]
-    hidden_states = text_encoder(tokens["input_ids"], attention_mask=mask.long()).last_hidden_state
-    return {"encoder_hidden_states": hidden_states, "encoder_attention_mask": mask}
+    return {
+        "encoder_hidden_states": run_text_encoder(text_encoder, tokens["input_ids"], mask),
+        "encoder_attention_mask": mask,
+    }
+
+
+def run_text_encoder(text_encoder: torch.nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Return the last hidden states `(B, L, D)` of a text encoder for tokens `(B, L)` and a bool mask `(B, L)`. An encoder of T5's
+    family gets the mask in the shape of attention scores: it would ask the GPU whether there is any padding, and wait.
+    """
+    attention_mask = mask.long()
+    config = text_encoder.config
+    if config.model_type in ("t5", "umt5") and config._attn_implementation == "sdpa":
+        attention_mask = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+    return text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
 
 
 def warn_of_truncated_captions(pipeline: GreedyGrowPipeline, captions: list[str]) -> None:

@@ -1,0 +1,68 @@
+# Copyright 2026 The diffusers-greedy-grow authors.
+# SPDX-License-Identifier: Apache-2.0
+
+
+"""`benchmarks/gpu.sh` with tiny models on a CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import step_time
+from benchmarks.tables import read_json
+from diffusers_greedy_grow.training.shapes.scenes import write_shapes
+
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
+
+
+def run(*arguments: Path, **variables: str) -> tuple[int, list[str]]:
+    """Run the script; return its exit code and the lines that it prints."""
+    environment = {**os.environ, "SIZES": "tiny", "PYTHON": sys.executable, "TEXT_ENCODER": "small", **variables}
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_a_rehearsal(tmp_path):
+    """It leaves the results of each part, and runs none again."""
+    data, results = write_shapes(tmp_path / "data", 8, 4, 16, texture_cells=8), tmp_path / "results"
+    code, lines = run(results, data)
+    assert code == 0 and lines[-1] == f"All parts are in {results}.", lines
+    names = [line.split(":")[0] for line in lines[:-1]]
+    assert names == ["steps-256", "sampling-256", "compiled-256", "stickers"]
+    (part,) = read_json(results / "steps-256" / "step_time.json")["measured"]
+    assert [row["model"] for row in part["rows"]] == ["ours", "ours, core phase", "plain transformer"]
+    assert (results / "stickers" / "samples.png").exists() and "compiled?" in (results / "report.md").read_text()
+    code, lines = run(results, data)
+    assert code == 0 and lines[:-1] == [f"{name}: is there already" for name in names]
+
+
+def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
+    """`false` stands for an interpreter that fails."""
+    code, lines = run(tmp_path, PYTHON="false", PARTS="steps-256 nonsense core stickers")
+    assert code == 1 and lines[0].startswith("steps-256: failed with exit code 1"), lines
+    assert lines[1].startswith("nonsense: is no part") and lines[2].startswith("core: failed")
+    assert lines[3:] == [
+        "stickers: skipped, no DATA is given", "Missing: steps-256 nonsense core. Run this again for them.",
+    ]  # fmt: skip
+    code, lines = run(tmp_path, MINUTES="0")
+    assert code == 1 and lines[0] == "steps-256: no time is left" and "Missing: steps-256 sampling-256" in lines[-1]
+    code, lines = run(tmp_path, SIZES="large")
+    assert code == 2 and "it must be full or tiny" in lines[0]
+    assert run()[0] == 2
+
+
+@pytest.mark.parametrize(
+    "name,tflops",
+    [("NVIDIA H200", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", None)],
+)
+def test_the_peak_of_a_data_sheet(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = step_time.find_peak(torch.device("cuda"))
+    assert peak == (None if tflops is None else 1e12 * tflops) and step_time.find_peak(torch.device("cpu")) is None
