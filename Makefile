@@ -15,7 +15,7 @@ PRECISION := $(shell ! command -v nvidia-smi > /dev/null && grep -qsE 'amx_bf16|
 # One thread per process: the models of the tests are tiny. A file stays in one process, where its fixtures are built once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo app test test-fast test-lowest test-app app-screenshot lint docs dist audit clean
+.PHONY: demo app test test-fast test-lowest test-app app-screenshot lint docs docs-version dist audit clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -83,6 +83,12 @@ lint: $(VENV)/installed-dev
 # The site, in output-docs/. MkDocs 2, of which Material warns, is not allowed by its pins.
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# The site of one version beside those of others, as a commit on the branch gh-pages: make docs-version VERSION=1.2 ALIAS=latest.
+# ARGS=--push publishes it. Readers choose the version at the top of each page, and begin with the one of the last alias.
+docs-version: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mike deploy --update-aliases $(ARGS) $(VERSION) $(ALIAS)
+	$(if $(ALIAS),$(BIN)/mike set-default $(ARGS) $(ALIAS))
 
 # The sdist and the wheel, in dist/: what they hold, their metadata, and the wheel in an environment of its own. In the workflow
 # of releases, TAG=v1.2.3 must be the version. The first build makes the wheel from the sdist, the second from this folder.
