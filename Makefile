@@ -87,7 +87,7 @@ docs: $(VENV)/installed-dev
 # The site of one version beside those of others, as a commit on the branch gh-pages: make docs-version VERSION=1.2 ALIAS=latest.
 # ARGS=--push publishes it. Readers choose the version at the top of each page, and begin with the one of the last alias.
 docs-version: $(VENV)/installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mike deploy --update-aliases $(ARGS) $(VERSION) $(ALIAS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mike deploy --allow-empty --update-aliases $(ARGS) $(VERSION) $(ALIAS)
 	$(if $(ALIAS),$(BIN)/mike set-default $(ARGS) $(ALIAS))
 
 # The sdist and the wheel, in dist/: what they hold, their metadata, and the wheel in an environment of its own. In the workflow
