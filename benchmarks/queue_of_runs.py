@@ -213,6 +213,7 @@ def plan_steps(setting: Setting, init: str, optimizer: str) -> dict[str, PhasePl
         "batches_per_step": 1,
         "num_tokens": setting.max_sequence_length,
         "optimizer": optimizer,
+        "checkpointing": (),  # no memory is asked for
     }
     with torch.device("meta"):
         core = setting.build_core()

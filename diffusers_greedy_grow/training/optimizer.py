@@ -4,7 +4,7 @@
 """The optimizer, AdamW or Muon, and the schedule of its learning rates."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -203,6 +203,17 @@ def count_orthogonalization(shape: torch.Size) -> int:
     """Return the number of operations of [`orthogonalize`] for a weight of this shape."""
     short, long = sorted(matrix_shape(shape))
     return NEWTON_SCHULZ_STEPS * (4 * short**2 * long + 2 * short**3)
+
+
+def count_orthogonalization_bytes(shapes: list[torch.Size]) -> int:
+    """Return the most bytes that [`Muon`] needs to orthogonalize a batch of weights of these shapes, in bfloat16, as on a GPU."""
+    most = 0
+    for shape, count in Counter(shapes).items():
+        batch = min(count, max(1, NUMBERS_PER_BATCH // shape.numel())) * shape.numel()
+        short, long = sorted(matrix_shape(shape))
+        # The updates one by one, together, before and after a step; and two products of `short x short`.
+        most = max(most, round(torch.bfloat16.itemsize * batch * (4 + 2 * short / long)))
+    return most
 
 
 def newton_schulz_dtype(device: torch.device) -> torch.dtype:

@@ -5,20 +5,20 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .core_predictions import count_prediction_bytes
 from .growing import build_core, describe_core, get_text_hidden_size, stage_arguments
-from .optimizer import count_orthogonalization, find_matrices
+from .memory import StepMemory, follow_step
+from .optimizer import count_orthogonalization, count_orthogonalization_bytes, find_matrices
 from .parsing import parse_buckets
 from .phases import Phase
 from .setup import compute_dtype
@@ -37,11 +37,13 @@ class PhasePlan:
         parameters (`int`), trained_parameters (`int`): The model's parameters, and those that train.
         train_flops (`int`): Operations per image, forward and backward.
         forward_flops (`int`): Operations per image, forward only.
-        activations (`int`): Bytes per image that are stored for the backward pass.
-        checkpointed_activations (`int`): The same with gradient checkpointing.
         largest_unit (`int`): Bytes of the largest group of parameters that FSDP gathers at once.
+        cast_weights (`int`): Bytes of the copies that autocast makes of the weights that train.
         moments (`int`): Numbers that the optimizer keeps: two per trained parameter, one where Muon trains it.
         optimizer_flops (`int`): Operations per step of Muon on one process. Those of AdamW are few, and not counted.
+        optimizer_bytes (`int`): Bytes that Muon needs in its step, see [`count_orthogonalization_bytes`].
+        keeps_gradients (`bool`): Whether gradients are there from the start of a batch, since several batches are a step.
+        batch_memory (`dict[bool, StepMemory]`): What a batch of one process needs, without and with gradient checkpointing.
         num_draws (`int`): Draws per training image for which the core's predictions are cached, if they are.
         prediction_bytes (`int`): Bytes per such prediction on disk.
     """
@@ -55,11 +57,13 @@ class PhasePlan:
     trained_parameters: int
     train_flops: int
     forward_flops: int
-    activations: int
-    checkpointed_activations: int
     largest_unit: int
+    cast_weights: int
     moments: int
     optimizer_flops: int
+    optimizer_bytes: int
+    keeps_gradients: bool
+    batch_memory: dict[bool, StepMemory]
     num_draws: int = 0
     prediction_bytes: int = 0
 
@@ -78,13 +82,18 @@ class PhasePlan:
 
     def memory(self, num_shards: int = 1, gradient_checkpointing: bool = False) -> int:
         """
-        Return the bytes per process, with the model sharded over `num_shards` processes: float32 weights; the gradient, the
-        optimizer's moments and the moving average of what trains; the activations; and for a sharded model two gathered units, of which
-        one computes while the other arrives. Memory of kernels and of the allocator comes on top.
+        Return the bytes per process at their peak, with the model sharded over `num_shards` processes: float32 weights; the
+        optimizer's moments and the moving average of what trains; the gradients and the activations; and for a sharded model two
+        gathered units, of which one computes while the other arrives. Memory of kernels and of the allocator comes on top.
         """
-        state = 4 * (self.parameters + 2 * self.trained_parameters + self.moments) // num_shards
-        activations = self.checkpointed_activations if gradient_checkpointing else self.activations
-        return state + activations * self.process_batch_size + (2 * self.largest_unit if num_shards > 1 else 0)
+        state, gradients = 4 * (self.parameters + self.trained_parameters + self.moments), 4 * self.trained_parameters
+        batch = self.batch_memory[gradient_checkpointing]
+        if num_shards > 1:
+            activations = max(batch.activations - self.cast_weights, 0)  # FSDP casts the gathered units instead
+            return (state + gradients) // num_shards + max(activations + 2 * self.largest_unit, self.optimizer_bytes)
+        in_batch = batch.activations + gradients if self.keeps_gradients else batch.total
+        # The moving average's step needs as much as the gradients, which are freed by then.
+        return state + max(in_batch, gradients + self.optimizer_bytes)
 
 
 def plan_phase(
@@ -98,6 +107,7 @@ def plan_phase(
     dtype: torch.dtype = torch.float32,
     optimizer: str = "adamw",
     num_draws: int = 0,
+    checkpointing: tuple[bool, ...] = (False, True),
 ) -> PhasePlan:
     """
     Count one training step, without allocating weights or activations.
@@ -111,6 +121,7 @@ def plan_phase(
         dtype (`torch.dtype`, defaults to float32): The dtype in which layers compute.
         optimizer (`str`, defaults to `"adamw"`): `"adamw"` or `"muon"`.
         num_draws (`int`, defaults to 0): See [`PhasePlan`].
+        checkpointing (`tuple[bool, ...]`): Whether to count the memory without gradient checkpointing, with it, both or neither.
     """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -118,52 +129,50 @@ def plan_phase(
     matrices = find_matrices(model).values() if optimizer == "muon" else ()
     shapes = [matrix.shape for matrix in matrices if matrix.requires_grad]
 
-    was = model.dtype
-    torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules that are kept in float32
-    forward_flops, train_flops, activations, checkpointed_activations = count_layers(model, resolution, num_tokens)
+    forward_flops, train_flops = count_layers(model, lambda: count_flops(model, resolution, num_tokens))
     if num_draws:
-        _, train_flops, activations, checkpointed_activations = count_step(model, resolution, num_tokens, cached=True)
-    torch.nn.Module.to(model, was)
+        _, train_flops = count_flops(model, resolution, num_tokens, cached=True)
+    process_batch_size = batch_size // batches_per_step
+    shape = resolution, num_tokens, process_batch_size, dtype
     return PhasePlan(
         name=name,
         resolution=resolution,
         steps=steps,
         batch_size=batch_size,
-        process_batch_size=batch_size // batches_per_step,
+        process_batch_size=process_batch_size,
         parameters=parameters,
         trained_parameters=trained,
         train_flops=train_flops,
         forward_flops=forward_flops,
-        activations=activations,
-        checkpointed_activations=checkpointed_activations,
         largest_unit=largest_unit,
+        cast_weights=trained * dtype.itemsize if dtype != torch.float32 else 0,
         moments=2 * trained - sum(shape.numel() for shape in shapes),
         optimizer_flops=sum(map(count_orthogonalization, shapes)),
+        optimizer_bytes=count_orthogonalization_bytes(shapes),
+        keeps_gradients=batches_per_step > 1,
+        batch_memory={on: count_memory(model, *shape, on, cached=num_draws > 0) for on in checkpointing},
         num_draws=num_draws,
         prediction_bytes=count_prediction_bytes(model) if num_draws else 0,
     )
 
 
-def count_layers(model: torch.nn.Module, resolution: int, num_tokens: int) -> tuple[int, ...]:
-    """Return what [`count_step`] does, in less time: the layers of our core are alike, and only two of them are run."""
+def count_layers(model: torch.nn.Module, count: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    """Return what `count` returns for `model`, in less time: the layers of our core are alike, and only two of them are run."""
     core = model if isinstance(model, ShallowUNet2DModel) else model.core
     if not isinstance(core, ShallowUNet2DModel):
-        return count_step(model, resolution, num_tokens)
+        return count()
     layers, counts = core.transformer_blocks, []
     for num_layers in range(1, min(len(layers), 2) + 1):
         core.transformer_blocks = layers[:num_layers]
-        counts.append(count_step(model, resolution, num_tokens))
+        counts.append(count())
     core.transformer_blocks = layers
     # Each further layer adds what the second one adds.
     return tuple(one + (len(layers) - 1) * (two - one) for one, two in zip(counts[0], counts[-1]))
 
 
-def count_step(
-    model: torch.nn.Module, resolution: int, num_tokens: int, cached: bool = False
-) -> tuple[int, int, int, int]:
+def count_flops(model: torch.nn.Module, resolution: int, num_tokens: int, cached: bool = False) -> tuple[int, int]:
     """
-    Return the `forward_flops`, `train_flops`, `activations` and `checkpointed_activations` of a [`PhasePlan`], without running the
-    core if its predictions are `cached`.
+    Return the `forward_flops` and `train_flops` of a [`PhasePlan`], without running the core if its predictions are `cached`.
     """
     config = model.config
     sample = torch.empty(1, config.in_channels, resolution, resolution, device="meta")
@@ -174,62 +183,31 @@ def count_step(
     core_output = {}
     if cached:
         size, cells = model.sample_sizes[0], model.sample_sizes[0] // config.patch_size
-        image, features = (
-            torch.empty(1, *shape, device="meta", dtype=model.dtype)
-            for shape in ((config.out_channels, size, size), (config.hidden_size, cells, cells))
-        )
-        core_output = {"core_output": (image.float(), features)}
-    model.enable_gradient_checkpointing()
+        shapes = (config.out_channels, size, size), (config.hidden_size, cells, cells)
+        core_output = {"core_output": tuple(torch.empty(1, *shape, device="meta") for shape in shapes)}
     with FlopCounterMode(display=False) as counter:
-        loss, activations, checkpointed_activations = count_activations(model, sample, timestep, text, **core_output)
+        loss = model(sample, timestep, text, **core_output).pred_original_sample.sum()
         forward_flops = counter.get_total_flops()
         loss.backward()
-    model.disable_gradient_checkpointing()
     model.zero_grad()
-    return forward_flops, counter.get_total_flops(), activations, checkpointed_activations
+    return forward_flops, counter.get_total_flops()
 
 
-def count_activations(
-    model: torch.nn.Module, *inputs: torch.Tensor | None, **core_output: Any
-) -> tuple[torch.Tensor, int, int]:
-    """
-    Run a forward pass on the meta device, and return a scalar to run backward from and how many bytes are stored for that,
-    without and with gradient checkpointing. The latter includes what the largest block will store when it is computed again.
-    """
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    # By storage, since several operations may save the same tensor.
-    saved: dict[int, torch.Tensor] = {}
-    kept: dict[int, torch.Tensor] = {}  # with gradient checkpointing
-    largest_block = 0
+def count_memory(
+    model: torch.nn.Module,
+    resolution: int,
+    num_tokens: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+    cached: bool,
+) -> StepMemory:
+    """Return what [`follow_step`] does, in less time, see [`count_layers`]."""
 
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            saved[storage] = kept[storage] = tensor
-        return tensor
+    def count() -> tuple[int, ...]:
+        return astuple(follow_step(model, resolution, num_tokens, batch_size, dtype, gradient_checkpointing, cached))
 
-    def checkpoint(block: torch.nn.Module, *arguments) -> torch.Tensor:
-        nonlocal largest_block
-        before = dict(kept)
-        output = block(*arguments)
-        largest_block = max(largest_block, count_bytes(kept) - count_bytes(before))
-        kept.clear()
-        kept.update(before)
-        for argument in tree_leaves(arguments):
-            if isinstance(argument, torch.Tensor) and argument.untyped_storage()._cdata not in weights:
-                kept[argument.untyped_storage()._cdata] = argument
-        return output
-
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module._gradient_checkpointing_func = checkpoint
-    with saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = model(*inputs, **core_output).pred_original_sample.sum()
-    return loss, count_bytes(saved), count_bytes(kept) + largest_block
-
-
-def count_bytes(tensors: dict[int, torch.Tensor]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+    return StepMemory(*count_layers(model, count))
 
 
 def describe_parts(model: torch.nn.Module) -> dict[str, int]:
@@ -261,6 +239,10 @@ def plan_phases(
     """
     num_processes = args.plan_processes if args.plan and args.plan_processes else accelerator.num_processes
     batches_per_step = num_processes * args.gradient_accumulation_steps
+    # Following the memory takes a second per phase. On a CPU, few ask for it before a run.
+    checkpointing: tuple[bool, ...] = (False, True) if args.plan else ()
+    if not args.plan and accelerator.device.type != "cpu":
+        checkpointing = (args.gradient_checkpointing,)
     plans = []
     with torch.device("meta"):
         unet, growth = build_unet_without_weights(model_args)
@@ -282,6 +264,7 @@ def plan_phases(
                     compute_dtype(accelerator),
                     args.optimizer,
                     args.cache_core_predictions if phase.kind == "detail" else 0,
+                    checkpointing,
                 )
             )
     if data_args.aspect_ratio_buckets is not None:
@@ -342,18 +325,19 @@ def check_buckets(
 def format_plan(
     phases: list[PhasePlan], parts: dict[str, int], num_shards: int = 1, gradient_checkpointing: bool = False
 ) -> str:
-    """Return the plan as a table, with a warning if growing will not pay."""
+    """Return the plan as a table, with the memory if it was counted, and with a warning if growing will not pay."""
     lines = ["Parameters: " + ", ".join(f"{name} px {count / 1e6:.2f} M" for name, count in parts.items())]
     lines.append(
         f"{'phase':<18}{'px':>6}{'steps':>9}{'batch':>7}{'images':>11}{'trained':>10}"
-        f"{'GFLOP/image':>15}{'PFLOP':>13}{'memory':>10}"
+        f"{'GFLOP/image':>15}{'PFLOP':>13}" + ("memory".rjust(10) if phases[0].batch_memory else "")
     )
     for phase in phases:
         lines.append(
             f"{phase.name:<18}{phase.resolution:>6}{phase.steps:>9}{phase.batch_size:>7}{phase.images:>11}"
             f"{phase.trained_parameters / 1e6:>8.2f} M{phase.train_flops / 1e9:>15.2f}{phase.flops / 1e15:>13.3f}"
-            f"{phase.memory(num_shards, gradient_checkpointing) / 2**30:>7.1f} GB"
         )
+        if phase.batch_memory:
+            lines[-1] += f"{phase.memory(num_shards, gradient_checkpointing) / 2**30:>7.1f} GB"
     if own := sum(phase.steps * phase.optimizer_flops for phase in phases):
         lines.append(f"Muon's own operations are {own / sum(phase.flops for phase in phases):.0%} of all.")
     first, last = phases[0], phases[-1]
