@@ -122,7 +122,7 @@ def test_from_pipe_with_a_dtype_casts_the_shared_components(made):
     other = GreedyGrowPipeline.from_pipe(made, dtype=torch.bfloat16)
     assert other.unet is made.unet and made.unet.dtype == made.text_encoder.dtype == torch.bfloat16
     assert made.to(dtype="auto") is made and made.unet.dtype == torch.bfloat16
-    with pytest.raises(FutureWarning, match="torch_dtype"):  # diffusers announces to remove the old name
+    with pytest.warns(FutureWarning, match="torch_dtype"):  # diffusers announces to remove the old name
         GreedyGrowPipeline.from_pipe(made, torch_dtype=torch.float32)
 
 
