@@ -25,7 +25,7 @@ READS = {
     aten._unique2.default,
     aten.repeat_interleave.Tensor,
 }
-# Indexing by a mask does so, too.
+# Indexing by a mask does so, too, except to fill in one number.
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 # Methods that go around the dispatcher on a CPU.
 METHODS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}
@@ -81,6 +81,8 @@ class OperationChecker(TorchDispatchMode):
         kwargs = kwargs or {}
         on_device = self.tensors.any(args, kwargs)
         is_masked = func in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if len(args) > 2 and is_masked and args[2].numel() == 1:
+            is_masked = False  # one number is filled in without indices
         if on_device and (func in READS or is_masked) and not self.tensors.may_be_read:
             raise HostSync(f"The host waits for the device in {func}.")
         result = func(*args, **kwargs)
