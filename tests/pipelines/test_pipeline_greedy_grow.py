@@ -375,7 +375,7 @@ def test_a_text_encoder_in_float16_under_autocast(grown, where):
     expected = draw_one(pipeline, **arguments)
     with torch.autocast("cpu", torch.bfloat16):
         image = draw_one(pipeline, **arguments)
-    assert (image.float() - expected).abs().mean() < 0.02
+    assert (image.float() - expected).abs().mean() < 0.03
 
 
 def test_text_encoders(tmp_path, caplog):
