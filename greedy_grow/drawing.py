@@ -19,6 +19,8 @@ from diffusers_greedy_grow.training.data.images import convert_to_srgb, open_ima
 from diffusers_greedy_grow.training.data.rows import BrokenRow
 from diffusers_greedy_grow.training.files import save_image
 
+from .inspection import name_pipelines
+
 
 def choose_device(name: str | None) -> str:
     """Return the device of a name, or the best one. Raise a `ValueError` if there is no such device."""
@@ -40,6 +42,7 @@ def load(
     device: str | None = None,
 ) -> GreedyGrowPipeline:
     """Load a pipeline, by default in the dtype that its weights are stored in."""
+    name_pipelines(model)
     chosen = choose_device(device)
     loaded = pipeline_class.from_pretrained(
         model, revision=revision, dtype="auto" if dtype is None else getattr(torch, dtype)

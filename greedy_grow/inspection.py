@@ -18,6 +18,22 @@ from diffusers_greedy_grow.models.core_loading import find_core
 from diffusers_greedy_grow.training.plan import describe_parts
 
 
+def name_pipelines(model: str) -> None:
+    """
+    Raise a `ValueError` if `model` is a path at which nothing is, or the folder of a run, which holds pipelines and is not one
+    itself; the message names the newest.
+    """
+    folder = Path(model)
+    if folder.is_dir() and not any((folder / name).exists() for name in ("model_index.json", "config.json")):
+        if found := sorted(
+            (path.parent for path in folder.glob("*/model_index.json")), key=lambda path: path.stat().st_mtime
+        ):
+            raise ValueError(f"`{model}` holds the pipelines of a run: name one of them, such as {found[-1]}.")
+    # A repository is `name` or `owner/name`.
+    if not folder.exists() and (model.count("/") > 1 or model.startswith((".", "/", "~"))):
+        raise ValueError(f"`{model}` does not exist: name the folder of a pipeline, or its repository on the Hub.")
+
+
 def find_card(model: str, revision: str | None) -> ModelCard | None:
     """Return the card of a folder or repository, or None if there is none."""
     card = Path(model) / "README.md"

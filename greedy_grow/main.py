@@ -130,10 +130,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="Show the traceback of every error.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    # Their other arguments are those of grow.py, which answers to `--help` itself.
-    train = commands.add_parser("train", help="Run training_examples/grow.py with accelerate.", add_help=False)
-    train.add_argument("--launch", default="", help='Arguments of accelerate, such as "--num_processes 4".')
-    train.set_defaults(run="training:train", takes_more=True)
+    # Their other arguments are those of the script, which answers to `--help` itself.
+    scripts = {
+        "train": (
+            "grow.py",
+            "Train a core, grow it and train what is new: training_examples/grow.py with accelerate.",
+        ),
+        "lora": ("train_lora.py", "Train a LoRA: training_examples/train_lora.py with accelerate."),
+    }
+    for command, (script, text) in scripts.items():
+        train = commands.add_parser(command, help=text, add_help=False)
+        train.add_argument("--launch", default="", help='Arguments of accelerate, such as "--num_processes 4".')
+        train.set_defaults(run="training:train", takes_more=True, command=command, script=script)
     plan = commands.add_parser("plan", help="Show what a training would cost, without weights.", add_help=False)
     plan.set_defaults(run="training:plan", takes_more=True)
 

@@ -16,6 +16,8 @@ from diffusers_greedy_grow.models.core_loading import load_core
 from diffusers_greedy_grow.training.files import save_pipeline
 from diffusers_greedy_grow.training.parsing import parse_channels
 
+from .inspection import name_pipelines
+
 
 def grow(args: argparse.Namespace) -> None:
     out = Path(args.out)
@@ -36,6 +38,7 @@ def load(folder: str) -> Any:
     """Load a pipeline or a model alone."""
     if not Path(folder).is_dir():
         raise ValueError(f"`{folder}` is not a folder: name that of a pipeline or model.")
+    name_pipelines(folder)
     if (Path(folder) / "model_index.json").exists():
         return GreedyGrowPipeline.from_pretrained(folder, dtype="auto")
     return load_core(folder, dtype="auto")

@@ -4,8 +4,12 @@
 """The command line `greedy-grow`, on tiny models and data, and against the loopback Hub."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from importlib.util import find_spec
@@ -62,7 +66,8 @@ def test_help_does_not_wait_for_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "plan", "sample", "upscale", "inspect", "app", "space", "grow", "push", "data check", "data"]
+    "command",
+    ["train", "lora", "plan", "sample", "upscale", "inspect", "app", "space", "grow", "push", "data check", "data"],
 )
 def test_every_command_is_in_a_help(command, capsys):
     *groups, name = command.split()
@@ -142,20 +147,43 @@ def test_the_exit_code_is_that_of_the_training():
     assert done.returncode != 0 and "--no_such_flag" in done.stderr
 
 
+@pytest.mark.slow  # launched
+@pytest.mark.parametrize("number,code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_saves_a_checkpoint_although_nobody_reads_the_log(number, code, tmp_path):
+    """As Ctrl-C does behind `| tee log`, which it ends, too; and as `timeout` does, whose signal only the launcher gets."""
+    write_image_folder(tmp_path / "images")
+    flags = (
+        "--resolutions 8 --hidden_size 16 --num_layers 1 --num_attention_heads 2 --core_steps 100000 --logging_steps 5"
+    )
+    arguments = [*flags.split(), "--train_data_dir", tmp_path / "images", "--output_dir", tmp_path / "run"]
+    command = [sys.executable, "-m", "greedy_grow", "train", "--launch", "--cpu --num_processes 1", *arguments]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None, process.stdout.read()[-2000:]
+        time.sleep(0.1)
+    process.stdout.close()
+    (os.killpg if number == "SIGINT" else os.kill)(process.pid, getattr(signal, number))
+    assert process.wait(timeout=120) == code
+    assert list((tmp_path / "run" / "checkpoints").glob("core-*"))
+
+
 def test_the_commands_that_are_run(monkeypatch):
     commands = []
     monkeypatch.setattr(greedy_grow.training, "become", commands.append)
+    monkeypatch.setattr(greedy_grow.training, "launch", commands.append)
     run("train", "--launch", "--num_processes 4 --multi_gpu", "--resolutions", "16", "64", "--seed=1")
     run("plan", "--resolutions", "16", "64")
     run("train", "--help")
-    launched, planned, helped = commands
+    run("lora", "--help")
+    launched, planned, helped, helped_with_lora = commands
     script = str(ROOT / "training_examples" / "grow.py")
-    assert launched[1:] == [
-        *("-m", "accelerate.commands.launch", "--num_processes", "4", "--multi_gpu", script),
-        *("--resolutions", "16", "64", "--seed=1"),
-    ]
+    assert launched == [*"--num_processes 4 --multi_gpu".split(), script, *"--resolutions 16 64 --seed=1".split()]
     assert planned[1:] == [script, "--plan", "--resolutions", "16", "64"]
     assert helped[1:] == [script, "--help"]
+    assert helped_with_lora[1:] == [str(ROOT / "training_examples" / "train_lora.py"), "--help"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -259,6 +287,15 @@ def test_a_model_is_described_without_its_weights(folder, tmp_path, capsys, hub)
     snapshots = Path(constants.HF_HUB_CACHE) / "models--owner--described" / "snapshots"
     assert list(snapshots.glob("*/unet/config.json")) and not list(snapshots.glob("*/unet/*.safetensors"))
     assert "is not a model" in fail(capsys, "inspect", tmp_path)
+
+
+def test_the_folder_of_a_run_is_not_a_model(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "run" / "grown-32")
+    for command in (["sample", "a cat", "--out", tmp_path / "a.png", "--model"], ["push", "--yes"]):
+        said = fail(capsys, *command, tmp_path / "run", *(["owner/x"] if command[0] == "push" else []))
+        assert f"such as {tmp_path / 'run' / 'grown-32'}" in said
+    said = fail(capsys, "sample", "a cat", "--out", tmp_path / "a.png", "--model", tmp_path / "nothing")
+    assert "does not exist" in said
 
 
 def test_growing(folder, tmp_path, capsys):

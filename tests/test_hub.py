@@ -408,6 +408,7 @@ def test_a_card_is_complete(hub, tmp_path):
         "| Captioned shapes | texture | 0.7 |",
         "![Samples](samples.png)",
         "<Gallery />",
+        r'pipe("a \"red\" square: plain")',
         "![Losses by phase](curves.png)",
         "@article{vasconcelos2024greedy",
     ):

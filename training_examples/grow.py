@@ -58,6 +58,7 @@ from diffusers_greedy_grow.training.growing import (
     get_core_resolution,
     grow_pipeline,
     load_pipeline,
+    warn_of_few_images,
     warn_of_missing_detail,
 )
 from diffusers_greedy_grow.training.loop import TrainingLoop
@@ -139,6 +140,8 @@ def train(
     # 3. The data
     data, broken = load_data(data_args, model_args, args, accelerator, checkpoint)
     warn_of_missing_detail(data.measured, model_args.resolutions)
+    if phases[0].name == "core" and isinstance(data.core, CaptionedImages):
+        warn_of_few_images(data.core, data.validation, args.keep_best)
     run = Run(
         accelerator=accelerator,
         output_dir=output_dir,

@@ -21,6 +21,7 @@ from .references import find_core_source
 
 TEMPLATES = Path(__file__).parent / "templates"
 GALLERY = "images"  # the folder of a card's single images
+EXAMPLE = "a large red striped circle on a white background"  # the prompt of a card without a gallery
 TAGS = ["diffusers", "diffusers-greedy-grow", "greedy-growing", "pixel-space", "flow-matching"]
 
 
@@ -97,6 +98,7 @@ def make_card(
         results=[(result.dataset_name, result.metric_name, result.metric_value) for result in eval_results or []],
         samples=samples,
         has_gallery=bool(gallery),
+        prompt=json.dumps(next(iter(gallery.values()), EXAMPLE), ensure_ascii=False),
         curves=curves,
         core=describe_core(model),
         core_is_referred_to=core == "reference",

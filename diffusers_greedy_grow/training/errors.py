@@ -7,7 +7,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from tqdm.auto import tqdm
 
 
@@ -47,6 +47,10 @@ def describe(error: BaseException) -> str | None:
         return (
             f"The disk is full: {join_lines(error)}. Free some space, or lower `--checkpoints_total_limit`, and resume with the same "
             "arguments and `--resume_from_checkpoint latest`."
+        )
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return (
+            f"{join_lines(error)} Log in by `hf auth login`, or set HF_TOKEN to a token that may read or write there."
         )
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return join_lines(error) or type(error).__name__

@@ -4,7 +4,7 @@
 """The pipelines of a run: around a new core, around a trained core that is given, from a finished phase, and grown."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from .text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
 
 logger = get_logger(__name__)
+
+# A new core learns fewer images by heart.
+FEW_IMAGES = 300
 
 SMALL_TEXT_HIDDEN_SIZE = 128
 # The small text encoder's tokenizer is trained on this many captions at most.
@@ -313,6 +316,17 @@ def measure_detail(images: CaptionedImages, resolution: int, factor: int, count:
     ]
     mean = sum(variances) / len(variances)
     return mean if mean > NO_DETAIL else None
+
+
+def warn_of_few_images(images: Sized, held_out: Sized, keeps_best: bool) -> None:
+    """Warn before anything trains if a new core has so few `images` that it learns them by heart, or too few are `held_out`."""
+    if len(images) < FEW_IMAGES:
+        logger.warning(
+            f"A new core learns {len(images)} images by heart: expect samples that repeat them. Start from a model with `--core`, train a "
+            "LoRA, or see what helps with few images in training_examples/README.md."
+        )
+    if keeps_best and len(held_out) < 10:
+        logger.warning(f"`keep_best`: which weights are best is chance with {len(held_out)} held-out images.")
 
 
 def warn_of_missing_detail(images: CaptionedImages, resolutions: list[int]) -> None:

@@ -10,6 +10,7 @@ Libraries that import torch are imported where they are needed, so that `--help`
 
 import argparse
 import dataclasses
+import difflib
 import math
 import os
 import re
@@ -17,6 +18,7 @@ import sys
 import types
 import typing
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +60,8 @@ def parse_arguments(argv: list[str], description: str) -> tuple[DataArguments, M
     check_data(parser, data, model)
     check_model(parser, model)
     check_phases(parser, model, training)
+    if find_spec("matplotlib") is None and not training.plan:
+        parser.error('Loss curves need matplotlib: pip install "diffusers-greedy-grow[train]"')
     if training.keep_best and not data.num_validation_images:
         parser.error(
             "--keep_best needs held-out images, and --num_validation_images 0 leaves none: raise it, or leave out --keep_best."
@@ -108,7 +112,10 @@ def parse_dataclasses(classes: tuple, argv: list[str], description: str) -> tupl
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        known = [option for action in parser._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f". Did you mean {nearest[0]}?" if nearest else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     for instance in instances:
         for name in PATHS & {field.name for field in dataclasses.fields(instance)}:
             if getattr(instance, name) is not None:

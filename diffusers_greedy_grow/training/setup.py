@@ -10,6 +10,7 @@ import platform
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -53,6 +54,9 @@ def set_up(args: LoopArguments) -> Accelerator:
     )
     if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale, a caption in a log line would end the run
         sys.stdout.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), LastingStream):
+            setattr(sys, name, LastingStream(stream))
     logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[TqdmHandler(accelerator.num_processes)])
     for name in ("accelerate", "httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -85,7 +89,8 @@ def warn_of_slow_cpu(accelerator: Accelerator) -> None:
     if threads < cores:
         logger.warning(
             f"Training on {threads} of {cores} CPU cores, since `accelerate launch` asks for one thread per process: "
-            f"`accelerate launch --num_cpu_threads_per_process {cores // accelerator.num_processes}` uses all."
+            f"`accelerate launch --num_cpu_threads_per_process {cores // accelerator.num_processes}` uses all (behind `greedy-grow "
+            f'train`: `--launch "--num_cpu_threads_per_process {cores // accelerator.num_processes}"`).'
         )
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     if accelerator.mixed_precision == "bf16" and is_x86 and not has_native_bfloat16():
@@ -117,6 +122,41 @@ def set_attention_backend(model: ModelMixin, backend: str | None) -> None:
             raise ValueError(f"`attention_backend={backend!r}`: {error}") from error
         finally:
             library.setLevel(level)
+
+
+class LastingStream:
+    """
+    Standard output or error, which drops what nobody reads any more: Ctrl-C also ends the `tee` that a run is piped to, and the run
+    must save its checkpoint.
+
+    Args:
+        stream (`TextIO`): The stream.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.leave()
+
+    def leave(self) -> None:
+        """Send everything from now on, and what is buffered, nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class TqdmHandler(logging.Handler):

@@ -97,6 +97,7 @@ def test_data_that_cannot_be_had(flags, message, capsys):
         ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant: choose one of linear, cosine"),
         ({"report_to": "wandbee"}, "--report_to wandbee: choose one of all, .*wandb"),
         ({"attention_backend": "flush"}, "--attention_backend flush: choose one of .*native"),
+        ({"core_stpes": 3}, "unrecognized arguments: --core_stpes 3. Did you mean --core_steps"),
         ({"compile": "all"}, "--compile all: choose one of blocks, model"),
         ({"sample_steps": 0}, "--sample_steps 0: must be at least 1"),
     ],

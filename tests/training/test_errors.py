@@ -43,6 +43,7 @@ def test_a_users_mistake_ends_in_one_line(error, line, capsys, monkeypatch):
 
 def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grow.py"])
+    tqdm._instances.clear()  # bars of other tests, which an error has left open, would take the lines above
 
     def main():
         with tqdm(total=2, initial=1):

@@ -174,7 +174,7 @@ def test_arguments_are_read_before_torch_is_imported(script, tmp_path):
     (tmp_path / "config.yaml").write_text("sed: 1", encoding="utf-8")
     for flags, code, text in (
         (["--help"], 0, "--debug"),
-        (["--sed", "1"], 2, "error: unrecognized arguments: --sed 1\n"),
+        (["--sed", "1"], 2, "error: unrecognized arguments: --sed 1. Did you mean --seed?\n"),
         (["--config", str(tmp_path / "config.yaml")], 2, "the file has unknown arguments: ['sed']\n"),
     ):
         needed = ["--pretrained_model_name_or_path", "x"] if script == TRAIN_LORA else []
