@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-greedy-grow authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a release rests on: versions that agree, and workflows that call targets of the Makefile."""
+"""The versions of a release agree, and the workflows call targets of the Makefile."""
 
 import re
 import tarfile

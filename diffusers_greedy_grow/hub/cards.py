@@ -208,9 +208,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         return {}
     found = {name: card.data.get(name) for name in ("license", "datasets", "eval_results")}
     if card.data.get("license_name"):
-        del found[
-            "license"
-        ]  # one that the Hub does not know, which is the core's: [`find_license`] finds it with its name
+        # A license that the Hub does not know is the core's: [`find_license`] finds it together with its name.
+        del found["license"]
     for name in ("samples", "curves"):
         if match := re.search(rf"!\[.*\]\(({name}\.\w+)\)", card.text):
             found[name] = folder / match[1]

@@ -243,10 +243,8 @@ class HubMixin:
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"`{name}={str(path)!r}` is not a file.")
         for entry in card.get("gallery", ()):
-            if not isinstance(entry, tuple) or [isinstance(*part) for part in zip(entry, (str, Image.Image))] != [
-                True,
-                True,
-            ]:
+            is_pair = isinstance(entry, tuple) and len(entry) == 2
+            if not (is_pair and isinstance(entry[0], str) and isinstance(entry[1], Image.Image)):
                 raise ValueError(f'`gallery` must hold pairs such as `("a red heart", image)`, but has {entry!r}.')
         self.check_weights()
         saved = self if core == "copy" else self.refer(core, is_published=True)

@@ -321,7 +321,7 @@ class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, A
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
-        """Those of the `sample_sizes` at which the model predicts images: with `init="random"` the core draws none of its own."""
+        """The `sample_sizes` at which the model predicts images: not the core's with `init="random"`, which draws none of its own."""
         return self.sample_sizes if self.stages[0].preserves else self.sample_sizes[1:]
 
     @property

@@ -29,6 +29,7 @@ from diffusers.guiders import (
     SkipLayerGuidance,
 )
 from diffusers.pipelines.prx.pipeline_prx_pixel import PRXPixelPipeline
+from diffusers.utils import is_torch_version
 from PIL import Image
 from tokenizers import processors
 from transformers import ByT5Tokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -375,7 +376,8 @@ def test_a_text_encoder_in_float16_under_autocast(grown, where):
     expected = draw_one(pipeline, **arguments)
     with torch.autocast("cpu", torch.bfloat16):
         image = draw_one(pipeline, **arguments)
-    assert (image.float() - expected).abs().mean() < 0.03
+    # torch below 2.13 rounds attention in float16 more coarsely.
+    assert (image.float() - expected).abs().mean() < (0.02 if is_torch_version(">=", "2.13") else 0.03)
 
 
 def test_text_encoders(tmp_path, caplog):
