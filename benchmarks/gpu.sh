@@ -5,6 +5,8 @@
 #   core                         the compiled core alone, in large batches: its share of the peak
 #   sampling-256, sampling-1024  what makes sampling fast, CUDA graphs among it
 #   compiled-256, compiled-1024  the steps again, with compiled blocks
+#   profile                      where a training step's time goes: as it is, in channels_last, and with compiled blocks
+#   graphs-256                   sampling with the whole model as CUDA graphs, which takes long to compile
 #   stickers                     a training with its images, for the minutes that are left
 #
 #   bash benchmarks/gpu.sh RESULTS [DATA]     # DATA: the folder that training_examples/data/stickers.py has written
@@ -18,7 +20,7 @@
 #   PYTHON=python           the interpreter
 set -uo pipefail
 
-ALL="steps-256 steps-1024 core sampling-256 compiled-256 compiled-1024 sampling-1024 stickers"
+ALL="steps-256 steps-1024 core sampling-256 compiled-256 profile compiled-1024 sampling-1024 graphs-256 stickers"
 [[ $# -ge 1 && $# -le 2 ]] || { sed -n '2,/^set/{/^set/!p}' "$0" >&2; exit 2; }
 mkdir -p "$1" || exit 2
 results=$(cd "$1" && pwd)
@@ -69,15 +71,15 @@ full)
     models=()
     compiled=(--models "ours" "ours, detail phase" "ours, core phase" UNet2DConditionModel DiTTransformer2DModel "plain transformer")
     small_model="64 -> 256" large_model="64 -> 1024" arms=(--together --repeats 2)
-    backend=inductor training="--mixed_precision bf16"
+    levers=("channels last" "compiled blocks") backend=inductor training="--mixed_precision bf16"
     ;;
 tiny)
-    parts=${PARTS:-steps-256 sampling-256 compiled-256 stickers}
-    small="--hidden_size 64 --num_layers 1 --repeats 1 --batch_size 1 --without_memory --resolutions 32 --factor 2 --channels 8"
+    parts=${PARTS:-steps-256 sampling-256 compiled-256 profile graphs-256 stickers}
+    small="--hidden_size 64 --num_layers 1 --repeats 1 --batch_size 1 --resolutions 32 --factor 2 --channels 8"
     large=$small alone="--hidden_sizes 64 --batch_size 1 --repeats 1"
-    models=(--models "ours" "ours, core phase" "plain transformer") compiled=(--models "ours")
+    models=(--without_memory --models "ours" "ours, core phase" "plain transformer") compiled=(--models "ours")
     small_model="8 -> 16" large_model="8 -> 16" arms=(--arms "plain loop" "... + compiled blocks" --repeats 1)
-    backend=eager
+    levers=("compiled blocks") backend=eager
     training="--mixed_precision no --dataloader_num_workers 0 --resolutions 8 16 --hidden_size 16 --num_layers 1
         --num_attention_heads 2 --block_out_channels 8 --train_batch_size 2 2 --num_validation_images 2 --num_inference_steps 2"
     ;;
@@ -103,9 +105,14 @@ run_core() {
     part core 80 "$python" -m benchmarks.step_time --core --compiled --backend "$backend" $alone --results_dir "$results/core"
 }
 
-run_sampling() { # NAME MODEL
-    part "$1" 110 "$python" -m benchmarks.sampling --models "$2" "${arms[@]}" \
-        --backend "$backend" --results_dir "$results/$1"
+run_profile() {
+    # shellcheck disable=SC2086
+    part profile 60 "$python" -m benchmarks.step_profile $small --levers "${levers[@]}" --backend "$backend" \
+        --results_dir "$results/profile"
+}
+
+run_sampling() { # NAME MODEL ARMS...
+    part "$1" 110 "$python" -m benchmarks.sampling --models "$2" "${@:3}" --backend "$backend" --results_dir "$results/$1"
 }
 
 run_stickers() {
@@ -136,8 +143,10 @@ for name in $parts; do
     steps-256) run_steps "$name" "$small" ;;
     steps-1024) run_steps "$name" "$large" ;;
     core) run_core ;;
-    sampling-256) run_sampling "$name" "$small_model" ;;
-    sampling-1024) run_sampling "$name" "$large_model" ;;
+    sampling-256) run_sampling "$name" "$small_model" "${arms[@]}" ;;
+    sampling-1024) run_sampling "$name" "$large_model" "${arms[@]}" ;;
+    graphs-256) run_sampling "$name" "$small_model" --whole --repeats 2 ;;
+    profile) run_profile ;;
     compiled-256) run_compiled "$name" "$small" ;;
     compiled-1024) run_compiled "$name" "$large" ;;
     stickers) run_stickers ;;

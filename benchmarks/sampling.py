@@ -14,11 +14,11 @@ of 30 steps in float32.
 """
 
 import argparse
-import functools
 import json
 import statistics
 import tempfile
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ are explained in [grow_vs_scratch.md](grow_vs_scratch.md); ± is the standard de
 """.strip()
 # As grow.py measures it on captioned shapes between 16 and 32 px.
 DETAIL_VARIANCE = 0.0275
-# Settings that each way adds: `compile_mode` and `dtype` are for `load`, the others for `sample`.
+# Settings that each way adds: those in `OF_LOAD` are for `load`, the others for `sample`.
+OF_LOAD = ("dtype", "compile_mode", "whole", "backend")
 WAYS: dict[str, dict[str, Any]] = {
     "text projected once": {"own_loop": False},
     "core first": {"core_first": "auto"},
@@ -107,22 +108,28 @@ def build_pipeline(
     return pipeline, (prompts * batch)[:batch]
 
 
-@functools.cache
+@cache
 def load(
-    folder: str, dtype: torch.dtype = torch.float32, compile_mode: str | None = None, backend: str = "inductor"
+    folder: str,
+    dtype: torch.dtype = torch.float32,
+    compile_mode: str | None = None,
+    whole: bool = False,
+    backend: str = "inductor",
 ) -> GreedyGrowPipeline:
     """Load a saved pipeline as an arm runs it."""
     pipeline = GreedyGrowPipeline.from_pretrained(folder, dtype=dtype).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     if compile_mode:
+        unet = pipeline.unet
         # Arms that share a pipeline have batches of two sizes; each is compiled for its own, as when it runs alone.
-        pipeline.unet.compile_repeated_blocks(mode=compile_mode, backend=backend, dynamic=False)
+        compile_it = partial(unet.compile, fullgraph=True) if whole else unet.compile_repeated_blocks
+        compile_it(mode=compile_mode, backend=backend, dynamic=False)
     return pipeline
 
 
 def load_arm(folder: str, settings: dict[str, Any]) -> tuple[GreedyGrowPipeline, dict[str, Any]]:
     """Return the pipeline of an arm, and its remaining settings, which are for [`sample`]."""
-    of_load = {name: settings[name] for name in ("dtype", "compile_mode", "backend") if name in settings}
+    of_load = {name: settings[name] for name in OF_LOAD if name in settings}
     return load(folder, **of_load), {name: value for name, value in settings.items() if name not in of_load}
 
 
@@ -168,9 +175,15 @@ def sample(
     return images.float()
 
 
-def list_arms(alone: bool = True) -> dict[str, dict[str, Any]]:
-    """Return the plain loop, each way `alone`, and each way together with all before it."""
+def list_arms(alone: bool = True, whole: bool = False) -> dict[str, dict[str, Any]]:
+    """
+    Return the plain loop, each way `alone`, and each way together with all before it; or with `whole` the plain loop, all ways
+    together, and these with the whole model compiled instead of its blocks.
+    """
     arms: dict[str, dict[str, Any]] = {"plain loop": {}}
+    if whole:
+        together = {name: value for settings in WAYS.values() for name, value in settings.items()}
+        return {**arms, "all ways": together, "all ways, the whole model compiled": {**together, "whole": True}}
     for name, settings in WAYS.items() if alone else ():
         arms[name] = settings
     together: dict[str, Any] = {}
@@ -190,7 +203,11 @@ def measure_time(args: argparse.Namespace) -> list[Row]:
         load.cache_clear()
         pipeline, prompts = build_pipeline(*MODELS[name])
         latents = make_noise(len(prompts), pipeline.unet.config.sample_size).to(DEVICE)
-        arms = {arm: settings for arm, settings in list_arms(not args.together).items() if arm in (args.arms or {arm})}
+        arms = {
+            arm: settings
+            for arm, settings in list_arms(not args.together, args.whole).items()
+            if arm in (args.arms or {arm})
+        }
         for settings in arms.values():
             if "compile_mode" in settings:
                 settings["backend"] = args.backend or "inductor"
@@ -228,7 +245,7 @@ def measure_images(args: argparse.Namespace) -> list[Row]:
     scores: dict[str, list[dict]] = {}
     arms: dict[str, dict] = {}
     for arm, settings in list_arms().items():
-        settings = {name: value for name, value in settings.items() if name != "compile_mode"}
+        settings = {name: value for name, value in settings.items() if name not in ("compile_mode", "whole")}
         if settings:  # the pipeline draws the same images as the plain loop
             settings["own_loop"] = False
             if args.bfloat16:
@@ -280,6 +297,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS)[:2], choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--together", action="store_true", help="Time: leave out what each way brings alone.")
+    parser.add_argument("--whole", action="store_true", help="Time: compile the whole model, which takes long.")
     parser.add_argument(
         "--arms",
         nargs="+",

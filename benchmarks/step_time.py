@@ -87,7 +87,7 @@ PEAKS = {
     "4090": 165,
 }
 CORE_COLUMNS = ("dtype", "hidden size", "share of peak")
-SIZE = Size()  # `main` sets it from the flags
+SIZE = Size()  # `set_up` sets it from the flags
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -500,17 +500,31 @@ def draw_plots(results: Path) -> None:
             draw_bars(rows, *columns, results / f"{name}.png")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
-    add_report_arguments(parser)
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[128, 512, 1024])
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of [`Size`], which [`set_up`] reads."""
     parser.add_argument("--hidden_size", type=int, default=Size.hidden_size, help="The width of our core.")
     parser.add_argument("--num_layers", type=int, default=Size.num_layers, help="The layers of our core.")
     parser.add_argument("--channels", type=int, nargs="+", default=Size.channels, help="The channels of our stage.")
     parser.add_argument(
         "--factor", type=int, default=Size.factor, help="How many times smaller the core's images are."
     )
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Let `build` build models of the size that the flags name, as fast as in `grow.py`. Return the device to measure on."""
+    # Attention in plain torch, without a detour through float32
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    for name in ("hidden_size", "num_layers", "channels", "factor"):
+        setattr(SIZE, name, getattr(args, name))
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[1])
+    add_report_arguments(parser)
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[128, 512, 1024])
+    add_size_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--core", action="store_true", help="Measure the core alone.")
@@ -532,16 +546,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    # As in grow.py: attention in plain torch, without a detour through float32.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    for name in ("hidden_size", "num_layers", "channels", "factor"):
-        setattr(SIZE, name, getattr(args, name))
+    device = set_up(args)
     if args.memory:
         return print_memory(args.memory[0], int(args.memory[1]), int(args.memory[2]))
     if args.quick:
         args.resolutions, args.hidden_sizes, args.repeats = [64], [128], 2
     if not args.report:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = measure_core(args, device) if args.core else compare_models(args, device)
         if args.quick:
             print(markdown(rows))

@@ -295,7 +295,7 @@ class LoopArguments:
     compile: str | None = field(
         default=None,
         metadata={
-            "help": 'What torch.compile compiles, once per phase: "blocks", the repeated blocks of the model, which takes a minute or two; or "model", all that trains as one graph, which takes longer. By default, it is what `accelerate launch` is configured for.'
+            "help": 'What torch.compile compiles, once per phase: "blocks", the repeated blocks of the model, which takes a minute or two; or "model", all that trains as one graph, which takes longer, is divided by DDP, and does not go with FSDP2. By default, it is what `accelerate launch` is configured for.'
         },
     )
     mixed_precision: str | None = field(

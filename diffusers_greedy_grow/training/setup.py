@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedType,
+    DynamoBackend,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
@@ -39,7 +41,9 @@ def set_up(args: LoopArguments) -> Accelerator:
     output_dir, dynamo_plugin = Path(args.output_dir), None
     if args.compile is not None:
         # Sizes are few, and known: one per bucket, for training and for the last batch of held-out images.
-        dynamo_plugin = TorchDynamoPlugin(backend="inductor", dynamic=False, **COMPILATION[args.compile])
+        dynamo_plugin = TorchDynamoPlugin(dynamic=False, **COMPILATION[args.compile])
+        if dynamo_plugin.backend == DynamoBackend.NO:  # `accelerate launch` has named none
+            dynamo_plugin.backend = DynamoBackend.INDUCTOR
         torch._dynamo.config.recompile_limit = 64
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -52,6 +56,9 @@ def set_up(args: LoopArguments) -> Accelerator:
         # The other processes wait while the main process draws samples.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
+    if args.compile is not None and accelerator.distributed_type != DistributedType.NO:
+        # DDP divides the graph, to send gradients while others are computed.
+        accelerator.state.dynamo_plugin.fullgraph = False
     if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale, a caption in a log line would end the run
         sys.stdout.reconfigure(errors="backslashreplace")
     for name in ("stdout", "stderr"):

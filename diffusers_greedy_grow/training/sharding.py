@@ -7,7 +7,7 @@ import functools
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from diffusers import DiffusionPipeline
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -50,7 +50,7 @@ def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:
     Under FSDP, use the model's own gradient checkpointing instead of accelerate's, and keep accumulated gradients sharded.
 
     Raises:
-        `ValueError`: under FSDP's first version, and under DeepSpeed.
+        `ValueError`: under FSDP's first version, under DeepSpeed, and if the whole model is to be compiled.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
@@ -63,6 +63,12 @@ def set_up_sharding(accelerator: Accelerator, args: TrainingArguments) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError("`fsdp_version: 1` of accelerate's configuration is not supported: use `fsdp_version: 2`.")
+    dynamo = accelerator.state.dynamo_plugin
+    if dynamo.backend != DynamoBackend.NO and not dynamo.use_regional_compilation:
+        raise ValueError(
+            "FSDP2 gathers the model block by block, so that it cannot be compiled as a whole: use `--compile blocks`, or "
+            "`accelerate launch --dynamo_use_regional_compilation`."
+        )
     args.gradient_checkpointing |= plugin.activation_checkpointing
     plugin.activation_checkpointing = False
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True

@@ -35,9 +35,14 @@ def test_a_rehearsal(tmp_path):
     code, lines = run(results, data)
     assert code == 0 and lines[-1] == f"All parts are in {results}.", lines
     names = [line.split(":")[0] for line in lines[:-1]]
-    assert names == ["steps-256", "sampling-256", "compiled-256", "stickers"]
+    assert names == ["steps-256", "sampling-256", "compiled-256", "profile", "graphs-256", "stickers"]
     (part,) = read_json(results / "steps-256" / "step_time.json")["measured"]
     assert [row["model"] for row in part["rows"]] == ["ours", "ours, core phase", "plain transformer"]
+    (part,) = read_json(results / "profile" / "step_profile.json")["measured"]
+    assert [(row["phase"], row["step"]) for row in part["rows"]] == [
+        (phase, step) for phase in ("detail", "joint") for step in ("as it is", "compiled blocks")
+    ]  # fmt: skip
+    assert "the whole model compiled" in (results / "graphs-256" / "sampling.md").read_text()
     assert (results / "stickers" / "samples.png").exists() and "compiled?" in (results / "report.md").read_text()
     code, lines = run(results, data)
     assert code == 0 and lines[:-1] == [f"{name}: is there already" for name in names]

@@ -3,9 +3,17 @@
 
 """Less memory: offloading, layerwise casting and device maps, as in tests/models/test_memory.py."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.guiders import AdaptiveProjectedGuidance
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -117,6 +125,73 @@ def test_the_whole_model_compiles(made, ways):
     assert 0 < graphs <= 4
     draw("a large red circle")
     assert counter.frame_count == graphs
+
+
+class Graphs:
+    """
+    A backend that does with its results what CUDA graphs do: they are lost when the next step begins.
+
+    Attributes:
+        results (`list[torch.Tensor]`): Those of this step.
+    """
+
+    def __init__(self):
+        self.results: list[torch.Tensor] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> Callable:
+        def replay(*args):
+            values = [value.clone() if isinstance(value, torch.Tensor) else value for value in module(*args)]
+            self.results += [value for value in values if isinstance(value, torch.Tensor)]
+            return values
+
+        return replay
+
+    def begin_step(self) -> None:
+        for result in self.results:
+            result.fill_(torch.nan)
+        self.results.clear()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "model"])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {},
+        {"core_first": 0.6},
+        {"guidance_resolution": "core"},
+        {"output_levels": True},
+        {"guider": AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)},
+        {"scheduler": DPMSolverMultistepScheduler},
+        {"scheduler": UniPCMultistepScheduler},
+    ],
+    ids=lambda ways: next(iter(ways), "plain"),
+)
+def test_no_step_needs_what_graphs_have_returned_before(made, ways, whole, monkeypatch):
+    """Guiders, solvers and the text's cache remember earlier steps, but not in the graphs' memory."""
+    ways = dict(ways)
+    if isinstance(made.unet, ShallowUNet2DModel) and ways.keys() & {
+        "core_first",
+        "guidance_resolution",
+        "output_levels",
+    }:
+        pytest.skip("for a grown model")
+    if "scheduler" in ways:
+        kwargs = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        made.scheduler = ways.pop("scheduler").from_config(made.scheduler.config, **kwargs)
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        arguments = {"num_inference_steps": 5, "generator": generator, "output_type": "pt", **ways}
+        return made("a small blue square", **arguments).images
+
+    expected = draw()
+    torch.compiler.reset()
+    graphs = Graphs()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graphs.begin_step)
+    compile_it = made.unet.compile if whole else made.unet.compile_repeated_blocks
+    compile_it(fullgraph=True, dynamic=False, backend=graphs)
+    for _ in range(2):
+        assert torch.equal(draw(), expected) and graphs.results
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.training.checkpoints import Progress
 
 from ..data_utils import write_image_folder
-from .launching import FOLDER, GROW, environment, launch, launch_script, read_metrics, run, weights
+from .launching import FOLDER, GROW, environment, grow_flags, launch, launch_script, read_metrics, run, weights
 
 
 STEPS = {"core_steps": 8, "detail_steps": 5, "joint_steps": 6, "validation_steps": 3, "logging_steps": 1}
@@ -121,6 +121,23 @@ def test_a_run_is_resumed_with_another_number_of_processes(one, two, arguments, 
         **arguments,
     )
     assert_same_run(one, tmp_path / "output")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled,fsdp", [("model", False), ("blocks", True)], ids=["DDP", "FSDP2"])
+def test_two_processes_compile(compiled, fsdp, one, arguments, tmp_path):
+    """Gradient checkpointing computes again within the graphs."""
+    own = {"compile": compiled, "gradient_checkpointing": True, "train_batch_size": 4}
+    flags = grow_flags(tmp_path / "output", **own, **arguments)
+    options = ["--dynamo_backend", "aot_eager"]
+    done = launch_script(GROW, flags, num_processes=2, fsdp=fsdp, options=options, TORCH_LOGS="dynamo")
+    assert done.returncode == 0 and "start tracing forward" in done.stdout, done.stdout[-9000:]
+    assert_same_run(one, tmp_path / "output")
+
+
+def test_a_sharded_model_is_not_compiled_as_a_whole(tmp_path):
+    done = launch_script(GROW, grow_flags(tmp_path / "output", compile="model", plan=True), fsdp=True)
+    assert done.returncode == 1 and "use `--compile blocks`" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.slow
