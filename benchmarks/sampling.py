@@ -182,8 +182,8 @@ def list_arms(alone: bool = True, whole: bool = False) -> dict[str, dict[str, An
     """
     arms: dict[str, dict[str, Any]] = {"plain loop": {}}
     if whole:
-        together = {name: value for settings in WAYS.values() for name, value in settings.items()}
-        return {**arms, "all ways": together, "all ways, the whole model compiled": {**together, "whole": True}}
+        everything = {name: value for settings in WAYS.values() for name, value in settings.items()}
+        return {**arms, "all ways": everything, "all ways, the whole model compiled": {**everything, "whole": True}}
     for name, settings in WAYS.items() if alone else ():
         arms[name] = settings
     together: dict[str, Any] = {}
