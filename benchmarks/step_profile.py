@@ -16,6 +16,7 @@ with each lever, in turn; then the ten operations that take longest, without and
 import argparse
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -74,9 +75,11 @@ def profile_step(steps: Steps, device: torch.device) -> tuple[dict[str, float], 
         seconds = time_call(steps.train)
     events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, name) / 1e3 for event in events}
-    times = dict(sorted(times.items(), key=lambda item: -item[1]))
-    return times, sum(times.values()) / 1e3 / seconds
+    times: Counter[str] = Counter()
+    for event in events:
+        is_graph = "CompiledFxGraph" in event.key or "Torch-Compiled Region" in event.key
+        times["compiled code" if is_graph else event.key] += getattr(event, name) / 1e3
+    return dict(times.most_common()), times.total() / 1e3 / seconds
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], list[Row]]:
@@ -85,9 +88,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], 
     operations: list[Row] = []
     (resolution,) = args.resolutions
     for phase in args.phases:
+        torch.compiler.reset()
         arms = {}
         for lever in (PLAIN, *args.levers):
-            torch.compiler.reset()
             with device:
                 model = build(PHASES[phase], resolution)
                 arms[lever] = Steps(model, resolution, args.batch_size, device, optimizer="muon")
