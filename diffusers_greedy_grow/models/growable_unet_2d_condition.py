@@ -21,18 +21,13 @@ from ..hub.lineage import add_to_lineage, find_source, get_lineage
 from ..hub.mixins import HubMixin
 from ..hub.references import find_folder
 from .adapters import AdapterMixin
-from .blocks import (
-    GreedyGrowOutput,
-    TextCache,
-    TextInputs,
-    check_sizes,
-    complete_crop,
-)
+from .blocks import GreedyGrowOutput, check_sizes, complete_crop
 from .core_loading import check_unmodified, load_core
 from .core_references import CoreReferenceMixin
 from .cores import Core, ForeignCore, adopt_core, build_core, is_foreign
 from .growth_stage import GrowthStage
 from .shallow_unet_2d import CORE_CONFIG_NAMES, ShallowUNet2DModel, check_text
+from .text import TextCache, TextInputs
 
 
 class GrowableUNet2DConditionModel(HubMixin, CoreReferenceMixin, AdapterMixin, AttentionMixin, ConfigMixin):

@@ -11,7 +11,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.normalization import RMSNorm
 
 from ..flow import enlarge
-from .blocks import CROP_DIM, GrowthDecoder, GrowthEncoder, TextCache, TextInputs, embed_time
+from .blocks import CROP_DIM, GrowthDecoder, GrowthEncoder, embed_time
+from .text import TextCache, TextInputs
 
 
 class GrowthStage(nn.Module):

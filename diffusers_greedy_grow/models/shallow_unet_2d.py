@@ -17,18 +17,10 @@ from diffusers.utils import apply_lora_scale
 from ..flow import velocity_from_clean
 from ..hub.mixins import HubMixin
 from .adapters import AdapterMixin
-from .blocks import (
-    CROP_DIM,
-    GreedyGrowOutput,
-    GreedyGrowTransformerBlock,
-    GroupNorm,
-    TextCache,
-    check_sizes,
-    complete_crop,
-    embed_time,
-    get_image_rotary_emb,
-    residual_block,
-)
+from .attention import GreedyGrowTransformerBlock, get_image_rotary_emb
+from .blocks import CROP_DIM, GreedyGrowOutput, check_sizes, complete_crop, embed_time, residual_block
+from .norms import GroupNorm
+from .text import TextCache
 
 
 # The entries of the core's configuration that a grown model has, too

@@ -14,7 +14,7 @@ from diffusers.guiders import BaseGuidance
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..flow import add_noise, high_band, unshift_sigma, velocity_from_clean
-from ..models.blocks import TextCache
+from ..models.text import TextCache
 from .pipeline_output import GreedyGrowPipelineOutput
 from .schedules import check_schedule, restart, shift_name, start_scheduler, step_arguments
 

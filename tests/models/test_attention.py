@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 
-from diffusers_greedy_grow.models.blocks import (
+from diffusers_greedy_grow.models.attention import (
     WITHOUT_MASKS,
     GreedyGrowAttnProcessor,
     get_image_rotary_emb,

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from diffusers_greedy_grow.models.blocks import TextCache
+from diffusers_greedy_grow.models.text import TextCache
 
 from ..testing_utils import make_core, make_grown, make_inputs
 from .conftest import make_model_and_inputs

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import descend, enlarge, expand, pool, upsample
-from diffusers_greedy_grow.models.blocks import TextCache, TextInputs
 from diffusers_greedy_grow.models.core_loading import load_core
+from diffusers_greedy_grow.models.text import TextCache, TextInputs
 from diffusers_greedy_grow.training.objective import flow_loss
 from diffusers_greedy_grow.training.text.captions import encode_captions, tokenize_captions
 from diffusers_greedy_grow.training.trained_model import TrainedModel

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import compute_module_sizes, send_to_device
 from peft import LoraConfig
 
-from diffusers_greedy_grow.models.blocks import TextCache, TextInputs
+from diffusers_greedy_grow.models.text import TextCache, TextInputs
 
 from ..testing_utils import make_grown
 from .conftest import KINDS, make_model_and_inputs

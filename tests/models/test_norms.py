@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import torch_device
 
-from diffusers_greedy_grow.models.blocks import GroupNorm, LayerNorm, residual_block
+from diffusers_greedy_grow.models.blocks import residual_block
+from diffusers_greedy_grow.models.norms import GroupNorm, LayerNorm
 
 
 NORMS = {

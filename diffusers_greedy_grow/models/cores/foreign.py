@@ -10,7 +10,8 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 
 from ...flow import RectifiedFlow, VariancePreserving
-from ..blocks import GreedyGrowOutput, TextCache
+from ..blocks import GreedyGrowOutput
+from ..text import TextCache
 from .processes import build_process
 
 
