@@ -19,6 +19,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -78,7 +79,7 @@ def profile_step(steps: Steps, device: torch.device) -> tuple[dict[str, float], 
     return sum_times(profiler.key_averages(), device)
 
 
-def sum_times(events: Iterable[FunctionEventAvg], device: torch.device) -> tuple[dict[str, float], float]:
+def sum_times(events: Iterable[Any], device: torch.device) -> tuple[dict[str, float], float]:
     """
     Return the milliseconds of each operation by itself, the longest first, and the seconds in which a GPU computes. Operations without
     any time are left out: on a GPU that the profiler may not watch, all are.
