@@ -30,7 +30,7 @@ python=${PYTHON:-python} sizes=${SIZES:-full} deadline=$((SECONDS + ${MINUTES:-1
 missing=() job=
 
 # `timeout` keeps Ctrl-C from the command, which would go on to the end of its time, and with it this script.
-trap 'kill -TERM $job 2> /dev/null; wait; echo "Stopped. Run this again for the rest."; exit 130' INT TERM
+trap 'kill -TERM $job 2> /dev/null; wait; echo "Stopped. Run this again for the rest."; exit 130' INT TERM HUP
 
 # part NAME SECONDS COMMAND...: run a command for at most this long, unless it has succeeded before.
 part() {
@@ -112,7 +112,7 @@ run_core() {
 
 run_profile() {
     # shellcheck disable=SC2086
-    part profile 60 "$python" -m benchmarks.step_profile $small --levers "${levers[@]}" --backend "$backend" \
+    part profile 90 "$python" -m benchmarks.step_profile $small --levers "${levers[@]}" --backend "$backend" \
         --results_dir "$results/profile"
 }
 
