@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step_time import Steps, add_size_arguments, build, compile_model, set_up, time_call
