@@ -27,7 +27,10 @@ results=$(cd "$1" && pwd)
 data=${2:+$(cd "$2" && pwd)} || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python} sizes=${SIZES:-full} deadline=$((SECONDS + ${MINUTES:-10} * 60))
-missing=()
+missing=() job=
+
+# `timeout` keeps Ctrl-C from the command, which would go on to the end of its time, and with it this script.
+trap 'kill -TERM $job 2> /dev/null; wait; echo "Stopped. Run this again for the rest."; exit 130' INT TERM HUP
 
 # part NAME SECONDS COMMAND...: run a command for at most this long, unless it has succeeded before.
 part() {
@@ -43,8 +46,10 @@ part() {
         missing+=("$name")
         return
     fi
-    timeout --signal=TERM --kill-after=20 "$limit" "$@" > "$results/$name.log" 2>&1
-    code=$?
+    timeout --signal=TERM --kill-after=20 "$limit" "$@" > "$results/$name.log" 2>&1 &
+    job=$!
+    wait "$job"
+    code=$? job=
     if [[ $code == 0 ]]; then
         touch "$results/$name.done"
         echo "$name: done in $((SECONDS - started)) s"
@@ -107,7 +112,7 @@ run_core() {
 
 run_profile() {
     # shellcheck disable=SC2086
-    part profile 60 "$python" -m benchmarks.step_profile $small --levers "${levers[@]}" --backend "$backend" \
+    part profile 90 "$python" -m benchmarks.step_profile $small --levers "${levers[@]}" --backend "$backend" \
         --results_dir "$results/profile"
 }
 
@@ -121,10 +126,17 @@ run_stickers() {
         return
     fi
     local config=training_examples/configs/stickers_64_256.yaml folder=$results/stickers steps=$results/stickers.steps
-    # The configuration takes some ten minutes: as many of its steps as the time allows. A run that was cut off keeps its number.
+    # The configuration takes some ten minutes: as many of its steps as the time allows, in one that begins with enough of it. A run
+    # that was cut off keeps its number.
     if [[ ! -e $steps ]]; then
         local share=$((deadline - SECONDS - 60))
-        [[ $sizes == full ]] && ((share > 0)) || share=1
+        if [[ $sizes == tiny ]]; then
+            share=1
+        elif ((share < 60)); then
+            echo "stickers: no time is left"
+            missing+=(stickers)
+            return
+        fi
         echo "--core_steps $((share * 5)) --detail_steps $((share * 2)) --joint_steps $((share / 2 + 1))" > "$steps"
     fi
     mkdir -p "$folder"

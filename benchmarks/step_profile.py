@@ -17,7 +17,9 @@ import argparse
 import json
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -69,17 +71,28 @@ def cast_weights(model: torch.nn.Module) -> None:
 
 
 def profile_step(steps: Steps, device: torch.device) -> tuple[dict[str, float], float]:
-    """Return the milliseconds of each operation by itself in a training step, the longest first, and the share of a GPU's busy time."""
+    """Profile a training step, and return what [`sum_times`] does."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
-        seconds = time_call(steps.train)
-    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+        time_call(steps.train)
+    return sum_times(profiler.key_averages(), device)
+
+
+def sum_times(events: Iterable[Any], device: torch.device) -> tuple[dict[str, float], float]:
+    """
+    Return the milliseconds of each operation by itself, the longest first, and the seconds in which a GPU computes. Operations without
+    any time are left out: on a GPU that the profiler may not watch, all are.
+    """
     name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times: Counter[str] = Counter()
+    computing = 0.0
     for event in events:
-        is_graph = "CompiledFxGraph" in event.key or "Torch-Compiled Region" in event.key
-        times["compiled code" if is_graph else event.key] += getattr(event, name) / 1e3
-    return dict(times.most_common()), times.total() / 1e3 / seconds
+        if event.device_type == DeviceType.CPU:
+            is_graph = "CompiledFxGraph" in event.key or "Torch-Compiled Region" in event.key
+            times["compiled code" if is_graph else event.key] += getattr(event, name) / 1e3
+        elif not event.is_user_annotation:  # a region with a name covers its kernels, which are counted themselves
+            computing += event.self_device_time_total / 1e6
+    return {operation: milliseconds for operation, milliseconds in times.most_common() if milliseconds}, computing
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], list[Row]]:
@@ -103,7 +116,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], 
                 seconds[lever].append(time_call(steps.train))
             casts.append(time_call(lambda: cast_weights(arms[PLAIN].model)))  # noqa: B023
         for lever, steps in arms.items():
-            times, busy = profile_step(steps, device)
+            times, computing = profile_step(steps, device)
             total = sum(times.values())
             row: Row = {
                 "phase": phase,
@@ -115,7 +128,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Row], 
                 else "",
             }
             if device.type == "cuda":
-                row["busy"] = f"{busy:.0%}"
+                # Profiling makes the step longer, but not its kernels.
+                row["busy"] = f"{computing / statistics.median(seconds[lever]):.0%}"
             rows.append(row)
             print(json.dumps(row), flush=True)
             for name, milliseconds in list(times.items())[:LONGEST]:

@@ -113,8 +113,17 @@ class DenoisingMixin:
     def guide(self, pred: torch.Tensor, negative_pred: torch.Tensor) -> torch.Tensor:
         """Combine the clean images predicted for the prompt and for the negative prompt."""
         if self._guider is not None:
-            return self._guider.forward(pred, negative_pred).pred
+            return self.apply_guider(pred, negative_pred)
         return negative_pred + self._guidance_scale * (pred - negative_pred)
+
+    @torch.compiler.disable(
+        reason="a guider counts steps and remembers them, so that it cannot be compiled. At the core it runs within the model: "
+        'compile the model\'s blocks, or without `fullgraph`, or use `guidance_scale` or `guidance_resolution="full"`'
+    )
+    def apply_guider(self, pred: torch.Tensor, negative_pred: torch.Tensor) -> torch.Tensor:
+        """Combine them by the guider, never in compiled code."""
+        assert self._guider is not None
+        return self._guider.forward(pred, negative_pred).pred
 
     def prepare_texts(self, text: dict[str, torch.Tensor | None], at_core: bool) -> dict[bool, dict[str, Any]]:
         """
@@ -335,11 +344,12 @@ class DenoisingMixin:
             cross_attention_kwargs=sampling.cross_attention_kwargs,
             **kwargs,
         )
-        if sampling.is_compiled:
+        images = (output.pred_original_sample, *(output.inner_images or () if sampling.output_levels else ()))
+        if sampling.is_compiled:  # the next step overwrites the graphs' memory; callbacks and callers may keep these
             kwargs["text_cache"].copy_out()
-        if sampling.output_levels:
-            sampling.inner_images = output.inner_images or ()
-        return output.pred_original_sample
+            images = tuple(image.clone() for image in images)
+        sampling.inner_images = images[1:]
+        return images[0]
 
     def is_guided(self, sampling: Sampling, index: int) -> bool:
         """Return whether guidance acts at a timestep, and prepare the guider for it, if there is one."""

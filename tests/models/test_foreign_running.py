@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from accelerate.utils import compute_module_sizes
+from accelerate.utils import compile_regions, compute_module_sizes
 from diffusers import TorchAoConfig
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
@@ -58,6 +58,17 @@ def test_compile_repeated_blocks(model_and_inputs):
     compiled = [module for module in model.core.modules() if module._compiled_call_impl]
     torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-3, rtol=1e-3)
     assert len(compiled) >= 2  # all blocks, the largest part of a core
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_accelerate_compiles_regions(model_and_inputs):
+    """As `--compile blocks` does: what is not repeated is wrapped by itself."""
+    model, inputs = model_and_inputs
+    expected = model(**inputs).sample
+    torch.compiler.reset()
+    compiled = compile_regions(model, backend="eager", dynamic=False)
+    assert torch.equal(compiled(**inputs).sample, expected)
     torch.compiler.reset()
 
 

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
 
-from ..testing_utils import draw_one, make_core
+from ..testing_utils import draw_one, make_core, make_grown, make_pipeline
 
 
 CPU = torch.device("cpu")
@@ -192,6 +192,55 @@ def test_no_step_needs_what_graphs_have_returned_before(made, ways, whole, monke
     compile_it(fullgraph=True, dynamic=False, backend=graphs)
     for _ in range(2):
         assert torch.equal(draw(), expected) and graphs.results
+
+
+def test_what_callers_keep_is_not_in_the_graphs_memory(monkeypatch):
+    """Previews that a callback keeps, and the images of the levels inside, which the next call would overwrite."""
+    made = make_pipeline(make_grown(make_core(num_layers=1)))
+
+    def draw() -> list[torch.Tensor]:
+        kept = []
+
+        def keep(pipeline, step, timestep, tensors):
+            kept.append(tensors["pred_original_sample"])
+            return {}
+
+        output = made(
+            "a small blue square", num_inference_steps=3, guidance_scale=1.0, generator=torch.Generator().manual_seed(0),
+            output_type="latent", output_levels=True, callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        )  # fmt: skip
+        return [*kept, *output.level_images.values()]
+
+    expected = draw()
+    torch.compiler.reset()
+    graphs = Graphs()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graphs.begin_step)
+    made.unet.compile(fullgraph=True, dynamic=False, backend=graphs)
+    first, second = draw(), draw()
+    for images in (first, second):
+        assert len(images) == 5 and all(map(torch.equal, images, expected))
+
+
+def test_a_guider_at_the_core_is_not_compiled():
+    """It counts the steps and remembers their predictions."""
+    made = make_pipeline(make_grown(make_core(num_layers=1)))
+
+    def draw() -> torch.Tensor:
+        guider = AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)
+        ways = {"guider": guider, "guidance_resolution": "core", "generator": torch.Generator().manual_seed(0)}
+        return made("a small blue square", num_inference_steps=3, output_type="pt", **ways).images
+
+    expected = draw()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    made.unet.compile(dynamic=False, backend=counter)
+    assert torch.equal(draw(), expected)
+    graphs = counter.frame_count
+    assert torch.equal(draw(), expected) and counter.frame_count == graphs > 0
+    made.unet.compile(fullgraph=True, dynamic=False, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model's blocks, or without `fullgraph`"):
+        draw()
 
 
 @pytest.mark.slow

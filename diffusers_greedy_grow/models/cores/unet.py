@@ -29,6 +29,16 @@ class ConvWithFeatures(nn.Conv2d):
         return super().forward(x)
 
 
+class LastNorm(nn.GroupNorm):
+    """
+    A last norm that is true. diffusers asks `if self.conv_norm_out`, and where `torch.compile` has wrapped a module, as accelerate does
+    with each that is not repeated, its truth is the module's length.
+    """
+
+    def __len__(self) -> int:
+        return 1
+
+
 class TimeEmbedding(TimestepEmbedding):
     """A time embedding in float32, as a grown model keeps it, among layers in another dtype."""
 
@@ -43,6 +53,7 @@ class UNetCore(ForeignCore):
     component = "unet"
     process_hint = "the DDPMScheduler or DDIMScheduler that it was trained with"
     conv_out: nn.Module
+    conv_norm_out: nn.Module | None
     time_embedding: nn.Module
     _no_split_modules = [  # whole blocks upwards, since they join what others have computed
         "ResnetBlock2D",
@@ -59,6 +70,8 @@ class UNetCore(ForeignCore):
         # The layers keep their parameters.
         self.conv_out.__class__ = ConvWithFeatures
         self.time_embedding.__class__ = TimeEmbedding
+        if self.conv_norm_out is not None:
+            self.conv_norm_out.__class__ = LastNorm
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
         self._repeated_blocks = sorted({type(block).__name__ for block in blocks if block is not None})
 
