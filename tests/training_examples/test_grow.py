@@ -127,7 +127,7 @@ def test_the_resolved_config_makes_the_same_run(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options,compiled",
-    [(["--dynamo_use_regional_compilation"], "blocks.py"), (["--dynamo_use_fullgraph"], "trained_model.py")],
+    [(["--dynamo_use_regional_compilation"], "attention.py"), (["--dynamo_use_fullgraph"], "trained_model.py")],
     ids=["blocks", "model"],
 )
 def test_accelerate_compiles(options, compiled, finished, data, tmp_path):
