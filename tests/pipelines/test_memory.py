@@ -171,7 +171,7 @@ def test_no_step_needs_what_graphs_have_returned_before(made, ways, whole, monke
     """Guiders, solvers and the text's cache remember earlier steps, but not in the graphs' memory."""
     ways = dict(ways)
     if isinstance(made.unet, ShallowUNet2DModel) and ways:
-        pytest.skip("a grown model has all there is to forget")
+        pytest.skip("the grown model covers it")
     if "scheduler" in ways:
         kwargs = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         made.scheduler = ways.pop("scheduler").from_config(made.scheduler.config, **kwargs)
