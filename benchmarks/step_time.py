@@ -511,7 +511,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
-    """Let `build` build models of the size that the flags name, as fast as in `grow.py`. Return the device to measure on."""
+    """Let `build` use the size that the flags name, and torch compute attention as `grow.py` does. Return the device to measure on."""
     # Attention in plain torch, without a detour through float32
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     for name in ("hidden_size", "num_layers", "channels", "factor"):
