@@ -245,7 +245,7 @@ def measure_images(args: argparse.Namespace) -> list[Row]:
     scores: dict[str, list[dict]] = {}
     arms: dict[str, dict] = {}
     for arm, settings in list_arms().items():
-        settings = {name: value for name, value in settings.items() if name not in ("compile_mode", "whole")}
+        settings = {name: value for name, value in settings.items() if name != "compile_mode"}
         if settings:  # the pipeline draws the same images as the plain loop
             settings["own_loop"] = False
             if args.bfloat16:

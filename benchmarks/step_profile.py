@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.step_time import Steps, add_size_arguments, build, compile_model, set_up, time_call
 from benchmarks.tables import (
     Row,
+    Section,
     add_report_arguments,
     keep_rows,
     markdown,
@@ -154,9 +155,7 @@ def make_reports(args: argparse.Namespace) -> dict[Path, str]:
     for phase, lever in dict.fromkeys((row["phase"], row["step"]) for row in operations):
         own = [row for row in operations if (row["phase"], row["step"]) == (phase, lever)]
         own = [{name: value for name, value in row.items() if name not in ("phase", "step")} for row in own]
-        section = measured_sections(args.results_dir / "step_profile_operations.json")[0]
-        section.title, section.note, section.rows = f"{phase}, {lever}", OPERATIONS_NOTE, own
-        sections.append(section)
+        sections.append(Section(own, f"{phase}, {lever}", OPERATIONS_NOTE))
     title = "Where does a training step's time go? Full tables"
     text = render_report(report_command("step_profile", args), title, sections, NOTE)
     return {args.results_dir / "step_profile.md": text}

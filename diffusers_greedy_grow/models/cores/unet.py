@@ -31,8 +31,8 @@ class ConvWithFeatures(nn.Conv2d):
 
 class LastNorm(nn.GroupNorm):
     """
-    A last norm that a condition takes for true. diffusers asks `if self.conv_norm_out`, and where `torch.compile` has wrapped a module, as accelerate does
-    with each that is not repeated, its truth is the module's length.
+    A last norm that a condition takes for true. diffusers asks `if self.conv_norm_out`, and where `torch.compile` has wrapped a
+    module, as accelerate does with each that is not repeated, its truth is the module's length.
     """
 
     def __len__(self) -> int:
