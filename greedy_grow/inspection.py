@@ -92,4 +92,5 @@ def describe(name: str, revision: str | None) -> str:
 
 
 def inspect(args: argparse.Namespace) -> None:
+    name_pipelines(args.model)
     print(describe(args.model, args.revision))

@@ -291,7 +291,7 @@ def test_a_model_is_described_without_its_weights(folder, tmp_path, capsys, hub)
 
 def test_the_folder_of_a_run_is_not_a_model(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "run" / "grown-32")
-    for command in (["sample", "a cat", "--out", tmp_path / "a.png", "--model"], ["push", "--yes"]):
+    for command in (["sample", "a cat", "--out", tmp_path / "a.png", "--model"], ["push", "--yes"], ["inspect"]):
         said = fail(capsys, *command, tmp_path / "run", *(["owner/x"] if command[0] == "push" else []))
         assert f"such as {tmp_path / 'run' / 'grown-32'}" in said
     said = fail(capsys, "sample", "a cat", "--out", tmp_path / "a.png", "--model", tmp_path / "nothing")

@@ -33,6 +33,15 @@ from .schedules import (
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 
+def find_unknown_attention_arguments(unet: Any, names: set[str]) -> list[str]:
+    """Return those of `names` that no attention processor of `unet` takes."""
+    processors = unet.attn_processors.values()
+    taken = [argument for processor in processors for argument in inspect.signature(processor).parameters.values()]
+    if any(argument.kind is argument.VAR_KEYWORD for argument in taken):
+        return []
+    return sorted(names - {argument.name for argument in taken})
+
+
 class InputsMixin(DenoisingMixin):
     """The part of a pipeline that checks and encodes its arguments."""
 
@@ -182,6 +191,12 @@ class InputsMixin(DenoisingMixin):
         if cross_attention_kwargs is not None and not isinstance(cross_attention_kwargs, dict):
             raise ValueError(
                 f'`cross_attention_kwargs={cross_attention_kwargs!r}` must be a dictionary, such as {{"scale": 0.5}}, or None.'
+            )
+        names = set(cross_attention_kwargs or ()) - {"scale"}
+        if unknown_names := find_unknown_attention_arguments(self.unet, names):
+            raise ValueError(
+                f"`cross_attention_kwargs` holds {unknown_names}, which no attention processor of this model takes: pass "
+                '"scale", the strength of its LoRA, or set a processor that takes them.'
             )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:

@@ -45,6 +45,7 @@ from diffusers_greedy_grow.flow import (
     unshift_sigma,
     upsample,
 )
+from diffusers_greedy_grow.models.attention import GreedyGrowAttnProcessor
 from diffusers_greedy_grow.models.blocks import GreedyGrowOutput
 from diffusers_greedy_grow.pipelines.denoising import TEXT_NAMES
 from diffusers_greedy_grow.pipelines.schedules import count_stages, get_handover_sigmas
@@ -952,6 +953,10 @@ def test_variances_must_be_positive(pipeline, variances):
         ({"callback_on_step_end": "print"}, "`callback_on_step_end='print'` must be a function"),
         ({"callback_on_step_end_tensor_inputs": None}, "`callback_on_step_end_tensor_inputs=None` must be a list"),
         ({"cross_attention_kwargs": 0.5}, "`cross_attention_kwargs=0.5` must be a dictionary"),
+        (
+            {"cross_attention_kwargs": {"scale": 1, "scael": 0.5}},
+            r"`cross_attention_kwargs` holds \['scael'\], which no",
+        ),
     ],
 )
 def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
@@ -961,6 +966,18 @@ def test_bad_arguments_raise_before_any_work(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(**{"prompt": PROMPTS, "num_inference_steps": 2, **arguments})
     assert not calls
+
+
+def test_the_arguments_of_custom_attention_processors_are_known():
+    class Tagged(GreedyGrowAttnProcessor):
+        def __call__(self, *args, tag, **kwargs):
+            tags.add(tag)
+            return super().__call__(*args, **kwargs)
+
+    tags, pipeline = set(), make_pipeline(make_core())
+    pipeline.unet.set_attn_processor(Tagged())
+    draw_one(pipeline, cross_attention_kwargs={"tag": 1})
+    assert tags == {1}
 
 
 @pytest.mark.parametrize("core_first", [0.2, "auto"])
