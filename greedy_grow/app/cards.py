@@ -18,7 +18,7 @@ from ..inspection import find_card
 IMAGE = re.compile(r"!\[[^\]]*\]\((?!\w+:)([^)\s]+)\)")
 
 
-def read_card(pipeline: GreedyGrowPipeline, name: str, revision: str | None) -> tuple[str, list[str]]:
+def read_card_with_images(pipeline: GreedyGrowPipeline, name: str, revision: str | None) -> tuple[str, list[str]]:
     """
     Read the card of a folder or a repository, or make one if it has none.
 

@@ -14,7 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from ..inspection import describe
-from .cards import read_card
+from .cards import read_card_with_images
 from .studio import IMAGE, INPAINT, TEXT, UPSCALE, Run, Settings, Studio, read_mask
 
 
@@ -204,7 +204,7 @@ class Page:
     def add_model(self) -> None:
         """Show the lineage and the card."""
         gr.Code(describe(self.studio.name, self.studio.revision), label="Model and lineage", language=None, lines=1)
-        text, images = read_card(self.studio.pipeline, self.studio.name, self.studio.revision)
+        text, images = read_card_with_images(self.studio.pipeline, self.studio.name, self.studio.revision)
         with gr.Accordion("Card"):
             gr.Markdown(text)
             for image in images:
