@@ -50,7 +50,7 @@ class Arm:
         frozen_share: Share of the remaining operations that trains the stage around the frozen core.
         num_seeds: Arms with one seed run at the largest factor only.
         options: Further arguments of `grow.py` or `plain.py`, such as `optimizer` and `learning_rate`.
-        equal_time: Train a plain model for as long as `REFERENCE` takes, instead of for as many operations.
+        equal_time: Train without growing for as long as `REFERENCE` takes, instead of for as many operations.
     """
 
     name: str
@@ -66,9 +66,9 @@ class Arm:
         return self.init in plain.MODELS
 
 
-def from_scratch(name: str, learning_rate: float, num_seeds: int = 1) -> Arm:
+def from_scratch(name: str, learning_rate: float, num_seeds: int = 1, equal_time: bool = False) -> Arm:
     options = {"learning_rate": [learning_rate, learning_rate]}
-    return Arm(name, core_share=0.0, frozen_share=0.0, num_seeds=num_seeds, options=options)
+    return Arm(name, core_share=0.0, frozen_share=0.0, num_seeds=num_seeds, options=options, equal_time=equal_time)
 
 
 def plain_arms(model: str) -> list[Arm]:
@@ -89,6 +89,7 @@ ARMS = (
     from_scratch("scratch", 1.5e-3, num_seeds=3),
     from_scratch("scratch, half of the rate", 7.5e-4),
     from_scratch("scratch, twice the rate", 3e-3),
+    from_scratch("scratch, equal time", 1.5e-3, num_seeds=3, equal_time=True),
     Arm("paper's growth", init="random", frozen_share=0.25, num_seeds=3),
     Arm("cascade", init="cascade", frozen_share=0.0, num_seeds=3),
     *plain_arms("transformer-16"),
@@ -157,9 +158,15 @@ def make_jobs(
     if seed >= arm.num_seeds or (only_largest and setting.factor < max(SETTINGS)):
         return []
     flops = scale * TOTAL_FLOPS[setting.factor]
+    if arm.equal_time:
+        kind = arm.init if arm.is_plain else f"{arm.init} joint"
+        if not seconds or kind not in seconds:
+            return []
+        flops = (
+            count_seconds(setting, flops, seconds) / statistics.median(seconds[kind]) * flops_per_image(setting, arm)
+        )
     if arm.is_plain:
-        steps = count_plain_steps(setting, arm, flops, seconds)
-        return [] if steps is None else [plain_job(setting, arm, seed, steps, data)]
+        return [plain_job(setting, arm, seed, round(flops / flops_per_image(setting, arm) / setting.batch_size), data)]
     growth_flops = flops * (1 - arm.core_share)
     core = None
     if arm.core_share:
@@ -203,18 +210,22 @@ def cascade_job(setting: Setting, arm: Arm, seed: int, flops: float, data: Path,
     )
 
 
-def count_plain_steps(setting: Setting, arm: Arm, flops: float, seconds: dict[str, list[float]] | None) -> int | None:
-    """Return the steps of a plain model, by its operations or, if the arm asks for it, by the time that `REFERENCE` takes."""
-    if not arm.equal_time:
-        options = setting.resolution, setting.hidden_size, setting.batch_size, "muon"
-        text = setting.text_hidden_size, setting.max_sequence_length
-        return round(flops / plain.count_step(arm.init, *options, *text))
-    if seconds is None or arm.init not in seconds:
-        return None
+def count_seconds(setting: Setting, flops: float, seconds: dict[str, list[float]]) -> float:
+    """Return the time that `REFERENCE` takes for its `flops`, by the `seconds` per image of its core and its detail phase."""
     share, costs, time = find_arm(REFERENCE).core_share, setting.plans(), 0.0
     for phase, kind, part in (("core", "core", share), ("detail", "preserve detail", 1 - share)):
         time += part * flops / costs[phase].flops * costs[phase].images * statistics.median(seconds[kind])
-    return round(time / statistics.median(seconds[arm.init]) / setting.batch_size)
+    return time
+
+
+def flops_per_image(setting: Setting, arm: Arm) -> float:
+    """Return the operations of an arm that grows nothing."""
+    if not arm.is_plain:
+        cost = setting.plans(arm.init)["joint"]
+        return cost.flops / cost.images
+    options = setting.resolution, setting.hidden_size, setting.batch_size, "muon"
+    text = setting.text_hidden_size, setting.max_sequence_length
+    return plain.count_step(arm.init, *options, *text) / setting.batch_size
 
 
 def plain_job(setting: Setting, arm: Arm, seed: int, steps: int, data: Path) -> Job:

@@ -213,8 +213,11 @@ def runs_by_arm(records: dict[str, Record], factor: int) -> dict[str, dict[int, 
 def find_baseline(by_arm: dict[str, dict[int, Record]]) -> dict[int, Record]:
     """Return, by seed, the runs that the others are compared with: of those that grow nothing, among the arms with the most
     seeds, the one with the lowest loss."""
-    plain_names = {arm.name for arm in ARMS if arm.is_plain and not arm.equal_time}
-    arms = [runs for arm, runs in by_arm.items() if arm.startswith("scratch") or arm in plain_names]
+    plain_names = {arm.name for arm in ARMS if arm.is_plain}
+    longer = {arm.name for arm in ARMS if arm.equal_time}
+    arms = [
+        runs for arm, runs in by_arm.items() if (arm.startswith("scratch") or arm in plain_names) and arm not in longer
+    ]
     most = max(map(len, arms), default=0)
 
     def loss(runs: dict[int, Record]) -> float:

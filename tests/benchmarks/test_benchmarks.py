@@ -133,6 +133,7 @@ def test_arms_are_held_against_the_best_without_growth_of_the_most_seeds():
     by_arm = {"scratch": runs(0.5, 0.4), "scratch, a": runs(0.3, 0.5), "scratch, b": runs(0.1), "ours": runs(0.1, 0.1)}
     assert grow_vs_scratch.find_baseline(by_arm) is by_arm["scratch, a"]
     by_arm |= {"transformer-16": runs(0.2, 0.2), "transformer-16, equal time": runs(0.1, 0.1)}
+    by_arm |= {"scratch, equal time": runs(0.1, 0.1)}
     assert grow_vs_scratch.find_baseline(by_arm) is by_arm["transformer-16"]
     assert grow_vs_scratch.find_baseline({"ours": runs(0.1)}) == {}
 

@@ -19,7 +19,8 @@ from diffusers_greedy_grow.training.shapes.scenes import write_shapes
 
 DATA = Path("shapes")
 PLAIN_ARMS = [arm for arm in arms.ARMS if arm.is_plain]
-SECONDS = {"core": [1.0], "preserve detail": [2.0], "transformer-16": [3.0], "transformer-8": [4.0], "unet": [5.0]}
+SECONDS = {"core": [1.0], "preserve detail": [2.0], "preserve joint": [2.5]}
+SECONDS |= {"transformer-16": [3.0], "transformer-8": [4.0], "unet": [5.0]}
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -45,7 +46,7 @@ def test_rates_of_plain_arms():
 
 
 @pytest.mark.slow
-def test_plain_arms_take_the_time_of_ours(setting):
+def test_arms_of_equal_time_take_the_time_of_ours(setting):
     """Steps are counted by seconds per image that were measured; without them these arms do not run."""
     core, ours = arms.make_jobs(setting, arms.find_arm(arms.REFERENCE), 0, DATA, DATA)
     taken = 16 * core.arguments["core_steps"] * 1.0 + 16 * ours.arguments["detail_steps"][0] * 2.0
@@ -56,6 +57,11 @@ def test_plain_arms_take_the_time_of_ours(setting):
             assert 16 * job.arguments["steps"] * SECONDS[arm.init][0] == pytest.approx(taken, rel=0.01)
             run = {"keys": job.keys, "arguments": job.arguments, "images": {"plain": 16 * job.arguments["steps"]}}
             assert grow_vs_scratch.training_seconds(run, {}, SECONDS) == pytest.approx(taken, rel=0.01)
+    from_scratch = arms.find_arm("scratch, equal time")
+    assert arms.make_jobs(setting, from_scratch, 0, DATA, DATA) == []
+    (job,) = arms.make_jobs(setting, from_scratch, 0, DATA, DATA, seconds=SECONDS)
+    assert job.arguments["detail_steps"] == [0]
+    assert 16 * job.arguments["joint_steps"][0] * SECONDS["preserve joint"][0] == pytest.approx(taken, rel=0.01)
     # At smaller factors, patches of 16 px would leave hardly any tokens.
     assert arms.make_jobs(arms.SETTINGS[4], PLAIN_ARMS[0], 0, DATA, DATA) == []
 

@@ -21,7 +21,7 @@ from ..testing_utils import CAPTIONS, make_core, make_pipeline
 
 DATA = Path("shapes")
 # Per image, as `grow_vs_scratch.time_steps` measures them.
-SECONDS = {name: [1.0] for name in ("core", "preserve detail", *plain.MODELS)}
+SECONDS = {name: [1.0] for name in ("core", "preserve detail", "preserve joint", *plain.MODELS)}
 
 
 def test_the_tables_of_growing(records, setting):
