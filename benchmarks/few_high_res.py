@@ -11,6 +11,7 @@ How few high-resolution images are enough? All captions at the core's resolution
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,21 @@ def arm_name(arm: str, share: float) -> str:
 
 
 def make_jobs(
-    setting: Setting, seed: int, share: float, data: Path, num_images: int, scale: float, core_data: Path | None = None
+    setting: Setting,
+    seed: int,
+    share: float,
+    data: Path,
+    num_images: int,
+    scale: float,
+    core_data: Path | None = None,
+    names: Sequence[str] = ARMS,
 ) -> list[Job]:
-    """Return the runs with a share of the `num_images`, and their cores, whose images are of `core_data`, by default `data`."""
+    """
+    Return the runs of the arms of these `names` with a share of the `num_images`, and their cores, whose images are of
+    `core_data`, by default `data`.
+    """
     more: dict[str, Any] = {} if share == 1.0 else {"num_high_res_images": round(share * num_images)}
-    arms = [replace(find_arm(name), name=arm_name(name, share)) for name in ARMS]
+    arms = [replace(find_arm(name), name=arm_name(name, share)) for name in names]
     return [job for arm in arms for job in make_arm_jobs(setting, arm, seed, data, core_data or data, scale, **more)]
 
 
@@ -124,6 +135,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_queue_arguments(parser)
     add_resolutions(parser, [128])
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, choices=SHARES)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="Which of the arms to run.")
     return parser.parse_args(argv)
 
 
@@ -135,10 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         shares, core_data, jobs = [0.1] if args.quick else args.shares, prepare_data(args, 128), []
         for resolution in args.resolutions:
             data, setting = prepare_data(args, resolution), settings[resolution // 16]
-            sizes = count_images(data), scale, core_data
-            jobs += [
-                job for seed in seeds for share in shares for job in make_jobs(setting, seed, share, data, *sizes)
-            ]
+            more = count_images(data), scale, core_data, args.arms
+            jobs += [job for seed in seeds for share in shares for job in make_jobs(setting, seed, share, data, *more)]
         run_queue(list({job.name: job for job in jobs}.values()), args)
     write_reports(make_reports(args))
     draw_plot(read_records(results / "runs.json"), results / "few_high_res.png")
