@@ -27,8 +27,10 @@ from training_examples.data.stickers import (
     assign_splits,
     build,
     read_icons,
+    select,
     strip_skin_tone,
     unify_categories,
+    unify_names,
 )
 
 
@@ -199,6 +201,32 @@ def test_splits_do_not_depend_on_what_is_left_out():
         sum(whole[key] == part[key] for key in part) >= len(part) - 3
     )  # of a style that is alone now, none is held out
     assert {whole[key] for key in part} == {"train", "validation", "test"}
+
+
+def test_names_are_spelled_in_words():
+    """A set that writes in one word is given the spelling of others, or words of other names where it is alone."""
+    names = ["cowface", "cow face", "bear face", "strawberry", "strawberry", "straw hat", "red berry", "polarbearface"]
+    names += ["polar night", "crocodile", "flag for x", "flag x", "jack o lantern", "jack-o-lantern"]
+    assert unify_names(names) == {
+        **{name: name for name in names},
+        "cowface": "cow face",
+        "polarbearface": "polar bear face",
+        "flag x": "flag for x",
+        "jack-o-lantern": "jack o lantern",
+    }
+
+
+def test_icons_get_names_in_words():
+    icons = [
+        icon
+        for style, names in (("a", ["cow-face", "hot-dog-medium-dark", "hot-dog"]), ("b", ["cowface", "hotdog"]))
+        for icon in read_icons(style, {"icons.json": {"icons": {name: {"body": ""} for name in names}}})
+    ]
+    assert [(icon.name, icon.base) for icon in select(icons, [], [])] == [
+        ("cow face", "cow face"), ("hot dog", "hot dog"), ("hot dog medium dark", "hot dog"),
+        ("cow face", "cow face"), ("hot dog", "hot dog"),
+    ]  # fmt: skip
+    assert [icon.name for icon in select(icons, ["skin tones"], ["cow *"])] == ["hot dog", "hot dog"]
 
 
 def test_categories_are_those_of_most_sets():

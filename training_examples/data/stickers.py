@@ -11,8 +11,9 @@ Draw the captioned stickers: emoji in seven styles, from the vector sets of the 
     accelerate launch training_examples/grow.py --train_data_dir data/stickers --resolutions 64 256
 
 OUT holds a parquet file per split with the columns `image` (WebP, on white), `text` ("name, style"), `name`, `style` and
-`category`, a README.md and the licenses. A *subject* is a name without its skin tone, however a set spells it. The split
-depends on hashes of subject and style alone, so that it is the same everywhere:
+`category`, a README.md and the licenses. Names are spelled in words, also those of a set that writes "cowface". A *subject* is a
+name without its skin tone, however a set spells it. The split depends on hashes of subject and style alone, so that it is the
+same everywhere:
 
 - `test`: subjects that no image of the other splits shows.
 - `validation`: subjects that `train` shows in other styles, never in this one.
@@ -29,7 +30,7 @@ import shutil
 import subprocess
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -204,6 +205,33 @@ def find_subject(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", re.sub("^flag for ", "flag ", name.lower()))
 
 
+def split_words(name: str, words: Container[str]) -> str:
+    """Return a name that is written in one word as the fewest `words`, "medical mask" for "medicalmask", or as it is."""
+    best: dict[int, list[str]] = {0: []}  # the words of its first letters, by their number
+    for end in range(1, len(name) + 1):
+        endings = [[*best[start], name[start:end]] for start in best if name[start:end] in words]
+        if endings:
+            best[end] = min(endings, key=len)
+    return " ".join(best.get(len(name), [name]))
+
+
+def unify_names(names: Sequence[str]) -> dict[str, str]:
+    """
+    Return for each name the spelling with the most words that any set has, "cow face" for "cowface", which a text encoder
+    may not know. A name that one set alone has, in one word, becomes words that are in other names.
+    """
+    spellings: dict[str, Counter] = defaultdict(Counter)
+    for name in names:
+        spellings[find_subject(name)][name] += 1
+    best = {
+        subject: max(sorted(counts), key=lambda name: (name.count(" "), counts[name]))
+        for subject, counts in spellings.items()
+    }
+    counts = Counter(names)
+    words = {word for name in counts if " " in name or counts[name] > 1 for word in name.split() if len(word) > 1}
+    return {name: split_words(best[find_subject(name)], words) for name in counts}
+
+
 def unify_categories(subjects: Sequence[str], categories: Sequence[str]) -> list[str]:
     """Return one of `CATEGORIES` per icon, the one that most sets give its subject, or "" if no set gives any."""
     votes: dict[str, Counter] = defaultdict(Counter)
@@ -216,13 +244,17 @@ def unify_categories(subjects: Sequence[str], categories: Sequence[str]) -> list
 
 def select(icons: list[Icon], leave_out: Sequence[str], leave_out_names: Sequence[str]) -> list[Icon]:
     """
-    Return the icons with one spelling of categories, without those that are left out, and without most skin tones.
+    Return the icons with one spelling of names and categories, without those that are left out, and without most skin tones.
 
     Raises:
         `ValueError`: if a category is left out and the categories of a set are unknown, or if nothing is left.
     """
     unified = unify_categories([icon.subject for icon in icons], [icon.category for icon in icons])
-    icons = [replace(icon, category=category) for icon, category in zip(icons, unified)]
+    names = unify_names([icon.name for icon in icons] + [icon.base for icon in icons if icon.base != icon.name])
+    icons = [
+        replace(icon, name=names[icon.name], base=names[icon.base], category=category)
+        for icon, category in zip(icons, unified)
+    ]
     unknown = {icon.style for icon in icons} - {icon.style for icon in icons if icon.category}
     if unknown and {*leave_out} - {SKIN_TONES}:
         raise ValueError(
