@@ -580,7 +580,7 @@ def load_pairs(
 
 def name_core(unet: GrowableUNet2DConditionModel | ShallowUNet2DModel) -> str:
     """Return a name that is the same only for the same core, of a grown model or alone."""
-    core = getattr(unet, "core", unet)
+    core: Any = getattr(unet, "core", unet)
     digest = hashlib.sha256(
         json.dumps([type(core).__name__, core.growth_config], sort_keys=True, default=str).encode()
     )
