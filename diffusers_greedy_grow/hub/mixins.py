@@ -170,9 +170,9 @@ class HubMixin:
             raise ValueError(f'`core={core!r}` must be "copy" {other}.')
         view = model.refer_to_core(is_published)
         is_pipeline = model is not unwrap_module(self)
-        if folder is not None and lies_in(view.config[REFERENCE], folder / "unet" if is_pipeline else folder):
+        if folder is not None and lies_in(view.config[REFERENCE], folder, is_pipeline):
             raise ValueError(
-                f"`save_directory={str(folder)!r}` holds the core, which the saved stages would replace: save to another folder."
+                f"`save_directory={str(folder)!r}` holds the core, or its pipeline, which would be replaced: save to another folder."
             )
         if not is_pipeline:
             return view

@@ -356,6 +356,24 @@ def test_growing_says_what_does_not_fit():
         grow(make_core(), scheduler)
 
 
+@pytest.mark.parametrize(
+    "settings,name",
+    [
+        ({"clip_sample_range": -1.0}, "clip_sample_range"),
+        ({"clip_sample_range": "wide"}, "clip_sample_range"),
+        ({**THRESHOLDING, "dynamic_thresholding_ratio": 3.0}, "dynamic_thresholding_ratio"),
+        ({**THRESHOLDING, "dynamic_thresholding_ratio": None}, "dynamic_thresholding_ratio"),
+        ({**THRESHOLDING, "sample_max_value": 0}, "sample_max_value"),
+    ],
+)
+def test_limits_that_are_none(settings, name):
+    """They are noticed when a model is grown or loaded, not when it draws."""
+    core, _ = make_foreign("unet")
+    with pytest.raises(ValueError, match=f"`{name}={settings[name]!r}` of the scheduler must be a number above 0"):
+        grow(core, DDPMScheduler(**settings))
+    grow(core, DDPMScheduler(**{**settings, "thresholding": False, "clip_sample": False}))  # they do not apply
+
+
 def test_configurations_name_only_known_classes():
     """Loading builds what `config.json` says, so it says nothing but a model of the list and its arguments."""
     config = dict(grow(*make_foreign("unet")).config)

@@ -271,6 +271,23 @@ def test_a_dtype_for_the_model_alone(tmp_path):
         assert grown.unet.dtype == torch.bfloat16 and grown.text_encoder.dtype == torch.float32
 
 
+def test_prx_pixel_without_a_size():
+    """The resolution is then that at which the original draws."""
+    core = make_prx_pixel(default_sample_size=None)
+    grown = GreedyGrowPipeline.from_core(core, 2048, (8,) * 3)
+    assert grown.unet.sample_sizes == (1024, 2048)
+
+
+def test_arguments_of_loading(tmp_path):
+    """diffusers would ignore those that it does not know, with a resolution among them, and run a pipeline's code from elsewhere."""
+    make_if().save_pretrained(tmp_path)
+    grown = grow(tmp_path, text_encoder=None, safety_checker=None, dtype=torch.float16, local_files_only=True)
+    assert grown.text_encoder is None and grown.unet.dtype == torch.float16
+    for name, value in (("core_sample_size", 32), ("custom_pipeline", "user/code"), ("trust_remote_code", True)):
+        with pytest.raises(TypeError, match=rf"\['{name}'\] are not arguments to load a IFPipeline to grow"):
+            grow(tmp_path, **{name: value})
+
+
 def test_pipelines_that_cannot_be_grown(tmp_path):
     with pytest.raises(ValueError, match="`out_channels=9`.*with variances"):
         grow(make_if(out_channels=9))
