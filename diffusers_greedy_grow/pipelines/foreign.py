@@ -194,7 +194,7 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
         with torch.device("cpu" if component == "scheduler" else "meta"):
             try:
                 parts[component] = component_class.from_config(config)
-            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            except (ArithmeticError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"`core={str(core)!r}` has a `{component}` whose configuration is not one of a {component_class.__name__}: {error}"
                 ) from error
@@ -207,14 +207,20 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
 def find_index(core: str | Path, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None, str] | None:
     """
     Return the content of `model_index.json` of a pipeline of diffusers that can be grown, its commit on the Hub, and the name of
-    its model; or None if `core` is one of ours or no pipeline. Raise a `ValueError` if it is a pipeline that cannot be grown. `kwargs`
-    are those of [`find_foreign`].
+    its model; or None if `core` is one of ours or no pipeline. Raise a `ValueError` if it is a pipeline that cannot be grown, and an
+    `OSError` if that file is damaged. `kwargs` are those of [`find_foreign`].
     """
     fetching = {name: kwargs[name] for name in FETCHING if name in kwargs}
     try:
         index, commit = DiffusionPipeline.load_config(core, return_commit_hash=True, **fetching)
     except OSError:
+        if Path(core, "model_index.json").is_file():  # damaged
+            raise
         return None
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"`core={str(core)!r}` has a `model_index.json` that is no dictionary: download or save it again."
+        )
     name = str(index.get("_class_name"))
     if name not in READERS:
         if name.startswith("GreedyGrow"):

@@ -385,6 +385,11 @@ def test_configurations_name_only_known_classes():
         ),
         ({"core_config": {**core_config, "_class_name": ["os", "system"]}}, "`_class_name` of"),
         ({"core_config": "UNet2DModel"}, "`_class_name` of"),
+        (
+            {"core_config": {**core_config, "norm_num_groups": 0}},
+            "not the configuration of a UNet2DModel: ZeroDivision",
+        ),
+        ({"core_config": {**core_config, "in_channels": "3"}}, "not the configuration of a UNet2DModel: TypeError"),
         ({"core_config": {**core_config, "code": 1}}, r"\['code'\], which a UNet2DModel does not know"),
         ({"core_process": {**process, "_class_name": "EulerDiscreteScheduler"}}, "`core_process=.*must have"),
         ({"core_process": {**process, "code": 1}}, "`core_process=.*must have"),

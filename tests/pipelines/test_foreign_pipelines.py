@@ -321,7 +321,23 @@ def test_pipelines_that_cannot_be_grown(tmp_path):
         for read in (grow, describe_foreign):
             with pytest.raises(ValueError, match=message):
                 read(tmp_path / "core")
+    for content, error, message in (
+        ("[]", ValueError, "a `model_index.json` that is no dictionary"),
+        ("{", OSError, "model_index.json' is not a valid JSON file"),
+    ):
+        index.write_text(content)
+        for read in (grow, describe_foreign):
+            with pytest.raises(error, match=message):
+                read(tmp_path / "core")
     index.write_text(json.dumps(config))
+    unet = tmp_path / "core" / "unet" / "config.json"
+    settings = unet.read_text()
+    unet.write_text(json.dumps({**json.loads(settings), "norm_num_groups": 0}))
+    with pytest.raises(OSError, match="cannot be loaded: ZeroDivisionError"):
+        grow(tmp_path / "core")
+    with pytest.raises(ValueError, match="a `unet` whose configuration is not one of a UNet2DModel"):
+        describe_foreign(tmp_path / "core")
+    unet.write_text(settings)
     scheduler = tmp_path / "core" / "scheduler" / "scheduler_config.json"
     for changes in ({"trained_betas": ["a"]}, {"beta_schedule": "x"}):
         settings = json.loads(scheduler.read_text())

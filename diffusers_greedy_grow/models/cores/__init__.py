@@ -28,7 +28,7 @@ def build_core(core_config: dict[str, Any], core_process: dict[str, Any] | None,
 
     Raises:
         `ValueError`: if `core_config` names a class that is not in [`CORE_CLASSES`], or has entries that the class does not
-            know; if the model or its process is not supported, or does not fit `sample_size`.
+            know or cannot use; if the model or its process is not supported, or does not fit `sample_size`.
     """
     name = core_config.get("_class_name") if isinstance(core_config, dict) else None
     if not isinstance(name, str) or name not in CORE_CLASSES:
@@ -38,7 +38,10 @@ def build_core(core_config: dict[str, Any], core_process: dict[str, Any] | None,
     if unknown := sorted(arguments.keys() - (known.keys() - {"self"})):
         raise ValueError(f"`core_config` has {unknown}, which a {name} does not know.")
     check_sizes(sample_size=sample_size)
-    return CORE_CLASSES[name](core_process, sample_size, **arguments)
+    try:
+        return CORE_CLASSES[name](core_process, sample_size, **arguments)
+    except (ArithmeticError, LookupError, TypeError) as error:
+        raise ValueError(f"`core_config={core_config!r}` is not the configuration of a {name}: {error!r}") from error
 
 
 def adopt_core(model: torch.nn.Module, process: Any, sample_size: int | None) -> ForeignCore:
