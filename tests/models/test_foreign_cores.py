@@ -374,6 +374,20 @@ def test_limits_that_are_none(settings, name):
     grow(core, DDPMScheduler(**{**settings, "thresholding": False, "clip_sample": False}))  # they do not apply
 
 
+def test_a_configuration_with_entries_of_another_version(tmp_path):
+    """diffusers loads such a model, with a warning. What it does not know is not part of the grown model's configuration."""
+    core, process = make_foreign("unet")
+    core.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1}))
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    assert loaded.config.of_the_future == 1
+    grown = grow(loaded, process)
+    assert grown.config.core_config.keys() == grow(core, process).config.core_config.keys()
+    grown.save_pretrained(tmp_path / "grown")
+    GrowableUNet2DConditionModel.from_pretrained(tmp_path / "grown")
+
+
 def test_configurations_name_only_known_classes():
     """Loading builds what `config.json` says, so it says nothing but a model of the list and its arguments."""
     config = dict(grow(*make_foreign("unet")).config)
