@@ -3,6 +3,7 @@
 
 """Growing pipelines of diffusers: small ones with random weights, loaded and from folders that they saved themselves."""
 
+import copy
 import json
 
 import pytest
@@ -130,8 +131,10 @@ def test_if_encodes_as_it_did(tmp_path):
         assert torch.equal(embeds, expected) and torch.equal(negative_embeds, expected_negative)
         assert embeds.shape[1] == 77 and mask[0].sum() < 77
     assert draw(grown, prompt=PROMPTS[0]).isfinite().all()
-    copied = GreedyGrowPipeline(**grown.components)
-    assert copied.config.prompt_format == "if"
+    # With its components, with a copy of its model, and without a model
+    for changes in ({}, {"unet": copy.deepcopy(grown.unet)}, {"unet": None, "scheduler": None}):
+        again = GreedyGrowPipeline(**{**grown.components, **changes})
+        assert torch.equal(again.encode_prompt(PROMPTS, negative_prompt=NEGATIVE)[0], expected)
 
 
 @torch.no_grad()
