@@ -277,7 +277,8 @@ class VariancePreserving:
         Read the process off a `DDPMScheduler` or a `DDIMScheduler`.
 
         Raises:
-            `ValueError`: if the scheduler's `prediction_type` is unknown, or its noise does not grow with the timestep.
+            `ValueError`: if the scheduler's `prediction_type` is unknown, its noise does not grow with the timestep, or its limits
+                to the values of a clean image are not numbers in their range.
         """
         config = scheduler.config
         if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
@@ -293,6 +294,13 @@ class VariancePreserving:
                 "The scheduler's `alphas_cumprod` must decrease from timestep to timestep, within (0, 1)."
             )
         limits: dict[str, float] = {}
+        names = ("dynamic_thresholding_ratio", "sample_max_value") if config.thresholding else ("clip_sample_range",)
+        for name in names if config.thresholding or config.clip_sample else ():
+            highest = 1 if name == "dynamic_thresholding_ratio" else math.inf
+            if not isinstance(config[name], (int, float)) or not 0 < config[name] <= highest:
+                raise ValueError(
+                    f"`{name}={config[name]!r}` of the scheduler must be a number above 0, at most {highest}."
+                )
         if config.thresholding:
             limits = {
                 "threshold_ratio": config.dynamic_thresholding_ratio,

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GreedyGrowUpscalePipeline
+from diffusers_greedy_grow.pipelines.images import MODES
 from diffusers_greedy_grow.training.data.images import convert_to_srgb, open_image
 from diffusers_greedy_grow.training.data.rows import BrokenRow
 from diffusers_greedy_grow.training.files import save_image
@@ -150,6 +151,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def to_mode(image: Image.Image, pipeline: Any) -> Image.Image:
+    """Return an image in RGB, see [`to_rgb`], or in gray for a model that draws in gray."""
+    return to_rgb(image).convert(MODES[pipeline.unet.config.in_channels])
+
+
 def open_images(paths: list[str]) -> Iterator[Image.Image]:
     """Yield images as training reads them: in RGB, upright, in sRGB, and on white if they are transparent."""
     for path in paths:
@@ -170,7 +176,7 @@ def upscale(args: argparse.Namespace) -> None:
     settings = collect_settings(args, ("prompt", "strength", "exact", "tile_overlap"))
     for number, (image, path) in enumerate(zip(images, paths)):
         output = pipeline(
-            image,
+            to_mode(image, pipeline),
             args.prompt,
             negative_prompt=args.negative_prompt,
             strength=args.strength,

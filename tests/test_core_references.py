@@ -338,9 +338,20 @@ def test_the_core_is_not_overwritten(core_folder, tmp_path):
     before = (folder / "unet" / WEIGHTS).read_bytes()
     grown = grow(folder)
     for save in (grown.save_pretrained, lambda _, core: grown.unet.save_pretrained(folder / "unet", core=core)):
-        with pytest.raises(ValueError, match="holds the core, which the saved stages would replace"):
+        with pytest.raises(ValueError, match="holds the core, or its pipeline, which would be replaced"):
             save(folder, core="reference")
     assert (folder / "unet" / WEIGHTS).read_bytes() == before
+    # A core that its pipeline has elsewhere than a grown one
+    (folder / "unet").rename(folder / "transformer")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"unet"', '"transformer"'))
+    before = index.read_bytes()
+    grown.unet.core_folder = str(folder)
+    with pytest.raises(ValueError, match="holds the core, or its pipeline, which would be replaced"):
+        grown.save_pretrained(folder, core="reference")
+    assert index.read_bytes() == before
+    grown.save_pretrained(tmp_path, core="reference")  # the folder around it is free
+    assert same(GreedyGrowPipeline.from_pretrained(tmp_path).unet, grown.unet)
 
 
 def test_a_core_whose_weights_are_not_as_they_were(core_folder, tmp_path):
@@ -363,7 +374,7 @@ def test_a_core_whose_weights_are_not_as_they_were(core_folder, tmp_path):
     for change, message in (
         (
             cast,
-            "compares the core with the files .* weights in eight bits, by `enable_layerwise_casting`. Load the model without",
+            "`unet` cannot be saved: its weights are rounded to float8_e4m3fn, by `enable_layerwise_casting`, .* Load it again",
         ),
         (offload, "`unet` cannot be saved: its weights are on the disk, by group offloading .* Load it again without"),
         (offload_the_stage, "`unet` cannot be saved: its weights are on the disk, by group offloading"),

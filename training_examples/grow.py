@@ -41,7 +41,9 @@ from diffusers_greedy_grow.training.core_predictions import (
     cache_core_predictions,
     check_caching,
     check_space,
+    count_cached_bytes,
     find_predictions_folder,
+    name_core,
 )
 from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
@@ -157,9 +159,9 @@ def train(
     first = 0
     if checkpoint is not None:
         first = find_resumed_phase(checkpoint, phases, run.decisive_config, args.resume_with_changes)
-    if args.cache_core_predictions:
-        announce_caching(plans[first:], args, data)
     pipeline = start_pipeline(run, model_args, data, first, checkpoint, args.seed)
+    if args.cache_core_predictions:
+        announce_caching(plans[first:], args, data, pipeline)
     warn_of_truncated_captions(pipeline, data.validation.captions[:1000])
     set_attention_backend(pipeline.unet, args.attention_backend)  # fails if it is not installed
     accelerator.wait_for_everyone()
@@ -222,20 +224,28 @@ def load_data(
     return data, broken
 
 
-def announce_caching(plans: list[PhasePlan], args: TrainingArguments, data: TrainingData) -> None:
+def announce_caching(
+    plans: list[PhasePlan], args: TrainingArguments, data: TrainingData, pipeline: GreedyGrowPipeline
+) -> None:
     """
-    Log what caching the core's predictions takes and saves in the phases that are left.
+    Log what caching the core's predictions takes and saves in the phases that are left, the first of which starts from `pipeline`.
 
     Raises:
         `OSError`: if the disk has too little space for them.
     """
     assert isinstance(data.high_res, CaptionedImages)
-    count = len(data.high_res)
+    folder, count = find_predictions_folder(args), len(data.high_res)
+    core = name_core(pipeline.unet) if folder.exists() else ""
+    needed = used = 0
     for plan in plans:
         if plan.num_draws:
             logger.info(format_caching(plan, count))
-    needed = sum(plan.count_predictions(count) * plan.prediction_bytes for plan in plans)
-    check_space(find_predictions_folder(args), needed)
+            size = plan.count_predictions(count) * plan.prediction_bytes
+            cached = count_cached_bytes(
+                folder, core, data.fingerprint, count, plan.resolution, args.seed, plan.num_draws
+            )
+            needed, used = needed + size, used + min(cached, size)
+    check_space(folder, needed, used)
 
 
 def start_pipeline(

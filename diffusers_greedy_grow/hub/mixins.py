@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from .publish import Push
 from .references import FETCH_ARGUMENTS, FETCHING, REFERENCE, lies_in
-from .weights import refuse_offloaded
+from .weights import refuse_cast, refuse_offloaded
 
 
 logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
@@ -113,7 +113,7 @@ class HubMixin:
     ) -> None:
         """
         Save as diffusers does, with four differences: weights are always safetensors, attached or fused adapters are refused,
-        weights that are not in memory are refused, and the index of older shards is removed.
+        weights that are not in memory or rounded by layerwise casting are refused, and the index of older shards is removed.
 
         Args:
             core (`str`, defaults to `"copy"`):
@@ -123,7 +123,7 @@ class HubMixin:
 
         Raises:
             `ValueError`: if adapters are attached or fused. Their weights would have names that do not load. If weights are
-                offloaded to the disk. With `core="reference"`, if there is no core, if it has changed since it was loaded, if it is
+                offloaded to the disk, or rounded to a narrower dtype by `enable_layerwise_casting`. With `core="reference"`, if there is no core, if it has changed since it was loaded, if it is
                 quantized, or if it is unknown where it came from.
             `OSError`: with `core="reference"`, if the core's folder or repository cannot be read.
         """
@@ -155,11 +155,12 @@ class HubMixin:
             self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, core=core, **push)
 
     def check_weights(self) -> None:
-        """Raise a `ValueError` if weights to save are not in memory."""
+        """Raise a `ValueError` if weights to save are not in memory, or not as precise as they were."""
         parts = getattr(self, "components", {type(self).__name__: self})  # a pipeline's, or the model
         for name, part in parts.items():
             if isinstance(part, nn.Module):
                 refuse_offloaded(name, part)
+                refuse_cast(name, part)
 
     def refer(self, core: str, is_published: bool, folder: Path | None = None) -> Any:
         """Return a view of the model, or of the pipeline, in which the core is a reference, to save it to a folder."""
@@ -169,9 +170,9 @@ class HubMixin:
             raise ValueError(f'`core={core!r}` must be "copy" {other}.')
         view = model.refer_to_core(is_published)
         is_pipeline = model is not unwrap_module(self)
-        if folder is not None and lies_in(view.config[REFERENCE], folder / "unet" if is_pipeline else folder):
+        if folder is not None and lies_in(view.config[REFERENCE], folder, is_pipeline):
             raise ValueError(
-                f"`save_directory={str(folder)!r}` holds the core, which the saved stages would replace: save to another folder."
+                f"`save_directory={str(folder)!r}` holds the core, or its pipeline, which would be replaced: save to another folder."
             )
         if not is_pipeline:
             return view

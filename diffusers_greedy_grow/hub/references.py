@@ -227,10 +227,15 @@ def check_reference(reference: Any) -> None:
         )
 
 
-def lies_in(reference: dict[str, Any], folder: Path) -> bool:
-    """Return whether a folder holds the files that a reference names."""
-    is_local = reference["revision"] is None
-    return is_local and any(Path(reference["core"], file).parent == folder.resolve() for file in reference["files"])
+def lies_in(reference: dict[str, Any], folder: Path, is_pipeline: bool) -> bool:
+    """Return whether a model, or a pipeline, in a folder would replace the core that a reference names, or the core's pipeline."""
+    if reference["revision"] is not None:
+        return False
+    folder, places = folder.resolve(), {Path(reference["core"], file).parent for file in reference["files"]}
+    if not is_pipeline:
+        return folder in places
+    pipelines = {place.parent for place in places if (place.parent / "model_index.json").is_file()}
+    return folder / "unet" in places or folder in pipelines
 
 
 def fetch(repo_id: str, revision: str | None, file: str) -> Path:

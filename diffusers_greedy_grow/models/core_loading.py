@@ -62,7 +62,7 @@ def find_core(path: str | Path, subfolder: str | None = None, **kwargs) -> tuple
                 "Pass the folder or repository of a trained core, or of a pipeline around one; for a repository, a `revision` "
                 f"that it has and a `token` that may read it. The reason was {type(error).__name__}: {error}"
             ) from error
-    name = config.get("_class_name")
+    name = config.get("_class_name") if isinstance(config, dict) else None
     if name in CORE_CLASSES:
         raise ValueError(
             f"`core={str(path)!r}` holds a {name}, without the process that it was trained on: load it by "
@@ -97,7 +97,7 @@ def load_complete(model_class: type[ModelMixin], path: str | Path, commit: str |
     """
     try:
         model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, RuntimeError, ValueError, HTTPError) as error:
+    except (ArithmeticError, OSError, RuntimeError, ValueError, HTTPError) as error:
         raise OSError(
             f"`core={str(path)!r}` cannot be loaded: {type(error).__name__}: {error} Unless that is about an argument "
             "of yours, its weights are missing, damaged or do not belong to its config.json: download or save it "

@@ -66,6 +66,8 @@ def read_if(pipeline: "IFPipeline") -> ForeignPipeline:
 
 
 def read_prx_pixel(pipeline: "PRXPixelPipeline") -> ForeignPipeline:
+    from diffusers.pipelines.prx.pipeline_prx_pixel import PRX_PIXEL_DEFAULT_RESOLUTION
+
     scheduler, noise_scale = pipeline.scheduler, pipeline.config.noise_scale
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.use_dynamic_shifting:
         raise ValueError(
@@ -75,7 +77,7 @@ def read_prx_pixel(pipeline: "PRXPixelPipeline") -> ForeignPipeline:
     return ForeignPipeline(
         model=pipeline.transformer,
         process=RectifiedFlow(noise_scale),
-        sample_size=pipeline.config.default_sample_size,
+        sample_size=pipeline.config.default_sample_size or PRX_PIXEL_DEFAULT_RESOLUTION,  # as that pipeline does
         # Our noise levels have noise of variance 1: its own, shifted by the scale.
         shift=scheduler.config.shift * noise_scale,
         text_encoder=pipeline.text_encoder,
@@ -98,8 +100,22 @@ GROWABLE = (
 )
 # Components that check or mark finished images, not needed to grow
 LEFT_OUT = {"IFPipeline": {"safety_checker": None, "feature_extractor": None, "watermarker": None}}
-# The arguments of `from_pretrained` that say how to fetch a file
+# The arguments of `from_pretrained` that say how to fetch a file, and those that say how to load it. diffusers ignores others,
+# and some that it knows would run code from elsewhere.
 FETCHING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+LOADING = (
+    "dtype",
+    "torch_dtype",
+    "variant",
+    "use_safetensors",
+    "disable_mmap",
+    "low_cpu_mem_usage",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "quantization_config",
+)
 
 
 def find_foreign(
@@ -117,7 +133,7 @@ def find_foreign(
         [`ForeignPipeline`], or None if `core` is something else than a pipeline of diffusers: one of ours, or no pipeline.
 
     Raises:
-        `TypeError`: if there are `kwargs` although `core` is a loaded pipeline.
+        `TypeError`: if there are `kwargs` although `core` is a loaded pipeline, or unknown ones.
         `ValueError`: if it is a pipeline that cannot be grown, or its model would be quantized.
         `OSError`: if its weights are missing, damaged or pickled.
     """
@@ -134,6 +150,9 @@ def find_foreign(
     index, commit, component = found
     name = index["_class_name"]
     left_out = LEFT_OUT.get(name, {})
+    own = inspect.signature(getattr(diffusers, name).__init__).parameters
+    if unknown := sorted(kwargs.keys() - {*FETCHING, *LOADING, *own}):
+        raise TypeError(f"{unknown} are not arguments to load a {name} to grow. Are they misspelled?")
     refuse_pickles(kwargs.get("use_safetensors"))
     pinned = {} if commit is None else {"revision": commit}
     arguments = {**get_model_kwargs(kwargs, component), **pinned, "subfolder": component, "use_safetensors": True}
@@ -175,7 +194,7 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
         with torch.device("cpu" if component == "scheduler" else "meta"):
             try:
                 parts[component] = component_class.from_config(config)
-            except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            except (ArithmeticError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"`core={str(core)!r}` has a `{component}` whose configuration is not one of a {component_class.__name__}: {error}"
                 ) from error
@@ -188,14 +207,20 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
 def find_index(core: str | Path, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None, str] | None:
     """
     Return the content of `model_index.json` of a pipeline of diffusers that can be grown, its commit on the Hub, and the name of
-    its model; or None if `core` is one of ours or no pipeline. Raise a `ValueError` if it is a pipeline that cannot be grown. `kwargs`
-    are those of [`find_foreign`].
+    its model; or None if `core` is one of ours or no pipeline. Raise a `ValueError` if it is a pipeline that cannot be grown, and an
+    `OSError` if that file is damaged. `kwargs` are those of [`find_foreign`].
     """
     fetching = {name: kwargs[name] for name in FETCHING if name in kwargs}
     try:
         index, commit = DiffusionPipeline.load_config(core, return_commit_hash=True, **fetching)
     except OSError:
+        if Path(core, "model_index.json").is_file():  # damaged
+            raise
         return None
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"`core={str(core)!r}` has a `model_index.json` that is no dictionary: download or save it again."
+        )
     name = str(index.get("_class_name"))
     if name not in READERS:
         if name.startswith("GreedyGrow"):

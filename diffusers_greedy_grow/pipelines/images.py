@@ -21,25 +21,31 @@ def count_prompts(prompt: Any, prompt_embeds: torch.Tensor | None) -> int:
     return len(prompt) if isinstance(prompt, list) else 1
 
 
-def list_images(name: str, images: Any, batch_size: int) -> list[Any]:
+# The modes of PIL images, by the number of channels of the images that a model draws
+MODES = {1: "L", 3: "RGB"}
+
+
+def list_images(name: str, images: Any, batch_size: int, channels: int) -> list[Any]:
     """
-    Return given images as a list, either of PIL images in RGB or of tensors `(C, H, W)` in [0, 1], in float32.
+    Return given images as a list, either of PIL images in the mode that the model draws or of tensors `(C, H, W)` in [0, 1], in
+    float32.
 
     Args:
         name (`str`): The argument, for errors.
-        images: One image or several: `PIL.Image.Image`s in RGB, arrays `(H, W, C)` or `(B, H, W, C)` in [0, 1], or tensors
+        images: One image or several: `PIL.Image.Image`s in RGB (in gray for one channel), arrays `(H, W, C)` or `(B, H, W, C)` in [0, 1], or tensors
             `(C, H, W)` or `(B, C, H, W)` in [0, 1].
         batch_size (`int`): The number of prompts.
+        channels (`int`): The number of channels of the images that the model draws.
 
     Raises:
-        `ValueError`: if they are no images, of several sizes or kinds, with another number of channels than 3, outside [0, 1], or
-            neither one nor one per prompt.
+        `ValueError`: if they are no images, of several sizes or kinds, with another number of channels, outside [0, 1], or neither
+            one nor one per prompt.
     """
     images = split_batch(images)
     if not images:
         raise ValueError(f"`{name}` is an empty list: pass an image.")
     for image in images:
-        check_image(name, image)
+        check_image(name, image, channels)
     if len({image_size(image) for image in images}) > 1:
         sizes = sorted({image_size(image) for image in images})
         raise ValueError(f"`{name}` has images of several sizes (height, width), {sizes}: pass images of one size.")
@@ -49,12 +55,13 @@ def list_images(name: str, images: Any, batch_size: int) -> list[Any]:
     return unify(name, images)
 
 
-def check_image(name: str, image: Any) -> None:
+def check_image(name: str, image: Any, channels: int) -> None:
     """Raise a `ValueError` unless this is one image, see [`list_images`]."""
+    mode = MODES[channels]
     if isinstance(image, Image.Image):
-        if image.mode != "RGB":
+        if image.mode != mode:
             raise ValueError(
-                f'`{name}` is in mode {image.mode!r}, but the model draws RGB: pass `image.convert("RGB")`, for an image with '
+                f'`{name}` is in mode {image.mode!r}, but the model draws {mode}: pass `image.convert("{mode}")`, for an image with '
                 "transparency after pasting it on a background."
             )
     elif not isinstance(image, (torch.Tensor, np.ndarray)) or image.ndim != 3:
@@ -63,10 +70,10 @@ def check_image(name: str, image: Any) -> None:
             f"{describe(image)}."
         )
     else:
-        channels = image.shape[0] if isinstance(image, torch.Tensor) else image.shape[-1]
-        if channels != 3:
+        given = image.shape[0] if isinstance(image, torch.Tensor) else image.shape[-1]
+        if given != channels:
             raise ValueError(
-                f"`{name}` has {channels} channels in the shape {tuple(image.shape)}, but must have 3: RGB."
+                f"`{name}` has {given} channels in the shape {tuple(image.shape)}, but must have {channels}: {mode}."
             )
         is_float = image.dtype.is_floating_point if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
         if not is_float:  # 1 may mean white, or nearly black

@@ -346,7 +346,8 @@ class GreedyGrowImg2ImgPrepareLatentsStep(GreedyGrowStep):
     results = ("latents",)
 
     def run(self, components: GreedyGrowModularPipeline, block_state: BlockState) -> None:
-        images = list_images("image", block_state.image, count_prompts(None, block_state.prompt_embeds))
+        batch_size, channels = count_prompts(None, block_state.prompt_embeds), components.unet.config.in_channels
+        images = list_images("image", block_state.image, batch_size, channels)
         clean = prepare_images(components.image_processor, images, block_state.sampling)
         block_state.latents = components.prepare_latents(block_state.sampling, block_state.latents, clean)
 
@@ -373,6 +374,7 @@ class GreedyGrowInpaintPrepareLatentsStep(GreedyGrowStep):
             block_state.image,
             block_state.mask_image,
             count_prompts(None, block_state.prompt_embeds),
+            components.unet.config.in_channels,
             *crop_and_jumps,
             block_state.core_first,
             block_state.output_type,

@@ -40,8 +40,9 @@ logger = logging.get_logger(__name__)  # pylint: disable=invalid-name
 
 # The default of settings: as in the pipeline that the components come from
 KEEP: Any = object()
-# Those settings, by the model of the pipeline, or by its tokenizer if it has no model
+# Those settings, by the model and by the tokenizer of the pipeline; and those among them that say how prompts are read
 SETTINGS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+PROMPT_SETTINGS = ("max_sequence_length", "prompt_format")
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -75,7 +76,7 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
             The tokenizer of `text_encoder`.
         max_sequence_length (`int`, *optional*):
             How many text tokens of a prompt are read at most. By default as in the pipeline that these components come from
-            (`GreedyGrowPipeline(**pipe.components)`), or 128.
+            (`GreedyGrowPipeline(**pipe.components)`, also with another model), or 128.
         detail_variances (`list[float]`, *optional*):
             [`~flow.detail_variance`] of the training images at each stage's growth factor, the innermost stage first. By default
             as in the pipeline that these components come from, if any. `core_first="auto"` needs it;
@@ -111,8 +112,7 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         prompt_format: str | None = KEEP,
     ):
         super().__init__()
-        holder = get_holder(unet, tokenizer)
-        settings = {} if holder is None else SETTINGS.get(holder, {})
+        settings = find_settings(unet, tokenizer)
         if max_sequence_length is KEEP:
             max_sequence_length = settings.get("max_sequence_length", 128)
         if detail_variances is KEEP:
@@ -152,10 +152,11 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         return super().components
 
     def keep_settings(self) -> None:
-        """Keep the settings for the next pipeline that has this one's model, or its tokenizer if there is no model."""
-        if (holder := get_holder(self.unet, self.tokenizer)) is not None:
-            names = ("max_sequence_length", "detail_variances", "prompt_format")
-            SETTINGS[holder] = {name: self.config[name] for name in names}
+        """Keep the settings for the next pipeline that has this one's model, or its tokenizer."""
+        settings = {name: self.config[name] for name in (*PROMPT_SETTINGS, "detail_variances")}
+        for holder in (unwrap_module(self.unet), self.tokenizer):  # from `torch.compile(unet)`
+            if holder is not None:
+                SETTINGS[holder] = settings
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "GreedyGrowPipeline":
@@ -491,9 +492,16 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         return self.finish(sampling, latents, output_type, return_dict)
 
 
-def get_holder(unet: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> Any:
-    """Return the component under which a pipeline's settings are kept, or None if it has neither of the two."""
-    return tokenizer if unet is None else unwrap_module(unet)  # from `torch.compile(unet)`
+def find_settings(unet: torch.nn.Module | None, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """
+    Return the settings of the pipeline that a model comes from; or, with another model or none, of the one that a tokenizer comes
+    from, of which only how it reads prompts holds for another model.
+    """
+    unet = unwrap_module(unet)  # from `torch.compile(unet)`
+    if unet is not None and unet in SETTINGS:
+        return SETTINGS[unet]
+    settings = {} if tokenizer is None else SETTINGS.get(tokenizer, {})
+    return settings if unet is None else {name: settings[name] for name in PROMPT_SETTINGS if name in settings}
 
 
 def get_core_config(core: GreedyGrowPipeline | str | Path, kwargs: dict[str, Any]) -> dict[str, Any]:

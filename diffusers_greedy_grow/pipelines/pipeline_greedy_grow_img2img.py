@@ -72,7 +72,7 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 What to draw. Leave out for `prompt_embeds`, and for an unconditional model.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
-                The image to begin with: one for all prompts, or one per prompt. PIL images in RGB, arrays `(H, W, C)` or tensors
+                The image to begin with: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the model draws), arrays `(H, W, C)` or tensors
                 `(C, H, W)` in [0, 1]. They are resized to `height` and `width`.
             strength (`float`, defaults to 0.8):
                 The share of the steps that run, in (0, 1]: the image gets noise of the level at which they begin, which
@@ -90,7 +90,7 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
         Raises:
             `ValueError`: if an argument or a setting of the scheduler does not fit, before any model runs.
         """
-        images = list_images("image", image, count_prompts(prompt, prompt_embeds))
+        images = list_images("image", image, count_prompts(prompt, prompt_embeds), self.unet.config.in_channels)
         sampling = self.prepare(
             prompt=prompt,
             negative_prompt=negative_prompt,

@@ -83,7 +83,7 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 What the whole image shows. Leave out for `prompt_embeds`, and for an unconditional model.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
-                The image to change: one for all prompts, or one per prompt. PIL images in RGB, arrays `(H, W, C)` or tensors
+                The image to change: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the model draws), arrays `(H, W, C)` or tensors
                 `(C, H, W)` in [0, 1]. They are resized to `height` and `width`; of the result of that, pixels are kept.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
                 White where the image is drawn again, black where it is kept, gray for a mixture: as many masks as images, or one,
@@ -92,7 +92,7 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
                 The share of the steps that run, in (0, 1]. Below 1, what is drawn begins as the given image with noise.
             padding_mask_crop (`int`, *optional*):
                 Draws only the part of the image around the mask, with a margin of so many pixels, at the whole resolution, and
-                puts it back into the image. For one image and one mask of PIL, and `output_type="pil"`.
+                puts it back into the image. For one image in RGB and one mask of PIL, and `output_type="pil"`.
             jump_length (`int`, *optional*):
                 Resamples as RePaint does: after so many steps, the state gets the noise again that they have removed, and they run
                 again. What is drawn then fits better to what is kept. Not with `core_first`.
@@ -115,6 +115,7 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             image,
             mask_image,
             count_prompts(prompt, prompt_embeds),
+            self.unet.config.in_channels,
             padding_mask_crop,
             jump_length,
             jump_n_sample,
@@ -157,6 +158,7 @@ def list_inpainting(
     image: Any,
     mask_image: Any,
     batch_size: int,
+    channels: int,
     padding_mask_crop: int | None,
     jump_length: int | None,
     jump_n_sample: int,
@@ -164,13 +166,13 @@ def list_inpainting(
     output_type: str,
 ) -> tuple[list[Any], list[Any]]:
     """
-    Return the images and the masks, see [`list_images`] and [`list_masks`], of `batch_size` prompts. The other arguments are
+    Return the images with `channels` and the masks, see [`list_images`] and [`list_masks`], of `batch_size` prompts. The other arguments are
     those of [`GreedyGrowInpaintPipeline.__call__`].
 
     Raises:
         `ValueError`: if they do not fit.
     """
-    images = list_images("image", image, batch_size)
+    images = list_images("image", image, batch_size, channels)
     masks = list_masks("mask_image", mask_image, images)
     if padding_mask_crop is not None:
         check_crop(padding_mask_crop, images, masks, output_type)
@@ -226,10 +228,10 @@ def check_crop(padding: Any, images: list[Any], masks: list[Any], output_type: s
     """Raise a `ValueError` if `padding_mask_crop` does not fit the images."""
     if not isinstance(padding, INTEGER) or padding < 0:
         raise ValueError(f"`padding_mask_crop={padding!r}` must be a number of pixels, at least 0.")
-    is_one = len(images) == len(masks) == 1
-    if output_type != "pil" or not is_one or not all(isinstance(one, Image.Image) for one in (*images, *masks)):
+    is_one = len(images) == len(masks) == 1 and all(isinstance(one, Image.Image) for one in (*images, *masks))
+    if output_type != "pil" or not is_one or images[0].mode != "RGB":  # diffusers cuts out in RGB
         raise ValueError(
-            f'`padding_mask_crop={padding}` is for one image and one mask of PIL and `output_type="pil"`: pass None, and crop them '
+            f'`padding_mask_crop={padding}` is for one image in RGB and one mask of PIL and `output_type="pil"`: pass None, and crop them '
             "yourself."
         )
     if masks[0].getbbox() is None:

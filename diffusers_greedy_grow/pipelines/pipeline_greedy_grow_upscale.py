@@ -71,7 +71,7 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
-                The image to enlarge: one for all prompts, or one per prompt. PIL images in RGB, arrays `(H, W, C)` or tensors
+                The image to enlarge: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the model draws), arrays `(H, W, C)` or tensors
                 `(C, H, W)` in [0, 1]. It is resized so that its longer side is the smallest resolution inside the model that is not
                 below it, and the stages around that one draw their detail.
             prompt (`str` or `list[str]`, *optional*):
@@ -101,7 +101,7 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
         """
         if prompt is None and prompt_embeds is None and self.unet.config.cross_attention_dim is not None:
             prompt = ""
-        images = list_images("image", image, count_prompts(prompt, prompt_embeds))
+        images = list_images("image", image, count_prompts(prompt, prompt_embeds), self.unet.config.in_channels)
         (height, width), scale = self.find_size(image_size(images[0]), tile_overlap)
         sampling = self.prepare(
             prompt=prompt,

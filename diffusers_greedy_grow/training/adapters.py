@@ -16,6 +16,10 @@ from .arguments import LoraArguments
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
+# The layers of all attention, of which the core's is in all models that grow from it: in our models and most UNets of diffusers, and
+# under names of their own in DeepFloyd IF and PRX
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "img_qkv_proj", "txt_kv_proj")
+
 
 def add_adapter(unet: torch.nn.Module, args: LoraArguments) -> None:
     """
@@ -35,7 +39,7 @@ def add_adapter(unet: torch.nn.Module, args: LoraArguments) -> None:
         if missing:
             raise ValueError(f"`lora_layers={layers}`: no name of a layer of the model ends in {missing}.")
     else:
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]  # all attention; the core's is in all models that grow from it
+        layers = [layer for layer in ATTENTION if any(name.endswith(f".{layer}") for name in names)]
         if len(unet.sample_sizes) > 1:
             layers += ["conv1", "conv2", "text_proj"]
     unet.requires_grad_(False)

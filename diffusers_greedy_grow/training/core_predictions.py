@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..flow import add_noise, sample_sigma
-from ..models import GrowableUNet2DConditionModel
+from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from ..pipelines import GreedyGrowPipeline
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .data.captioned import CaptionedImages
@@ -276,7 +276,7 @@ class CorePredictions(torch.utils.data.Dataset):
         Raises:
             `OSError`: if the disk has too little space.
         """
-        check_space(self.folder, self.layout.total_bytes)
+        check_space(self.folder, self.layout.total_bytes, count_bytes(self.folder))
         with self.naming_the_folder():
             write_text(self.folder / "about.json", json.dumps(self.key, indent=1))
             with open(self.unfinished_path, "ab") as file:
@@ -346,13 +346,16 @@ def take_digest(row: dict) -> bytes:
     return hashlib.blake2b(pixels, digest_size=DIGEST_BYTES - 1).digest() + b"\1"
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise an `OSError` if `needed` bytes do not fit on the disk of `folder`, with what it holds already."""
+def count_bytes(folder: Path) -> int:
+    """Return the bytes on disk of the predictions in a folder: unwritten parts of a file take no space, so its size does not tell."""
+    return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in folder.glob("predictions.bin*"))  # 0 on Windows
+
+
+def check_space(folder: Path, needed: int, used: int) -> None:
+    """Raise an `OSError` if `needed` bytes do not fit on the disk of `folder`, where `used` bytes of them are already."""
     parent = folder
     while not parent.exists():
         parent = parent.parent
-    # Unwritten parts of a file take no space, so its size does not tell. Windows does not count blocks.
-    used = sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in folder.rglob("predictions.bin*"))
     free = shutil.disk_usage(parent).free
     if needed - used > free:
         raise OSError(
@@ -391,6 +394,28 @@ def count_prediction_bytes(unet: GrowableUNet2DConditionModel) -> int:
     size, config = unet.sample_sizes[0], unet.config
     read, shapes = np.ones((1, 1), dtype=bool), np.zeros(1, dtype=np.int64)
     return Layout([(size, size)], config.out_channels, config.patch_size, config.hidden_size, read, shapes).total_bytes
+
+
+def count_cached_bytes(
+    folder: Path, core: str, fingerprint: str | None, num_images: int, resolution: int, seed: int, num_draws: int
+) -> int:
+    """
+    Return the bytes on disk of the predictions in a folder that a phase of a run would use, as far as that is known before the phase.
+
+    Args:
+        folder (`Path`): The folder for all predictions, those of other runs among them.
+        core (`str`): The core, from [`name_core`].
+        fingerprint (`str`, *optional*), num_images (`int`): A digest of the captions, and the number of training images.
+        resolution (`int`): The resolution of the phase.
+        seed (`int`), num_draws (`int`): The run's seed, and the number of draws per image.
+    """
+    known = {"core": core, "captions": fingerprint, "images": num_images, "resolution": resolution}
+    known_draws, used = {"seed": seed, "count": num_draws}, 0
+    for about in folder.glob("*/about.json"):
+        key = json.loads(about.read_text(encoding="utf-8"))
+        if known.items() <= key.items() and known_draws.items() <= key["draws"].items():
+            used += count_bytes(about.parent)
+    return used
 
 
 def find_predictions_folder(args: TrainingArguments) -> Path:
@@ -553,6 +578,16 @@ def load_pairs(
     )
 
 
+def name_core(unet: GrowableUNet2DConditionModel | ShallowUNet2DModel) -> str:
+    """Return a name that is the same only for the same core, of a grown model or alone."""
+    core: Any = getattr(unet, "core", unet)
+    digest = hashlib.sha256(
+        json.dumps([type(core).__name__, core.growth_config], sort_keys=True, default=str).encode()
+    )
+    add_weights(digest, core)
+    return digest.hexdigest()[:16]
+
+
 def make_key(
     pipeline: GreedyGrowPipeline,
     images: CaptionedImages,
@@ -563,13 +598,8 @@ def make_key(
     read: np.ndarray,
 ) -> dict[str, Any]:
     """Return everything that decides the core's predictions, as JSON can hold it."""
-    core = pipeline.unet.core
-    digest = hashlib.sha256(
-        json.dumps([type(core).__name__, core.growth_config], sort_keys=True, default=str).encode()
-    )
-    add_weights(digest, core)
     return {
-        "core": digest.hexdigest()[:16],
+        "core": name_core(pipeline.unet),
         "text encoder": name_encoder(pipeline, precision),
         "captions": fingerprint,
         "images": len(images),

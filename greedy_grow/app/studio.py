@@ -32,7 +32,7 @@ from diffusers_greedy_grow import (
 from diffusers_greedy_grow.pipelines.prompts import find_truncated
 from diffusers_greedy_grow.pipelines.schedules import shift_name
 
-from ..drawing import read_core_first, save, to_rgb
+from ..drawing import read_core_first, save, to_mode
 
 
 TEXT, IMAGE, INPAINT, UPSCALE = "text to image", "image to image", "inpainting", "upscaling"
@@ -247,7 +247,8 @@ class Studio:
         if settings.task == TEXT:
             return {**arguments, "output_levels": True}
         assert settings.image is not None  # `start` has checked it
-        arguments |= {"strength": settings.strength, "image": ImageOps.fit(to_rgb(settings.image), (width, height))}
+        image = ImageOps.fit(to_mode(settings.image, pipeline), (width, height))
+        arguments |= {"strength": settings.strength, "image": image}
         if settings.task == INPAINT:
             assert settings.mask is not None
             arguments["mask_image"] = ImageOps.fit(settings.mask, (width, height))
@@ -256,7 +257,7 @@ class Studio:
     def make_upscaling_arguments(self, settings: Settings) -> dict[str, Any]:
         """Return those arguments that only upscaling has."""
         assert settings.image is not None
-        image, inner = to_rgb(settings.image), self.pipeline.unet.sample_sizes[-2]
+        image, inner = to_mode(settings.image, self.pipeline), self.pipeline.unet.sample_sizes[-2]
         if not settings.in_tiles:
             image.thumbnail((inner, inner))
         elif max(image.size) > TILES_PER_SIDE_MAX * inner:

@@ -65,6 +65,14 @@ def call(pipeline, pipeline_class, *arguments, **kwargs) -> Image.Image:
     return made(*arguments, num_inference_steps=2, generator=torch.Generator().manual_seed(3), **kwargs).images[0]
 
 
+@pytest.mark.parametrize("task", [TEXT, IMAGE, INPAINT, UPSCALE])
+def test_a_model_that_draws_in_gray(task):
+    studio = Studio(make_pipeline(make_grown(make_core(in_channels=1, out_channels=1)), shift=2.0), "gray")
+    given = {} if task == TEXT else {"image": make_photo(), "mask": Image.new("L", (48, 32), 255)}
+    assert draw(studio, task=task, **given).mode == "L"
+    studio.close()
+
+
 def test_images_are_the_pipelines(studio, pipeline):
     """For each task, with its arguments, after the given image was made to fit."""
     kwargs = {"negative_prompt": "a star", "guidance_scale": 3.0}

@@ -356,6 +356,38 @@ def test_growing_says_what_does_not_fit():
         grow(make_core(), scheduler)
 
 
+@pytest.mark.parametrize(
+    "settings,name",
+    [
+        ({"clip_sample_range": -1.0}, "clip_sample_range"),
+        ({"clip_sample_range": "wide"}, "clip_sample_range"),
+        ({**THRESHOLDING, "dynamic_thresholding_ratio": 3.0}, "dynamic_thresholding_ratio"),
+        ({**THRESHOLDING, "dynamic_thresholding_ratio": None}, "dynamic_thresholding_ratio"),
+        ({**THRESHOLDING, "sample_max_value": 0}, "sample_max_value"),
+    ],
+)
+def test_limits_that_are_none(settings, name):
+    """They are noticed when a model is grown or loaded, not when it draws."""
+    core, _ = make_foreign("unet")
+    with pytest.raises(ValueError, match=f"`{name}={settings[name]!r}` of the scheduler must be a number above 0"):
+        grow(core, DDPMScheduler(**settings))
+    grow(core, DDPMScheduler(**{**settings, "thresholding": False, "clip_sample": False}))  # they do not apply
+
+
+def test_a_configuration_with_entries_of_another_version(tmp_path):
+    """diffusers loads such a model, with a warning. What it does not know is not part of the grown model's configuration."""
+    core, process = make_foreign("unet")
+    core.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_the_future": 1}))
+    loaded = UNet2DModel.from_pretrained(tmp_path)
+    assert loaded.config.of_the_future == 1
+    grown = grow(loaded, process)
+    assert grown.config.core_config.keys() == grow(core, process).config.core_config.keys()
+    grown.save_pretrained(tmp_path / "grown")
+    GrowableUNet2DConditionModel.from_pretrained(tmp_path / "grown")
+
+
 def test_configurations_name_only_known_classes():
     """Loading builds what `config.json` says, so it says nothing but a model of the list and its arguments."""
     config = dict(grow(*make_foreign("unet")).config)
@@ -367,6 +399,11 @@ def test_configurations_name_only_known_classes():
         ),
         ({"core_config": {**core_config, "_class_name": ["os", "system"]}}, "`_class_name` of"),
         ({"core_config": "UNet2DModel"}, "`_class_name` of"),
+        (
+            {"core_config": {**core_config, "norm_num_groups": 0}},
+            "not the configuration of a UNet2DModel: ZeroDivision",
+        ),
+        ({"core_config": {**core_config, "in_channels": "3"}}, "not the configuration of a UNet2DModel: TypeError"),
         ({"core_config": {**core_config, "code": 1}}, r"\['code'\], which a UNet2DModel does not know"),
         ({"core_process": {**process, "_class_name": "EulerDiscreteScheduler"}}, "`core_process=.*must have"),
         ({"core_process": {**process, "code": 1}}, "`core_process=.*must have"),

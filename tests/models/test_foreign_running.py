@@ -3,12 +3,16 @@
 
 """Compiling, offloading, casting and quantizing models that are grown around cores of diffusers. Here all devices are the CPU."""
 
+import re
+
 import pytest
 import torch
 from accelerate.utils import compile_regions, compute_module_sizes
 from diffusers import TorchAoConfig
 
 from diffusers_greedy_grow import GrowableUNet2DConditionModel
+from diffusers_greedy_grow.training.adapters import add_adapter
+from diffusers_greedy_grow.training.arguments import LoraArguments
 
 from ..testing_utils import randomize
 from .test_foreign_cores import grow, make_foreign, make_states, make_texts
@@ -176,3 +180,17 @@ def test_eight_bits(tmp_path):
         loaded.save_pretrained(tmp_path / "eight")
         again = GrowableUNet2DConditionModel.from_pretrained(tmp_path / "eight", dtype=torch.float32)
         assert torch.equal(again(**inputs).sample, loaded(**inputs).sample)
+
+
+@pytest.mark.parametrize("family", ["unet with text, velocity", "if", "prx"])
+def test_an_adapter_to_train_covers_the_attention_of_the_core(family):
+    """Whatever its layers are called."""
+    model, _ = make(family)
+    attention = {
+        f"core.{name}"
+        for name, module in model.core.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.search(r"(attn\d|attention|attentions\.\d)\.\w+(\.0)?$", name)
+    }
+    add_adapter(model, LoraArguments(pretrained_model_name_or_path="model"))
+    adapted = {name.split(".lora_A")[0] for name in model.state_dict() if ".lora_A." in name}
+    assert len(attention) >= 5 and attention <= adapted

@@ -519,15 +519,19 @@ def test_a_compiled_core_is_grown(core):
         assert all(torch.equal(value, grown.core.state_dict()[name]) for name, value in core.state_dict().items())
 
 
-def test_a_core_in_eight_bits_or_on_the_disk_is_not_grown(core, tmp_path):
+def test_a_core_in_fewer_bits_or_on_the_disk_is_not_grown(core, tmp_path):
     core.save_pretrained(tmp_path)
-    cast, offloaded = load_core(tmp_path), load_core(tmp_path)
-    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    in_eight_bits, in_half, offloaded = load_core(tmp_path), load_core(tmp_path), load_core(tmp_path)
+    in_eight_bits.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    # What would be grown from it could not run: its layers in half precision would not be cast any more.
+    in_half.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     offloaded.enable_group_offload(
         torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk")
     )
     for changed, cause in (
-        (cast, "it has weights in eight bits, by `enable_layerwise_casting`"),
+        (in_eight_bits, "its weights are rounded to float8_e4m3fn, by `enable_layerwise_casting`"),
+        (in_half, "its weights are rounded to bfloat16, by `enable_layerwise_casting`"),
+        (load_core(tmp_path).to(torch.float8_e4m3fn), "it has weights in eight bits"),
         (offloaded, "its weights are on the disk, by group offloading with `offload_to_disk_path`"),
     ):
         with pytest.raises(

@@ -152,6 +152,25 @@ def test_layerwise_casting_inference(model_and_inputs, storage_dtype, bound):
     assert (model(**inputs).sample - expected).abs().mean() < bound * expected.abs().mean()
 
 
+@pytest.mark.parametrize("storage_dtype", [torch.float16, torch.float8_e4m3fn])
+def test_layerwise_casting_saving(either, storage_dtype, tmp_path):
+    """diffusers would write the rounded weights of its own models, without a word."""
+    model, _ = either
+    model.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=torch.float32)
+    dtype = str(storage_dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"its weights are rounded to {dtype}, by .* Load it again, save it"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@torch.no_grad()
+def test_layerwise_casting_that_rounds_nothing(tmp_path):
+    model, inputs = make_model_and_inputs("core")
+    model.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**inputs).sample, model(**inputs).sample)
+
+
 @pytest.mark.parametrize("storage_dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_layerwise_casting_training(either, storage_dtype):
     model, inputs = either

@@ -3,6 +3,7 @@
 
 """Growing pipelines of diffusers: small ones with random weights, loaded and from folders that they saved themselves."""
 
+import copy
 import json
 
 import pytest
@@ -130,8 +131,10 @@ def test_if_encodes_as_it_did(tmp_path):
         assert torch.equal(embeds, expected) and torch.equal(negative_embeds, expected_negative)
         assert embeds.shape[1] == 77 and mask[0].sum() < 77
     assert draw(grown, prompt=PROMPTS[0]).isfinite().all()
-    copied = GreedyGrowPipeline(**grown.components)
-    assert copied.config.prompt_format == "if"
+    # With its components, with a copy of its model, and without a model
+    for changes in ({}, {"unet": copy.deepcopy(grown.unet)}, {"unet": None, "scheduler": None}):
+        again = GreedyGrowPipeline(**{**grown.components, **changes})
+        assert torch.equal(again.encode_prompt(PROMPTS, negative_prompt=NEGATIVE)[0], expected)
 
 
 @torch.no_grad()
@@ -271,6 +274,23 @@ def test_a_dtype_for_the_model_alone(tmp_path):
         assert grown.unet.dtype == torch.bfloat16 and grown.text_encoder.dtype == torch.float32
 
 
+def test_prx_pixel_without_a_size():
+    """The resolution is then that at which the original draws."""
+    core = make_prx_pixel(default_sample_size=None)
+    grown = GreedyGrowPipeline.from_core(core, 2048, (8,) * 3)
+    assert grown.unet.sample_sizes == (1024, 2048)
+
+
+def test_arguments_of_loading(tmp_path):
+    """diffusers would ignore those that it does not know, with a resolution among them, and run a pipeline's code from elsewhere."""
+    make_if().save_pretrained(tmp_path)
+    grown = grow(tmp_path, text_encoder=None, safety_checker=None, dtype=torch.float16, local_files_only=True)
+    assert grown.text_encoder is None and grown.unet.dtype == torch.float16
+    for name, value in (("core_sample_size", 32), ("custom_pipeline", "user/code"), ("trust_remote_code", True)):
+        with pytest.raises(TypeError, match=rf"\['{name}'\] are not arguments to load a IFPipeline to grow"):
+            grow(tmp_path, **{name: value})
+
+
 def test_pipelines_that_cannot_be_grown(tmp_path):
     with pytest.raises(ValueError, match="`out_channels=9`.*with variances"):
         grow(make_if(out_channels=9))
@@ -304,7 +324,23 @@ def test_pipelines_that_cannot_be_grown(tmp_path):
         for read in (grow, describe_foreign):
             with pytest.raises(ValueError, match=message):
                 read(tmp_path / "core")
+    for content, error, message in (
+        ("[]", ValueError, "a `model_index.json` that is no dictionary"),
+        ("{", OSError, "model_index.json' is not a valid JSON file"),
+    ):
+        index.write_text(content)
+        for read in (grow, describe_foreign):
+            with pytest.raises(error, match=message):
+                read(tmp_path / "core")
     index.write_text(json.dumps(config))
+    unet = tmp_path / "core" / "unet" / "config.json"
+    settings = unet.read_text()
+    unet.write_text(json.dumps({**json.loads(settings), "norm_num_groups": 0}))
+    with pytest.raises(OSError, match="cannot be loaded: ZeroDivisionError"):
+        grow(tmp_path / "core")
+    with pytest.raises(ValueError, match="a `unet` whose configuration is not one of a UNet2DModel"):
+        describe_foreign(tmp_path / "core")
+    unet.write_text(settings)
     scheduler = tmp_path / "core" / "scheduler" / "scheduler_config.json"
     for changes in ({"trained_betas": ["a"]}, {"beta_schedule": "x"}):
         settings = json.loads(scheduler.read_text())

@@ -529,6 +529,25 @@ def test_bad_arguments_raise_before_any_model_runs(pipeline_class, arguments, op
             hook.remove()
 
 
+def test_gray_images():
+    """A model that draws in gray takes images in gray, in each form, and says so of others."""
+    pipeline = make_pipeline(make_grown(make_core(in_channels=1, out_channels=1)), shift=2.0)
+    inpaint, upscale = (task(**pipeline.components) for task in TASKS[1:])
+    image, mask, small = make_image().convert("L"), make_mask(), make_image(16).convert("L")
+    array = np.array(image, dtype=np.float32)[..., None] / 255
+    for given in (image, array, torch.from_numpy(array).permute(2, 0, 1)):
+        drawn = run(inpaint, PROMPT, given, mask, output_type="pil")[0]
+        assert drawn.mode == "L" and np.array_equal(np.array(drawn)[:, :8], np.array(image)[:, :8])
+    assert run(TASKS[0](**pipeline.components), PROMPT, image).shape == (1, 1, 32, 32)
+    assert run(upscale, small, PROMPT).shape == (1, 1, 32, 32)
+    with pytest.raises(ValueError, match="`image` is in mode 'RGB', but the model draws L"):
+        run(upscale, make_image(16), PROMPT)
+    with pytest.raises(ValueError, match="`image` has 3 channels in the shape .*, but must have 1: L"):
+        run(upscale, torch.zeros(3, 16, 16), PROMPT)
+    with pytest.raises(ValueError, match="`padding_mask_crop=4` is for one image in RGB"):
+        run(inpaint, PROMPT, image, mask, padding_mask_crop=4, output_type="pil")
+
+
 def test_a_core_cannot_upscale():
     pipeline = GreedyGrowUpscalePipeline(**make_pipeline(make_core()).components)
     with pytest.raises(ValueError, match="`unet` has no growth stage"):

@@ -28,6 +28,8 @@ from diffusers_greedy_grow.training.core_predictions import (
     cache_core_predictions,
     check_caching,
     check_space,
+    count_cached_bytes,
+    name_core,
     predict,
     read_visits,
 )
@@ -292,6 +294,25 @@ def test_what_decides_the_predictions_is_noticed(pipeline, interrupt, tmp_path):
         predictions[0, (7, 1, 0)]
 
 
+def test_the_disk_space_that_a_run_has_taken_already(pipeline, interrupt, tmp_path):
+    """Not that of other runs in the same folder: another core's, another seed's."""
+
+    def count(seed: int = 7, core: str | None = None) -> int:
+        core = core or name_core(pipeline.unet)
+        return count_cached_bytes(tmp_path, core, take_fingerprint(make_images()), 6, 32, seed, 2)
+
+    assert count() == 0
+    _, first = cache(pipeline, make_images(), tmp_path, interrupt)
+    own = first.path.stat().st_blocks * 512
+    assert count() == own >= first.layout.total_bytes and count(seed=8) == 0
+    before = name_core(pipeline.unet)
+    assert name_core(pipeline.unet.core) == before  # alone, as before it is grown
+    next(pipeline.unet.core.parameters()).data.add_(1)
+    assert count() == 0 and count(core=before) == own
+    cache(pipeline, make_images(), tmp_path, interrupt)
+    assert count() == own
+
+
 def test_predictions_that_are_cut_off(pipeline, interrupt, tmp_path):
     _, predictions = cache(pipeline, make_images(), tmp_path, interrupt)
     size = predictions.layout.total_bytes
@@ -321,11 +342,12 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             check_caching(replace(args, **changes), DataArguments(**data), ModelArguments(**model), accelerator)
-    check_space(tmp_path / "new", 1)
+    check_space(tmp_path / "new", 1, 0)
+    check_space(tmp_path / "new", 10**18, 10**18)
     with pytest.raises(
         OSError, match="need 1000000000.0 GB in .*new, .* but only [0-9.]+ GB are free: name another disk"
     ):
-        check_space(tmp_path / "new", 10**18)
+        check_space(tmp_path / "new", 10**18, 0)
 
 
 def test_a_core_output_that_does_not_fit(pipeline):

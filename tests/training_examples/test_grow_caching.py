@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from .launching import assert_same_weights, command, environment, read_metrics, 
 CACHED = {"cache_core_predictions": 2, "joint_steps": 0, "num_validation_images": 1, "validation_steps": 100}
 
 
-def test_a_run_with_cached_predictions(finished, data, here, tmp_path, caplog):
+def test_a_run_with_cached_predictions(finished, data, here, tmp_path, caplog, monkeypatch):
     core, output = finished[0] / "core", tmp_path / "output"
     images_seen: list[int] = []  # by the core
 
@@ -50,7 +51,15 @@ def test_a_run_with_cached_predictions(finished, data, here, tmp_path, caplog):
     assert read_metrics(output)[0]["loss"] > 0
     GreedyGrowPipeline.from_pretrained(output / "grown-16")
 
-    # A run that was killed resumes with the predictions that are there, and ends with the same weights.
+    # A run that was killed resumes with the predictions that are there, and ends with the same weights. It needs no more space on
+    # the disk, but another run does, which would find out only after it has begun.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="of which 0.0 GB are there already, but only 0.0 GB are free"):
+        here(
+            tmp_path / "other", core=core, train_data_dir=data, **CACHED, detail_steps=40, seed=1,
+            core_predictions_dir=output / "core_predictions",
+        )  # fmt: skip
+    assert not (tmp_path / "other" / "config.yaml").exists()
     shutil.copytree(output, tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "grown-16")
     images_seen.clear()

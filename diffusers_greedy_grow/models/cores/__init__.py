@@ -22,23 +22,30 @@ CORE_CLASSES: dict[str, type[ForeignCore]] = {
 }
 
 
+def list_arguments(name: str) -> set[str]:
+    """Return the names of the arguments of a class in [`CORE_CLASSES`]."""
+    return inspect.signature(CORE_CLASSES[name].model_class.__init__).parameters.keys() - {"self"}
+
+
 def build_core(core_config: dict[str, Any], core_process: dict[str, Any] | None, sample_size: int) -> ForeignCore:
     """
     Build a core from the part of a grown model's configuration that describes it.
 
     Raises:
         `ValueError`: if `core_config` names a class that is not in [`CORE_CLASSES`], or has entries that the class does not
-            know; if the model or its process is not supported, or does not fit `sample_size`.
+            know or cannot use; if the model or its process is not supported, or does not fit `sample_size`.
     """
     name = core_config.get("_class_name") if isinstance(core_config, dict) else None
     if not isinstance(name, str) or name not in CORE_CLASSES:
         raise ValueError(f"`core_config` must have a `_class_name` of {sorted(CORE_CLASSES)}, but is {core_config!r}.")
     arguments = {key: value for key, value in core_config.items() if key != "_class_name"}
-    known = inspect.signature(CORE_CLASSES[name].model_class.__init__).parameters
-    if unknown := sorted(arguments.keys() - (known.keys() - {"self"})):
+    if unknown := sorted(arguments.keys() - list_arguments(name)):
         raise ValueError(f"`core_config` has {unknown}, which a {name} does not know.")
     check_sizes(sample_size=sample_size)
-    return CORE_CLASSES[name](core_process, sample_size, **arguments)
+    try:
+        return CORE_CLASSES[name](core_process, sample_size, **arguments)
+    except (ArithmeticError, LookupError, TypeError) as error:
+        raise ValueError(f"`core_config={core_config!r}` is not the configuration of a {name}: {error!r}") from error
 
 
 def adopt_core(model: torch.nn.Module, process: Any, sample_size: int | None) -> ForeignCore:
@@ -61,7 +68,9 @@ def adopt_core(model: torch.nn.Module, process: Any, sample_size: int | None) ->
             f"A {name} needs `process`, which it was trained on: its DDPMScheduler or DDIMScheduler, or "
             "`diffusers_greedy_grow.flow.RectifiedFlow(noise_scale=2.0)` for PRXPixel."
         )
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    # Entries that this version of the class does not know have no effect on the model, and diffusers has warned of them.
+    known = list_arguments(name)
+    config = {key: value for key, value in model.config.items() if key in known}
     own_size: Any = config.get("sample_size")
     if isinstance(own_size, (list, tuple)):
         if len({*own_size}) != 1:
