@@ -35,16 +35,13 @@ from accelerate.logging import get_logger
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.pipelines.foreign import describe_foreign
 from diffusers_greedy_grow.training.arguments import DataArguments, ModelArguments, TrainingArguments
-from diffusers_greedy_grow.training.core_predictions import (
-    CachedObjective,
-    CorePredictions,
-    cache_core_predictions,
+from diffusers_greedy_grow.training.core_predictions.computing import CachedObjective, cache_core_predictions
+from diffusers_greedy_grow.training.core_predictions.planning import (
+    announce_caching,
     check_caching,
-    check_space,
-    count_cached_bytes,
     find_predictions_folder,
-    name_core,
 )
+from diffusers_greedy_grow.training.core_predictions.store import CorePredictions
 from diffusers_greedy_grow.training.curves import draw_losses
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.loading import TrainingData, load_training_data, make_loader
@@ -69,7 +66,7 @@ from diffusers_greedy_grow.training.objective import FlowObjective
 from diffusers_greedy_grow.training.optimizer import split_for_muon
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.phases import Phase, list_phases
-from diffusers_greedy_grow.training.plan import PhasePlan, format_caching, plan_phases
+from diffusers_greedy_grow.training.plan import PhasePlan, plan_phases
 from diffusers_greedy_grow.training.publishing import Publisher, write_phase_card
 from diffusers_greedy_grow.training.run import Run
 from diffusers_greedy_grow.training.run_folder import claim_output_dir, find_resumed_phase, find_start, hold_output_dir
@@ -222,30 +219,6 @@ def load_data(
     )
     logger.info(data.describe())
     return data, broken
-
-
-def announce_caching(
-    plans: list[PhasePlan], args: TrainingArguments, data: TrainingData, pipeline: GreedyGrowPipeline
-) -> None:
-    """
-    Log what caching the core's predictions takes and saves in the phases that are left, the first of which starts from `pipeline`.
-
-    Raises:
-        `OSError`: if the disk has too little space for them.
-    """
-    assert isinstance(data.high_res, CaptionedImages)
-    folder, count = find_predictions_folder(args), len(data.high_res)
-    core = name_core(pipeline.unet) if folder.exists() else ""
-    needed = used = 0
-    for plan in plans:
-        if plan.num_draws:
-            logger.info(format_caching(plan, count))
-            size = plan.count_predictions(count) * plan.prediction_bytes
-            cached = count_cached_bytes(
-                folder, core, data.fingerprint, count, plan.resolution, args.seed, plan.num_draws
-            )
-            needed, used = needed + size, used + min(cached, size)
-    check_space(folder, needed, used)
 
 
 def start_pipeline(

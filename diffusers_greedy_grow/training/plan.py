@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import GrowableUNet2DConditionModel, ShallowUNet2DModel
 from .arguments import DataArguments, ModelArguments, TrainingArguments
-from .core_predictions import count_prediction_bytes
+from .core_predictions.store import count_prediction_bytes
 from .growing import build_core, describe_core, get_text_hidden_size, stage_arguments
 from .memory import StepMemory, follow_step
 from .optimizer import count_orthogonalization, count_orthogonalization_bytes, find_matrices

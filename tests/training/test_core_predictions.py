@@ -22,17 +22,15 @@ from datasets import Image as ImageFeature
 from diffusers_greedy_grow import GreedyGrowPipeline
 from diffusers_greedy_grow.flow import sample_sigma
 from diffusers_greedy_grow.training.arguments import DataArguments, ModelArguments, TrainingArguments
-from diffusers_greedy_grow.training.core_predictions import (
+from diffusers_greedy_grow.training.core_predictions.computing import (
     CachedObjective,
-    CorePredictions,
     cache_core_predictions,
-    check_caching,
-    check_space,
-    count_cached_bytes,
     name_core,
     predict,
-    read_visits,
 )
+from diffusers_greedy_grow.training.core_predictions.draws import read_visits
+from diffusers_greedy_grow.training.core_predictions.planning import check_caching, count_cached_bytes
+from diffusers_greedy_grow.training.core_predictions.store import CorePredictions, check_space
 from diffusers_greedy_grow.training.data.captioned import CaptionedImages
 from diffusers_greedy_grow.training.data.images import normalize
 from diffusers_greedy_grow.training.data.loading import make_loader, take_fingerprint
@@ -250,7 +248,7 @@ def test_two_runs_at_once(has_finished, pipeline, interrupt, tmp_path, monkeypat
             at_once.path.replace(folder / "predictions.bin")
             return lock_file(*args)
 
-        monkeypatch.setattr("diffusers_greedy_grow.training.core_predictions.lock_file", hold)
+        monkeypatch.setattr("diffusers_greedy_grow.training.core_predictions.computing.lock_file", hold)
         calls = count_calls(pipeline.unet.core)
         _, predictions = cache(pipeline, make_images(), tmp_path / "second", interrupt)
         assert calls == [] and len(load(predictions, 6)) == 6

@@ -27,7 +27,7 @@ from .visits import Augmentation
 
 
 if TYPE_CHECKING:
-    from ..core_predictions import CorePredictions
+    from ..core_predictions.store import CorePredictions
 
 
 logger = get_logger(__name__)
