@@ -123,8 +123,9 @@ class HubMixin:
 
         Raises:
             `ValueError`: if adapters are attached or fused. Their weights would have names that do not load. If weights are
-                offloaded to the disk, or rounded to a narrower dtype by `enable_layerwise_casting`. With `core="reference"`, if there is no core, if it has changed since it was loaded, if it is
-                quantized, or if it is unknown where it came from.
+                offloaded to the disk, or rounded to a narrower dtype by `enable_layerwise_casting`. With `core="reference"`, if
+                there is no core, if it has changed since it was loaded, if it is quantized, or if it is unknown where it came
+                from.
             `OSError`: with `core="reference"`, if the core's folder or repository cannot be read.
         """
         # The signature must name `variant` and the others: a pipeline passes to the `save_pretrained` of a component only the

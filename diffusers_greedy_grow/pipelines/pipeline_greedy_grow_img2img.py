@@ -72,8 +72,8 @@ class GreedyGrowImg2ImgPipeline(GreedyGrowPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 What to draw. Leave out for `prompt_embeds`, and for an unconditional model.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
-                The image to begin with: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the model draws), arrays `(H, W, C)` or tensors
-                `(C, H, W)` in [0, 1]. They are resized to `height` and `width`.
+                The image to begin with: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the
+                model draws), arrays `(H, W, C)` or tensors `(C, H, W)` in [0, 1]. They are resized to `height` and `width`.
             strength (`float`, defaults to 0.8):
                 The share of the steps that run, in (0, 1]: the image gets noise of the level at which they begin, which
                 depends on the scheduler's shift. With 1 nothing of the image is left.

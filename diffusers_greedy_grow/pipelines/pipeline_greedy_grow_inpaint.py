@@ -83,8 +83,9 @@ class GreedyGrowInpaintPipeline(GreedyGrowPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 What the whole image shows. Leave out for `prompt_embeds`, and for an unconditional model.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
-                The image to change: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the model draws), arrays `(H, W, C)` or tensors
-                `(C, H, W)` in [0, 1]. They are resized to `height` and `width`; of the result of that, pixels are kept.
+                The image to change: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the model
+                draws), arrays `(H, W, C)` or tensors `(C, H, W)` in [0, 1]. They are resized to `height` and `width`; of the
+                result of that, pixels are kept.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
                 White where the image is drawn again, black where it is kept, gray for a mixture: as many masks as images, or one,
                 and of the same height and width. PIL images, arrays `(H, W)` or tensors `(H, W)` or `(1, H, W)` in [0, 1].

@@ -71,9 +71,9 @@ class GreedyGrowUpscalePipeline(GreedyGrowPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of these):
-                The image to enlarge: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the model draws), arrays `(H, W, C)` or tensors
-                `(C, H, W)` in [0, 1]. It is resized so that its longer side is the smallest resolution inside the model that is not
-                below it, and the stages around that one draw their detail.
+                The image to enlarge: one for all prompts, or one per prompt. PIL images in RGB (or in gray, as the
+                model draws), arrays `(H, W, C)` or tensors `(C, H, W)` in [0, 1]. It is resized so that its longer side is the
+                smallest resolution inside the model that is not below it, and the stages around that one draw their detail.
             prompt (`str` or `list[str]`, *optional*):
                 What the image shows; by default the empty prompt.
             strength (`float`, defaults to 1.0):

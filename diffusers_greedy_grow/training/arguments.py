@@ -470,7 +470,8 @@ class LoraArguments(ImageArguments, LoopArguments):
         default=None,
         metadata={
             "help": "Endings of the names of the layers to adapt. By default, they are to_q, to_k, to_v and to_out.0, which is all attention, "
-            "with add_k_proj and add_v_proj in DeepFloyd IF, and img_qkv_proj and txt_kv_proj in PRX; in a grown model also conv1 and conv2 of the residual blocks, and text_proj."
+            "with add_k_proj and add_v_proj in DeepFloyd IF, and img_qkv_proj and txt_kv_proj in PRX; in a grown model also conv1 "
+            "and conv2 of the residual blocks, and text_proj."
         },
     )
     max_train_steps: int = field(default=500, metadata={"help": "Number of steps to train."})

@@ -199,7 +199,8 @@ class CorePredictions(torch.utils.data.Dataset):
         limit = torch.finfo(IMAGE_DTYPE).max
         if not (image.isfinite().all() and features.isfinite().all()):
             raise FloatingPointError(
-                f"The core's predictions are not finite for the images {[index for index, _ in read_visits(batch)]}: try `mixed_precision` bf16 or no."
+                f"The core's predictions are not finite for the images {[index for index, _ in read_visits(batch)]}: try "
+                "`mixed_precision` bf16 or no."
             )
         image, features = image.clamp(-limit, limit).to(IMAGE_DTYPE).cpu(), features.to(FEATURES_DTYPE).cpu()
         with self.naming_the_folder(), open(self.unfinished_path, "r+b") as file:
