@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_sentencepiece_available
 
 from ..flow import RectifiedFlow
 from ..hub.mixins import HubMixin, refuse_pickles
@@ -136,6 +137,7 @@ def find_foreign(
         `TypeError`: if there are `kwargs` although `core` is a loaded pipeline, or unknown ones.
         `ValueError`: if it is a pipeline that cannot be grown, or its model would be quantized.
         `OSError`: if its weights are missing, damaged or pickled.
+        `ImportError`: if a package is missing that reads its tokenizer.
     """
     name = type(core).__name__
     if name in READERS and type(core) is getattr(diffusers, name):
@@ -158,9 +160,16 @@ def find_foreign(
     arguments = {**get_model_kwargs(kwargs, component), **pinned, "subfolder": component, "use_safetensors": True}
     model = load_complete(getattr(diffusers, index[component][1]), core, commit, **arguments)
     settings = {"requires_safety_checker": False} if left_out else {}
-    pipeline = getattr(diffusers, name).from_pretrained(
-        core, **{**kwargs, **pinned, **left_out, **settings, component: model, "use_safetensors": True}
-    )
+    arguments = {**kwargs, **pinned, **left_out, **settings, component: model, "use_safetensors": True}
+    try:
+        pipeline = getattr(diffusers, name).from_pretrained(core, **arguments)
+    except ValueError as error:
+        if "tiktoken" not in str(error) or is_sentencepiece_available():
+            raise
+        # Without sentencepiece, transformers takes its file for one of tiktoken.
+        raise ImportError(
+            f"The tokenizer of `core={str(core)!r}` is read by sentencepiece: `pip install sentencepiece protobuf`."
+        ) from error
     return READERS[name](pipeline)
 
 
