@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel, ShallowUNet2DModel
+from diffusers_greedy_grow.pipelines.foreign import describe_foreign
 
 from .models.test_foreign_cores import make_foreign
 from .testing_utils import TEXT_DIM, make_core, make_pipeline, randomize
@@ -352,6 +353,29 @@ def test_the_core_is_not_overwritten(core_folder, tmp_path):
     assert index.read_bytes() == before
     grown.save_pretrained(tmp_path, core="reference")  # the folder around it is free
     assert same(GreedyGrowPipeline.from_pretrained(tmp_path).unet, grown.unet)
+
+
+def test_a_pipeline_without_subfolders(hub, tmp_path):
+    """As old repositories of DDPM are, in a folder and on the Hub."""
+    core = make_ddpm(tmp_path / "core")
+    expected = grow(core).unet.core
+    for component in ("unet", "scheduler"):
+        for path in (core / component).iterdir():
+            path.rename(core / path.name)
+        (core / component).rmdir()
+    assert same(grow(DDPMPipeline.from_pretrained(core)).unet.core, expected)
+    assert describe_foreign(core).model.config.sample_size == 16
+    upload(core, "owner/old-ddpm")
+    for source in (core, "owner/old-ddpm"):
+        grown = grow(source)
+        assert same(grown.unet.core, expected)
+        grown.save_pretrained(tmp_path / "saved", core="reference")
+        assert same(GreedyGrowPipeline.from_pretrained(tmp_path / "saved").unet, grown.unet)
+    with pytest.raises(ValueError, match="holds the core, or its pipeline, which would be replaced"):
+        grow(core).save_pretrained(core, core="reference")
+    (core / "config.json").unlink()
+    with pytest.raises(OSError, match="config.json"):
+        grow(core)
 
 
 def test_a_core_whose_weights_are_not_as_they_were(core_folder, tmp_path):

@@ -235,7 +235,7 @@ def lies_in(reference: dict[str, Any], folder: Path, is_pipeline: bool) -> bool:
     if not is_pipeline:
         return folder in places
     pipelines = {place.parent for place in places if (place.parent / "model_index.json").is_file()}
-    return folder / "unet" in places or folder in pipelines
+    return not places.isdisjoint((folder, folder / "unet")) or folder in pipelines
 
 
 def fetch(repo_id: str, revision: str | None, file: str) -> Path:

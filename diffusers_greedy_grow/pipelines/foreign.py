@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_sentencepiece_available
 
 from ..flow import RectifiedFlow
 from ..hub.mixins import HubMixin, refuse_pickles
@@ -136,6 +137,7 @@ def find_foreign(
         `TypeError`: if there are `kwargs` although `core` is a loaded pipeline, or unknown ones.
         `ValueError`: if it is a pipeline that cannot be grown, or its model would be quantized.
         `OSError`: if its weights are missing, damaged or pickled.
+        `ImportError`: if a package is missing that reads its tokenizer.
     """
     name = type(core).__name__
     if name in READERS and type(core) is getattr(diffusers, name):
@@ -155,12 +157,21 @@ def find_foreign(
         raise TypeError(f"{unknown} are not arguments to load a {name} to grow. Are they misspelled?")
     refuse_pickles(kwargs.get("use_safetensors"))
     pinned = {} if commit is None else {"revision": commit}
-    arguments = {**get_model_kwargs(kwargs, component), **pinned, "subfolder": component, "use_safetensors": True}
-    model = load_complete(getattr(diffusers, index[component][1]), core, commit, **arguments)
+    model_class = getattr(diffusers, index[component][1])
+    _, subfolder = find_config(model_class, core, component, {**list_fetching(kwargs), **pinned})
+    arguments = {**get_model_kwargs(kwargs, component), **pinned, "subfolder": subfolder, "use_safetensors": True}
+    model = load_complete(model_class, core, commit, **arguments)
     settings = {"requires_safety_checker": False} if left_out else {}
-    pipeline = getattr(diffusers, name).from_pretrained(
-        core, **{**kwargs, **pinned, **left_out, **settings, component: model, "use_safetensors": True}
-    )
+    arguments = {**kwargs, **pinned, **left_out, **settings, component: model, "use_safetensors": True}
+    try:
+        pipeline = getattr(diffusers, name).from_pretrained(core, **arguments)
+    except ValueError as error:
+        if "tiktoken" not in str(error) or is_sentencepiece_available():
+            raise
+        # Without sentencepiece, transformers takes its file for one of tiktoken.
+        raise ImportError(
+            f"The tokenizer of `core={str(core)!r}` is read by sentencepiece: `pip install sentencepiece protobuf`."
+        ) from error
     return READERS[name](pipeline)
 
 
@@ -189,7 +200,7 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
         component_class: Any = getattr(diffusers, str(index[component][1]), None)
         if not hasattr(component_class, "load_config"):
             raise ValueError(f"`core={str(core)!r}` has `{component}={index[component]}`, not a class of diffusers.")
-        config = component_class.load_config(core, subfolder=component, revision=commit or revision)
+        config, _ = find_config(component_class, core, component, {"revision": commit or revision})
         # A scheduler is read for its values, which the meta device has not.
         with torch.device("cpu" if component == "scheduler" else "meta"):
             try:
@@ -204,15 +215,38 @@ def describe_foreign(core: str | Path, revision: str | None = None) -> ForeignPi
     return READERS[name](described)
 
 
+def list_fetching(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the arguments of `from_pretrained` that say how to fetch a file."""
+    return {name: kwargs[name] for name in FETCHING if name in kwargs}
+
+
+def find_config(
+    component_class: Any, core: str | Path, component: str, fetching: dict[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """
+    Return the configuration of a component of a pipeline, and its subfolder: None in old repositories of DDPM, where all components are
+    beside `model_index.json`. Raise an `OSError` if it is missing or damaged.
+    """
+    try:
+        return component_class.load_config(core, subfolder=component, **fetching), component
+    except OSError:
+        if Path(core, component).is_dir():
+            raise
+        try:
+            return component_class.load_config(core, **fetching), None
+        except OSError:
+            pass  # of the two errors, the first one names the component
+        raise
+
+
 def find_index(core: str | Path, kwargs: dict[str, Any]) -> tuple[dict[str, Any], str | None, str] | None:
     """
     Return the content of `model_index.json` of a pipeline of diffusers that can be grown, its commit on the Hub, and the name of
     its model; or None if `core` is one of ours or no pipeline. Raise a `ValueError` if it is a pipeline that cannot be grown, and an
     `OSError` if that file is damaged. `kwargs` are those of [`find_foreign`].
     """
-    fetching = {name: kwargs[name] for name in FETCHING if name in kwargs}
     try:
-        index, commit = DiffusionPipeline.load_config(core, return_commit_hash=True, **fetching)
+        index, commit = DiffusionPipeline.load_config(core, return_commit_hash=True, **list_fetching(kwargs))
     except OSError:
         if Path(core, "model_index.json").is_file():  # damaged
             raise

@@ -125,7 +125,10 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         if scheduler is not None:  # None in a pipeline that only encodes prompts
             shift_name(scheduler)
         if text_encoder is not None and unet is not None:
-            text_width, model_width = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+            text_width = (
+                text_encoder.config.get_text_config().hidden_size
+            )  # of the part for text, if it also sees images
+            model_width = unet.config.cross_attention_dim
             if text_width != model_width:
                 raise ValueError(
                     f"`text_encoder` returns {text_width} channels, but `unet` has `cross_attention_dim={model_width}`: "

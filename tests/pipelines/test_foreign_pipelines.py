@@ -5,6 +5,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,7 +23,15 @@ from diffusers import (
 )
 from diffusers.utils import is_ftfy_available
 from safetensors.torch import load_file, save_file
-from transformers import ByT5Tokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
+from transformers import (
+    ByT5Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
+    Qwen3VLVisionConfig,
+)
+from transformers.utils import is_sentencepiece_available
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import high_band, pool, shift_sigma, upsample
@@ -117,6 +126,19 @@ def test_prx_pixel(tmp_path):
     captions = encode_captions(grown, grown.text_encoder, PROMPTS, torch.device("cpu"))
     assert torch.equal(captions["encoder_hidden_states"], expected[0])
     assert draw(grown, prompt="", guidance_scale=3.0).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not is_ftfy_available(), reason="PRXPixelPipeline itself cleans prompts by ftfy")
+def test_a_text_encoder_that_could_see_images():
+    """The width of the embeddings is then in a part of its configuration."""
+    core = make_prx_pixel()
+    vision = Qwen3VLVisionConfig(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=TEXT_DIM)
+    config = Qwen3VLConfig(text_config=core.text_encoder.config, vision_config=vision)
+    assert not hasattr(config, "hidden_size")
+    core.text_encoder = Qwen3VLModel(config).eval()
+    grown = grow(core)
+    assert torch.equal(grown.encode_prompt(PROMPTS)[0], core.encode_prompt(PROMPTS)[0])
 
 
 @torch.no_grad()
@@ -289,6 +311,20 @@ def test_arguments_of_loading(tmp_path):
     for name, value in (("core_sample_size", 32), ("custom_pipeline", "user/code"), ("trust_remote_code", True)):
         with pytest.raises(TypeError, match=rf"\['{name}'\] are not arguments to load a IFPipeline to grow"):
             grow(tmp_path, **{name: value})
+
+
+@pytest.mark.skipif(is_sentencepiece_available(), reason="sentencepiece is installed")
+def test_a_tokenizer_that_needs_sentencepiece(tmp_path):
+    """As DeepFloyd IF has it. transformers asks for tiktoken, which would not help."""
+    make_if().save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(b"\x0a\x05")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace("ByT5Tokenizer", "T5Tokenizer"))
+    with pytest.raises(ImportError, match="`core=.*` is read by sentencepiece: `pip install sentencepiece protobuf`"):
+        grow(tmp_path)
 
 
 def test_pipelines_that_cannot_be_grown(tmp_path):

@@ -176,6 +176,36 @@ def test_kept_embeddings(tmp_path, dtype):
         embeddings(["a cat"], torch.device("cpu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_caption_without_tokens(dtype, tmp_path):
+    """The empty caption has none with tokenizers that add no token of their own, such as that of PRXPixel."""
+
+    def encode(captions):
+        mask = torch.tensor([[len(caption) > place for place in range(4)] for caption in captions])
+        hidden_states = torch.arange(4.0)[:, None] + torch.arange(3.0)
+        return {
+            "encoder_hidden_states": hidden_states.to(dtype).expand(len(captions), 4, 3),
+            "encoder_attention_mask": mask,
+        }
+
+    embeddings = TextEmbeddings(tmp_path)
+    for captions in ([""], ["ab", ""]):  # the empty one alone, in a part of its own, and together with another one
+        embeddings.add(captions, encode)
+        embeddings.reload()
+        again = TextEmbeddings(tmp_path)
+        for store in (embeddings, again):
+            found = store([""], torch.device("cpu"))
+            assert found["encoder_hidden_states"].shape == (1, 1, 3) and found["encoder_hidden_states"].dtype == dtype
+            assert found["encoder_attention_mask"].tolist() == [[False]]
+    found = embeddings(["", "ab"], torch.device("cpu"))
+    assert found["encoder_attention_mask"].tolist() == [[False, False], [True, True]]
+    assert torch.equal(found["encoder_hidden_states"][1], encode(["ab"])["encoder_hidden_states"][0, :2])
+    other = TextEmbeddings(tmp_path / "other")
+    other.add(["ab", ""], encode)
+    other.reload()
+    assert not other([""], torch.device("cpu"))["encoder_attention_mask"].any()
+
+
 def test_nothing_is_left_of_embeddings_that_were_interrupted(tmp_path):
     def encode(captions):
         raise KeyboardInterrupt

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -63,7 +64,12 @@ class TextEmbeddings:
             numbers = np.full(len(hashes), len(self.data), np.int32)
             for column, values in zip(columns, (hashes, numbers, starts, counts)):
                 column.append(values)
-            data = np.memmap(part / "embeddings.bin", mode="r", dtype=np.uint8).reshape(-1, about["bytes"])
+            path = part / "embeddings.bin"
+            # A file without tokens, of the empty caption alone, cannot be mapped.
+            data: np.ndarray = np.empty(0, np.uint8)
+            if path.stat().st_size:
+                data = np.memmap(path, mode="r", dtype=np.uint8)
+            data = data.reshape(-1, about["bytes"])
             mask = np.load(part / "mask.npy") if (part / "mask.npy").exists() else None
             self.data.append((data, getattr(torch, about["dtype"]), mask))
         order = np.argsort(np.concatenate(columns[0]), kind="stable")
@@ -77,12 +83,14 @@ class TextEmbeddings:
             return None
         data, dtype, mask = self.data[self.parts[i]]
         tokens = slice(self.starts[i], self.starts[i] + self.counts[i])
-        found = torch.from_numpy(np.array(data[tokens])).view(dtype)
+        found = torch.empty(int(self.counts[i]), data.shape[1] // dtype.itemsize, dtype=dtype)
+        found.view(torch.uint8).copy_(torch.from_numpy(np.array(data[tokens])))
         return found, torch.ones(len(found), dtype=torch.bool) if mask is None else torch.from_numpy(mask[tokens])
 
     def __call__(self, captions: list[str], device: torch.device) -> dict[str, torch.Tensor]:
         """
-        Return `encoder_hidden_states` and `encoder_attention_mask` of `captions`, padded with zeros to the longest.
+        Return `encoder_hidden_states` and `encoder_attention_mask` of `captions`, padded with zeros to the longest. With some
+        tokenizers, empty captions have no tokens; there is at least one of padding.
 
         Raises:
             `KeyError`: if a caption is not there.
@@ -97,6 +105,8 @@ class TextEmbeddings:
                 )
             found.append(embedding)
         hidden_states, mask = (torch.nn.utils.rnn.pad_sequence([*parts], batch_first=True) for parts in zip(*found))
+        if mask.shape[1] == 0:
+            hidden_states, mask = F.pad(hidden_states, (0, 0, 0, 1)), F.pad(mask, (0, 1))
         return {
             "encoder_hidden_states": hidden_states.to(device, non_blocking=True),
             "encoder_attention_mask": mask.to(device, non_blocking=True),
