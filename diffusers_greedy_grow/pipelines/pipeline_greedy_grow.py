@@ -266,6 +266,11 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
                 "without detail."
             )
         stage = {"block_out_channels": block_out_channels, "layers_per_block": layers_per_block, "init": init}
+        if "subfolder" in kwargs:
+            raise TypeError(
+                f"`subfolder={kwargs['subfolder']!r}` names a part of a pipeline, but `core` must be a whole one: leave it out. "
+                "`GrowableUNet2DConditionModel.from_core` grows a model alone."
+            )
         if isinstance(core, (str, Path)):
             kwargs |= {"token": token, "revision": revision}
         try:

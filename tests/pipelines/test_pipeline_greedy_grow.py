@@ -517,6 +517,8 @@ def test_growing_says_what_does_not_fit(pipeline, tmp_path):
         TypeError, match=r"\['detail_variances'\] are those of `core`; the new .* is `detail_variance`"
     ):
         GreedyGrowPipeline.from_core(tmp_path, 32, detail_variances=[0.1])
+    with pytest.raises(TypeError, match="`subfolder='unet'` names a part of a pipeline"):
+        GreedyGrowPipeline.from_core(tmp_path, 32, subfolder="unet")
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="weights are missing, damaged"):
         GreedyGrowPipeline.from_core(tmp_path, 32)
