@@ -62,7 +62,7 @@ from diffusers_greedy_grow.training.growing import (
 )
 from diffusers_greedy_grow.training.loop import TrainingLoop
 from diffusers_greedy_grow.training.nearest import NearestImages
-from diffusers_greedy_grow.training.objective import FlowObjective
+from diffusers_greedy_grow.training.objective import FlowObjective, find_training_shift
 from diffusers_greedy_grow.training.optimizer import split_for_muon
 from diffusers_greedy_grow.training.parsing import parse_arguments
 from diffusers_greedy_grow.training.phases import Phase, list_phases
@@ -346,7 +346,7 @@ def make_objective(
     """Return the loss of a phase, and the images that it trains on, with the core's predictions if these are cached."""
     args, accelerator = session.args, session.run.accelerator
     images = session.data.at(phase.stage, phase.resolution)
-    shift, dropout = pipeline.scheduler.config.shift, session.data_args.caption_dropout
+    shift, dropout = find_training_shift(pipeline), session.data_args.caption_dropout
     arguments = phase, accelerator, encode, pipeline.unet, shift, args.seed, dropout
     if not args.cache_core_predictions or phase.kind != "detail":
         return FlowObjective(*arguments), images

@@ -50,7 +50,7 @@ from diffusers_greedy_grow.training.data.rows import BrokenRows
 from diffusers_greedy_grow.training.data.sources import Selection, load_captioned_data
 from diffusers_greedy_grow.training.errors import run_script
 from diffusers_greedy_grow.training.loop import TrainingLoop
-from diffusers_greedy_grow.training.objective import FlowObjective
+from diffusers_greedy_grow.training.objective import FlowObjective, find_training_shift
 from diffusers_greedy_grow.training.parsing import parse_lora_arguments
 from diffusers_greedy_grow.training.phases import Phase, make_lora_phase
 from diffusers_greedy_grow.training.publishing import prepare_publishing, publish_files
@@ -130,8 +130,9 @@ def train(args: LoraArguments, accelerator: Accelerator) -> None:
     interrupt = Interrupt()
     loop = TrainingLoop(run, phase, args, unet, groups, interrupt, checkpoint)
     encode = CaptionEncoder(pipeline, accelerator.device)
-    shift = pipeline.scheduler.config.shift
-    objective = FlowObjective(phase, accelerator, encode, unet, shift, args.seed, args.caption_dropout)
+    objective = FlowObjective(
+        phase, accelerator, encode, unet, find_training_shift(pipeline), args.seed, args.caption_dropout
+    )
     loader = make_loader(
         train_data,
         accelerator,

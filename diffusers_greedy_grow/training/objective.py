@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from ..flow import add_noise, expand, pool, sample_sigma
+from ..pipelines import GreedyGrowPipeline
 from .data.images import normalize
 from .phases import Phase
 from .seeds import sample_seeds
@@ -140,6 +141,18 @@ def weigh(sigma: torch.Tensor, weighting: str) -> torch.Tensor:
     return compute_loss_weighting_for_sd3(weighting, sigma)
 
 
+def find_training_shift(pipeline: GreedyGrowPipeline) -> float:
+    """
+    Return the shift of the noise levels to train on: the scheduler's, or the growth factor around a core that others have trained.
+    Their schedulers have a shift of their own, which suits sampling. With it, a stage would hardly see the low noise at which
+    detail shows.
+    """
+    unet = pipeline.unet
+    if unet.config.get("core_config") is None:
+        return pipeline.scheduler.config.shift
+    return unet.sample_sizes[-1] / unet.sample_sizes[0]
+
+
 class FlowObjective:
     """
     The loss of a phase's batches. Noise, noise levels and dropped captions depend only on the seed, the phase, the step and an
@@ -150,7 +163,7 @@ class FlowObjective:
         accelerator (`Accelerator`): The device, the precision and the processes.
         encode (`Callable`): Returns the model's text arguments for a list of captions, see [`CaptionEncoder`].
         unet: The model, for its resolutions.
-        shift (`float`): The shift of the noise levels at the model's resolution, from its scheduler.
+        shift (`float`): The shift of the noise levels at the model's resolution, see [`find_training_shift`].
         seed (`int`): The run's seed.
         caption_dropout (`float`): The share of captions that are left empty, for classifier-free guidance.
     """
