@@ -37,6 +37,7 @@ from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionMod
 from diffusers_greedy_grow.flow import high_band, pool, shift_sigma, upsample
 from diffusers_greedy_grow.models.cores.processes import build_process, describe_process
 from diffusers_greedy_grow.pipelines.foreign import describe_foreign
+from diffusers_greedy_grow.training.objective import find_training_shift
 from diffusers_greedy_grow.training.text.captions import encode_captions
 from diffusers_greedy_grow.training.text.small_encoder import build_small_text_encoder, train_small_tokenizer
 
@@ -123,6 +124,7 @@ def test_prx_pixel(tmp_path):
             assert torch.equal(tensor, expected_tensor)
     # The states are those of the original at its own times: noise of scale 2, and shift 3.
     assert grown.unet.core.process.noise_scale == 2 and grown.scheduler.config.shift == 3 * 2 * 2
+    assert find_training_shift(grown) == 2  # of the growth alone, or low noise would hardly be trained on
     captions = encode_captions(grown, grown.text_encoder, PROMPTS, torch.device("cpu"))
     assert torch.equal(captions["encoder_hidden_states"], expected[0])
     assert draw(grown, prompt="", guidance_scale=3.0).isfinite().all()

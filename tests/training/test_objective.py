@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from diffusers_greedy_grow.flow import high_band, pool
 from diffusers_greedy_grow.training.arguments import WEIGHTINGS
-from diffusers_greedy_grow.training.objective import SIGMA_MIN_OF_LOSS, LossMeter, flow_loss
+from diffusers_greedy_grow.training.objective import SIGMA_MIN_OF_LOSS, LossMeter, find_training_shift, flow_loss
 
-from ..testing_utils import make_inputs
+from ..testing_utils import make_core, make_grown, make_inputs, make_pipeline
 
 
 def test_the_loss_is_that_of_the_velocity(grown):
@@ -38,6 +38,12 @@ def test_the_loss_is_that_of_the_velocity(grown):
     error = (output.pred_original_sample - x0) / sigma.clamp(min=SIGMA_MIN_OF_LOSS)[:, None, None, None]
     torch.testing.assert_close(losses.low, pool(error, 2).square().mean(dim=(1, 2, 3)))
     torch.testing.assert_close(losses.high, high_band(error, 2).square().mean(dim=(1, 2, 3)), atol=1e-6, rtol=1e-4)
+
+
+def test_training_has_the_shift_of_the_scheduler():
+    """Around a core that others have trained it has not, see `test_prx_pixel`."""
+    assert find_training_shift(make_pipeline(make_grown(), shift=3.0)) == 3.0
+    assert find_training_shift(make_pipeline(make_core())) == 1.0
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
