@@ -228,6 +228,8 @@ def fit_adapter(
         own = name
         for start in (*prefixes, PEFT_PREFIX):
             own = own.removeprefix(start)
+        # As diffusers' training scripts for DeepFloyd IF write them
+        own = own.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
         match = TENSOR_NAME.fullmatch(f"core.{own}" if own.startswith(core_parts) else own)
         if match is None or match["layer"] not in layers:
             unknown.append(name)

@@ -182,7 +182,11 @@ def make_foreign() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
             {f"{processor}.down.weight": a, f"{processor}.up.weight": b},
             f"{processor}.down.weight",
         ),
-        "old diffusers": ({f"unet.{LAYER}.lora.down.weight": a}, f"unet.{LAYER}.lora.down.weight"),
+        "half of old diffusers": ({f"unet.{LAYER}.lora.down.weight": a}, f"{LAYER}.lora_B.weight` is missing"),
+        "old diffusers twice": (
+            {f"unet.{LAYER}.{name}.weight": a for name in ("lora.down", "lora_A")},
+            "more than one adapter",
+        ),
         "another model": (
             {f"transformer.blocks.0.{part}.weight": a for part in ("lora_A", "lora_B")},
             "transformer.blocks.0",

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -112,12 +113,15 @@ def make_adapter(family: str, folder, form: str) -> tuple[torch.nn.Module, dict]
             layers,
             unet_lora_adapter_metadata=_collate_lora_metadata({"unet": core})["unet_lora_adapter_metadata"],
         )
-    else:  # the names of a training script for PRX, with alpha taken to be the rank
+    else:  # the names of training scripts, with alpha taken to be the rank
         for module in core.modules():
             if hasattr(module, "scaling"):
                 module.scaling["default"] = 1.0
         folder.mkdir(exist_ok=True)
         tensors = get_peft_model_state_dict(core, adapter_name="default")
+        if form == "script":  # diffusers' for DeepFloyd IF: some names end in `lora.down`, others in `lora_A`
+            StableDiffusionLoraLoaderMixin.save_lora_weights(folder, convert_state_dict_to_diffusers(tensors))
+            return core, load_file(next(folder.glob("*.safetensors")))
         save_file(
             {f"transformer.{name}": value.clone() for name, value in tensors.items()}, folder / "lora.safetensors"
         )
@@ -131,6 +135,7 @@ def make_adapter(family: str, folder, form: str) -> tuple[torch.nn.Module, dict]
         ("unet with text, velocity", "peft"),
         ("unet with text, velocity", "diffusers"),
         ("if", "diffusers"),
+        ("if", "script"),
         ("prx", "peft"),
         ("prx", "transformer"),
     ],
@@ -138,7 +143,7 @@ def make_adapter(family: str, folder, form: str) -> tuple[torch.nn.Module, dict]
 def test_an_adapter_of_the_original_core(family, form, tmp_path):
     """In the grown model, it does to the core what it does to the original, also where its output layer is replaced."""
     adapted, tensors = make_adapter(family, tmp_path / "lora", form)
-    start = {"peft": "base_model.model.", "diffusers": "unet.", "transformer": "transformer."}[form]
+    start = {"peft": "base_model.model.", "diffusers": "unet.", "script": "unet.", "transformer": "transformer."}[form]
     assert all(name.startswith(start) for name in tensors)
     core, process = make_foreign(family)
     grown, (text, _) = grow_model(core, process), make_texts(family)
