@@ -89,6 +89,8 @@ def make_card(
         tag=tag,
         is_pipeline=is_pipeline,
         has_text=has_text,
+        cleans_prompts=is_pipeline and pushed.config.get("prompt_format") == "prx_pixel",
+        has_core_of_others=model.config.get("core_config") is not None,
         class_name=type(pushed).__name__,
         grown_class_name="GreedyGrowPipeline" if is_pipeline else "GrowableUNet2DConditionModel",
         sizes=model.sample_sizes,

@@ -273,11 +273,13 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
             )
         if isinstance(core, (str, Path)):
             kwargs |= {"token": token, "revision": revision}
+        foreign, config = None, {}
         try:
             config = get_core_config(core, kwargs)
         except (OSError, ValueError):
             if (foreign := find_foreign(core, kwargs, cls.get_model_kwargs)) is None:
                 raise
+        if foreign is not None:
             return cls.grow_foreign(foreign, sample_size, stage, detail_variance, push)
         GrowableUNet2DConditionModel.build_on_meta(config, sample_size, **stage)
         pipeline = cls.from_pretrained(core, unet=None, **kwargs) if isinstance(core, (str, Path)) else core

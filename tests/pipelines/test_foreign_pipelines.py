@@ -35,6 +35,7 @@ from transformers.utils import is_sentencepiece_available
 
 from diffusers_greedy_grow import GreedyGrowPipeline, GrowableUNet2DConditionModel
 from diffusers_greedy_grow.flow import high_band, pool, shift_sigma, upsample
+from diffusers_greedy_grow.hub.cards import make_card
 from diffusers_greedy_grow.models.cores.processes import build_process, describe_process
 from diffusers_greedy_grow.pipelines.foreign import describe_foreign
 from diffusers_greedy_grow.training.objective import find_training_shift
@@ -124,6 +125,8 @@ def test_prx_pixel(tmp_path):
             assert torch.equal(tensor, expected_tensor)
     # The states are those of the original at its own times: noise of scale 2, and shift 3.
     assert grown.unet.core.process.noise_scale == 2 and grown.scheduler.config.shift == 3 * 2 * 2
+    card = make_card(grown, "owner/name").text
+    assert "pip install diffusers-greedy-grow ftfy\n" in card and "\n- Its core was trained by others" in card
     assert find_training_shift(grown) == 2  # of the growth alone, or low noise would hardly be trained on
     captions = encode_captions(grown, grown.text_encoder, PROMPTS, torch.device("cpu"))
     assert torch.equal(captions["encoder_hidden_states"], expected[0])

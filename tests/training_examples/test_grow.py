@@ -240,7 +240,7 @@ def test_few_high_resolution_images(data, tmp_path):
     """The core sees all images. Above its resolution there is only one, and the growth measures its detail there."""
     arguments = {"train_data_dir": data, "core_steps": 2, "detail_steps": 1, "joint_steps": 0}
     log = run(tmp_path / "output", num_high_res_images=1, **arguments)
-    assert "57 images to train the core on, 1 to train on above its resolution; 3 held out" in log
+    assert "Images to train on: 57 at the core's resolution, 1 above it; 3 held out" in log
     (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances
     images = [to_pixel_values(Image.open(path), 16) for path in sorted(data.rglob("*.png"))]
     variances = [detail_variance(normalize(image[None], 1), 2) for image in images]

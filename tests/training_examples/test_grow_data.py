@@ -76,7 +76,7 @@ def test_other_images_above_the_cores_resolution(data, tmp_path, known):
         tmp_path / "output", high_res_data_dir=tmp_path / "flat.parquet", aspect_ratio_buckets="16,16;8,32;32,8",
         dataloader_num_workers=1, **arguments,
     )  # fmt: skip
-    assert "30 images to train the core on, 23 to train on above its resolution; 1 held out" in log
+    assert "Images to train on: 30 at the core's resolution, 23 above it; 1 held out" in log
     assert ("The captions of 1 held-out images are in the core's data, too" in log) == known
     (variance,) = GreedyGrowPipeline.from_pretrained(tmp_path / "output" / "grown-16").config.detail_variances
     assert 0 < variance < 1e-4

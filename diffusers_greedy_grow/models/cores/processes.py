@@ -48,8 +48,8 @@ def describe_process(process: Any) -> dict[str, Any]:
         return {"_class_name": "DDPMScheduler", **config}
     raise TypeError(
         f"`process` must be the DDPMScheduler or DDIMScheduler that `core` was trained with, or `RectifiedFlow(noise_scale)` of "
-        f"`diffusers_greedy_grow.flow`, but is a {type(process).__name__}. Another scheduler with the same noise levels becomes "
-        "the first by `DDPMScheduler.from_config(scheduler.config)`."
+        f"`diffusers_greedy_grow.flow`, which a PRXTransformer2DModel needs, but is a {type(process).__name__}. Another scheduler with "
+        "the noise levels of DDPM becomes the first by `DDPMScheduler.from_config(scheduler.config)`."
     )
 
 

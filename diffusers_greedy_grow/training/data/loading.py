@@ -72,8 +72,8 @@ class TrainingData:
         if isinstance(self.core, StreamedImages) or isinstance(self.high_res, StreamedImages):
             return f"Images are streamed; {len(self.validation)} held out."
         return (
-            f"{len(self.core)} images to train the core on, {len(self.high_res)} to train on above its resolution; "
-            f"{len(self.validation)} held out."
+            f"Images to train on: {len(self.core)} at the core's resolution, {len(self.high_res)} above it; {len(self.validation)} "
+            "held out."
         )
 
 
