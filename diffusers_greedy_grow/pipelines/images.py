@@ -32,8 +32,8 @@ def list_images(name: str, images: Any, batch_size: int, channels: int) -> list[
 
     Args:
         name (`str`): The argument, for errors.
-        images: One image or several: `PIL.Image.Image`s in RGB (in gray for one channel), arrays `(H, W, C)` or `(B, H, W, C)` in [0, 1], or tensors
-            `(C, H, W)` or `(B, C, H, W)` in [0, 1].
+        images: One image or several: `PIL.Image.Image`s in RGB (in gray for one channel), arrays `(H, W, C)` or `(B, H, W, C)`
+            in [0, 1], or tensors `(C, H, W)` or `(B, C, H, W)` in [0, 1].
         batch_size (`int`): The number of prompts.
         channels (`int`): The number of channels of the images that the model draws.
 
@@ -57,8 +57,11 @@ def list_images(name: str, images: Any, batch_size: int, channels: int) -> list[
 
 def check_image(name: str, image: Any, channels: int) -> None:
     """Raise a `ValueError` unless this is one image, see [`list_images`]."""
-    mode = MODES[channels]
     if isinstance(image, Image.Image):
+        if (mode := MODES.get(channels)) is None:
+            raise ValueError(
+                f"`{name}` is a PIL image, but the model draws {channels} channels: pass a tensor (C, H, W)."
+            )
         if image.mode != mode:
             raise ValueError(
                 f'`{name}` is in mode {image.mode!r}, but the model draws {mode}: pass `image.convert("{mode}")`, for an image with '
@@ -73,7 +76,7 @@ def check_image(name: str, image: Any, channels: int) -> None:
         given = image.shape[0] if isinstance(image, torch.Tensor) else image.shape[-1]
         if given != channels:
             raise ValueError(
-                f"`{name}` has {given} channels in the shape {tuple(image.shape)}, but must have {channels}: {mode}."
+                f"`{name}` has {given} channels in the shape {tuple(image.shape)}, but must have the {channels} of the model."
             )
         is_float = image.dtype.is_floating_point if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
         if not is_float:  # 1 may mean white, or nearly black

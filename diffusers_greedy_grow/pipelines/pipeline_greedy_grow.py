@@ -125,9 +125,8 @@ class GreedyGrowPipeline(HubMixin, InputsMixin, DiffusionPipeline, GreedyGrowLor
         if scheduler is not None:  # None in a pipeline that only encodes prompts
             shift_name(scheduler)
         if text_encoder is not None and unet is not None:
-            text_width = (
-                text_encoder.config.get_text_config().hidden_size
-            )  # of the part for text, if it also sees images
+            # The configuration of the part for text, if the encoder also sees images
+            text_width = text_encoder.config.get_text_config().hidden_size
             model_width = unet.config.cross_attention_dim
             if text_width != model_width:
                 raise ValueError(

@@ -167,8 +167,8 @@ def list_inpainting(
     output_type: str,
 ) -> tuple[list[Any], list[Any]]:
     """
-    Return the images with `channels` and the masks, see [`list_images`] and [`list_masks`], of `batch_size` prompts. The other arguments are
-    those of [`GreedyGrowInpaintPipeline.__call__`].
+    Return the images with `channels` and the masks, see [`list_images`] and [`list_masks`], of `batch_size` prompts. The other
+    arguments are those of [`GreedyGrowInpaintPipeline.__call__`].
 
     Raises:
         `ValueError`: if they do not fit.
