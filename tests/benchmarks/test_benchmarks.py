@@ -261,11 +261,12 @@ def test_two_records_of_one_seed_are_told_apart_by_the_user():
 def list_jobs(setting: Setting) -> list[queue_of_runs.Job]:
     """List the runs of all benchmarks, with repetitions."""
     data = Path("shapes-128px-20000")
+    times = tables.read_json(tables.RESULTS / "grow_vs_scratch_time.json")
     jobs = []
     for seed in (0, 1, 2):
-        for one in arms.SETTINGS.values():
-            own = Path(f"shapes-{one.resolution}px-20000")
-            jobs += [job for arm in arms.ARMS for job in arms.make_jobs(one, arm, seed, own, data)]
+        for factor, one in arms.SETTINGS.items():
+            own, seconds = Path(f"shapes-{one.resolution}px-20000"), times.get(str(factor), {}).get("seconds")
+            jobs += [job for arm in arms.ARMS for job in arms.make_jobs(one, arm, seed, own, data, seconds=seconds)]
         for share in few_high_res.SHARES:
             jobs += few_high_res.make_jobs(setting, seed, share, data, 20000, 1.0)
         for num_layers in scale_core.LAYERS:

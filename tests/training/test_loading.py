@@ -42,7 +42,7 @@ def test_one_source_for_all_phases(tmp_path):
     data = load(tmp_path / "data.parquet")
     assert data.core is data.high_res and not data.streams
     assert (len(data.core), len(data.validation)) == (38, 2)
-    assert data.describe() == ("38 images to train the core on, 38 to train on above its resolution; 2 held out.")
+    assert data.describe() == "Images to train on: 38 at the core's resolution, 38 above it; 2 held out."
     assert data.fingerprint == digest_of(data.core, data.core, data.validation)
     low, high = data.at(0, 8)[3]["pixel_values"], data.at(1, 16)[3]["pixel_values"]
     assert low.shape == (3, 8, 8) and low.dtype == torch.float32
