@@ -246,6 +246,13 @@ class RectifiedFlow:
         return x0
 
 
+def read_limit(config: Any, name: str, highest: float = math.inf) -> float:
+    """Return a scheduler's limit to the values of a clean image. Raise a `ValueError` unless it is a number in (0, `highest`]."""
+    if not isinstance(config[name], (int, float)) or not 0 < config[name] <= highest:
+        raise ValueError(f"`{name}={config[name]!r}` of the scheduler must be a number above 0, at most {highest}.")
+    return config[name]
+
+
 @dataclass(frozen=True, eq=False)
 class VariancePreserving:
     """
@@ -294,20 +301,13 @@ class VariancePreserving:
                 "The scheduler's `alphas_cumprod` must decrease from timestep to timestep, within (0, 1)."
             )
         limits: dict[str, float] = {}
-        names = ("dynamic_thresholding_ratio", "sample_max_value") if config.thresholding else ("clip_sample_range",)
-        for name in names if config.thresholding or config.clip_sample else ():
-            highest = 1 if name == "dynamic_thresholding_ratio" else math.inf
-            if not isinstance(config[name], (int, float)) or not 0 < config[name] <= highest:
-                raise ValueError(
-                    f"`{name}={config[name]!r}` of the scheduler must be a number above 0, at most {highest}."
-                )
         if config.thresholding:
             limits = {
-                "threshold_ratio": config.dynamic_thresholding_ratio,
-                "threshold_max": config.sample_max_value,
+                "threshold_ratio": read_limit(config, "dynamic_thresholding_ratio", 1),
+                "threshold_max": read_limit(config, "sample_max_value"),
             }
         elif config.clip_sample:
-            limits = {"clip_range": config.clip_sample_range}
+            limits = {"clip_range": read_limit(config, "clip_sample_range")}
         return cls(log_ratios, int(timesteps[0]), config.prediction_type, **limits)
 
     def enter(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

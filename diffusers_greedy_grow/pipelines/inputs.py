@@ -193,7 +193,7 @@ class InputsMixin(DenoisingMixin):
                 f'`cross_attention_kwargs={cross_attention_kwargs!r}` must be a dictionary, such as {{"scale": 0.5}}, or None.'
             )
         names = set(cross_attention_kwargs or ()) - {"scale"}
-        if unknown_names := find_unknown_attention_arguments(self.unet, names):
+        if names and (unknown_names := find_unknown_attention_arguments(self.unet, names)):
             raise ValueError(
                 f"`cross_attention_kwargs` holds {unknown_names}, which no attention processor of this model takes: pass "
                 '"scale", the strength of its LoRA, or set a processor that takes them.'

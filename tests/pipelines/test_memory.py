@@ -18,7 +18,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_greedy_grow import GreedyGrowPipeline, ShallowUNet2DModel
+from diffusers_greedy_grow import GreedyGrowPipeline
 
 from ..testing_utils import draw_one, make_core, make_grown, make_pipeline
 
@@ -106,11 +106,19 @@ def test_compile_repeated_blocks_without_text():
     assert made(num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-@pytest.mark.parametrize("ways", [{}, {"core_first": 0.6}, {"guidance_resolution": "core"}], ids=str)
+@pytest.mark.parametrize(
+    "made,ways",
+    [
+        (make_core, {}),
+        (make_grown, {}),
+        (make_grown, {"core_first": 0.6}),
+        (make_grown, {"guidance_resolution": "core"}),
+    ],
+    ids=["core", "grown", "core_first", "guidance_resolution"],
+    indirect=["made"],
+)
 def test_the_whole_model_compiles(made, ways):
     """As one graph per kind of step: with and without the text's keys and values, and with or without the stages."""
-    if isinstance(made.unet, ShallowUNet2DModel) and ways:
-        pytest.skip("for a grown model")
 
     def draw(prompt: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -155,23 +163,23 @@ class Graphs:
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks", "model"])
 @pytest.mark.parametrize(
-    "ways",
+    "made,ways",
     [
-        {},
-        {"core_first": 0.6},
-        {"guidance_resolution": "core"},
-        {"output_levels": True},
-        {"guider": AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)},
-        {"scheduler": DPMSolverMultistepScheduler},
-        {"scheduler": UniPCMultistepScheduler},
+        (make_core, {}),
+        (make_grown, {}),
+        (make_grown, {"core_first": 0.6}),
+        (make_grown, {"guidance_resolution": "core"}),
+        (make_grown, {"output_levels": True}),
+        (make_grown, {"guider": AdaptiveProjectedGuidance(3.0, adaptive_projected_guidance_momentum=-0.5)}),
+        (make_grown, {"scheduler": DPMSolverMultistepScheduler}),
+        (make_grown, {"scheduler": UniPCMultistepScheduler}),
     ],
-    ids=lambda ways: next(iter(ways), "plain"),
+    ids=["core", "grown", "core_first", "guidance_resolution", "output_levels", "guider", "DPM++", "UniPC"],
+    indirect=["made"],
 )
 def test_no_step_needs_what_graphs_have_returned_before(made, ways, whole, monkeypatch):
     """Guiders, solvers and the text's cache remember earlier steps, but not in the graphs' memory."""
     ways = dict(ways)
-    if isinstance(made.unet, ShallowUNet2DModel) and ways:
-        pytest.skip("the grown model covers it")
     if "scheduler" in ways:
         kwargs = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         made.scheduler = ways.pop("scheduler").from_config(made.scheduler.config, **kwargs)
